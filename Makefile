@@ -1,0 +1,29 @@
+# `make demo` and `make test` need Python 3.10+ and nothing else; both work in .venv
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(BIN)/python tools/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# .ready is written last, so that an interrupted set-up is done again
+$(READY): setup.py tools/install_detectron2.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "make needs Python 3.10 or newer: PYTHON=python3.x make ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.11.0 torchvision==0.26.0 setuptools wheel
+	$(BIN)/python tools/install_detectron2.py
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,40 @@
+"""What a COCO-format annotation file must hold before a run may start."""
+
+import json
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..errors import InputError
+
+
+def check_dataset(name: str) -> None:
+    """Check that a registered data set's annotation file can be used.
+
+    Data sets that are not registered from a COCO JSON file pass unread.
+
+    Raises:
+        InputError: if no data set has that name, or its file is missing, is not JSON, or holds no
+            images or no annotations.
+    """
+    if name not in DatasetCatalog.list():
+        raise InputError(
+            f"no data set is registered as {name}; change DATASETS.TRAIN or DATASETS.TEST"
+        )
+    path = MetadataCatalog.get(name).get("json_file")
+    if path is None:
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except OSError as error:
+        raise InputError(
+            f"data set {name}: cannot read {path} ({error.strerror}); "
+            "is DETECTRON2_DATASETS the folder that holds your data sets?"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"data set {name}: {path} is not JSON ({error})") from None
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not content.get(key):
+            raise InputError(
+                f"data set {name}: {path} holds no {key}, so nothing can be learnt from it"
+            )

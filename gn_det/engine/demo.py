@@ -1,0 +1,178 @@
+"""The demo: BN* against GN in miniature, from an embedded data set to a report.
+
+Every step is one of the project's own commands in a process of its own, whose product in the output
+folder says that it is done; a demo that was interrupted goes on from there.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+
+from ..data import make_shapes
+from ..errors import InputError, exit_on_input_error
+from ..evaluation.report import Run, write_report
+from ..model_zoo import CONFIG_ROOT
+from .pretrain import CHECKPOINT
+from .train import read_config
+
+TITLE = "BN* against GN: the demo"
+TEXT = (
+    "Two ResNet-18 backbones are pretrained by classifying object crops at batch 32, one with "
+    "BatchNorm and one with Group Normalization. Three Mask R-CNNs (FPN, 4conv1fc box head) are "
+    "then fine-tuned at 2 images a batch, with the same seed, data, schedule and heads. BN* is "
+    "BatchNorm with its statistics frozen, the usual choice for fine-tuning detectors."
+)
+# (model, its norms in words, its config, the config of its pretraining)
+MODELS = (
+    ("BN*", "backbone: frozen BN", "mask_rcnn_R_18_FPN_frozenbn", "pretrain_R_18_bn"),
+    ("GN", "backbone, FPN, box and mask head: GN", "mask_rcnn_R_18_FPN_gn", "pretrain_R_18_gn"),
+    ("BN", "backbone: BN, left unfrozen", "mask_rcnn_R_18_FPN_bn", "pretrain_R_18_bn"),
+)
+PRETRAININGS = sorted({model[3] for model in MODELS})
+
+
+class Demo:
+    """The steps of the demo below one output folder.
+
+    Args:
+        output: made if it does not exist.
+        opts: `KEY VALUE` overrides for every training, as `SOLVER.MAX_ITER 100`.
+    """
+
+    def __init__(self, output: Path, opts: list[str]) -> None:
+        self.output = output
+        self.shapes = output / "datasets" / "shapes"
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.opts = opts
+        self.start = time.monotonic()
+
+    def run(self) -> None:
+        """Make the data, pretrain, fine-tune and evaluate, and write the report.
+
+        Raises:
+            InputError: if the folder cannot be written, or holds a demo with other settings.
+        """
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write to {self.output}: {error.strerror}") from None
+        if not self.shapes.exists():
+            self.say("drawing the data set `shapes`")
+            make_shapes(self.shapes)
+        for pretraining in PRETRAININGS:
+            self.step("pretrain", pretraining, "", CHECKPOINT)
+        runs = []
+        for name, where, config, pretraining in MODELS:
+            weights = str(self.output / pretraining / CHECKPOINT)
+            self.step("train", config, weights, "model_final.pth")
+            runs.append(Run(name, where, f"configs/Shapes/{config}.yaml", self.output / config))
+        self.report(runs)
+
+    def arguments(self, config: str, weights: str = "") -> argparse.Namespace:
+        """Detectron2's arguments for a config of `Shapes`."""
+        path = str(CONFIG_ROOT / "Shapes" / f"{config}.yaml")
+        keys = {
+            "MODEL.DEVICE": self.device,
+            "MODEL.WEIGHTS": weights,
+            "OUTPUT_DIR": str(self.output / config),
+        }
+        opts = [word for pair in keys.items() for word in pair]
+        return argparse.Namespace(config_file=path, opts=[*opts, *self.opts])
+
+    def step(self, module: str, config: str, weights: str, product: str) -> None:
+        """Run `gn_det.engine.<module>` on a config of `Shapes`, unless its product is there."""
+        folder = self.output / config
+        arguments = self.arguments(config, weights)
+        self.check_same(folder, read_config(arguments))
+        if (folder / product).exists():
+            return self.say(f"{config} is finished already")
+        self.say(config)
+        command = ["--config-file", arguments.config_file, "--resume", *arguments.opts]
+        self.launch(module, command, folder)
+
+    def check_same(self, folder: Path, cfg: CfgNode) -> None:
+        """Refuse to go on from a step that was run with another config."""
+        written = folder / "config.yaml"
+        if written.exists() and written.read_text() != cfg.dump():
+            raise InputError(
+                f"{self.output} holds a demo with other settings ({written} differs): "
+                "remove that folder or name another with --output-dir"
+            )
+
+    def launch(self, module: str, arguments: list[str], folder: Path) -> None:
+        """Run one of the engine's modules, showing its progress lines only."""
+        command = [sys.executable, "-m", f"gn_det.engine.{module}", *arguments]
+        environment = {**os.environ, "DETECTRON2_DATASETS": str(self.shapes.parent)}
+        tail: deque[str] = deque(maxlen=15)
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                tail.append(line)
+                if progress := re.search(r"(eta: .*?)\s+(data_time|time): ", line):
+                    print(f"    {progress[1]}", flush=True)
+        finally:
+            process.terminate()
+            process.wait()
+        if process.returncode:
+            raise InputError(f"{' '.join(command)} failed:\n{''.join(tail)}see {folder}/log.txt")
+
+    def facts(self) -> dict[str, str | int]:
+        """What the report tells of the data and the schedules."""
+        cfg = read_config(self.arguments(MODELS[0][1]))
+        facts: dict[str, str | int] = {}
+        for split, name in (("train", "training pictures"), ("val", "validation pictures")):
+            truth = json.loads((self.shapes / f"instances_{split}.json").read_text())
+            facts[name] = len(truth["images"])
+        facts["fine-tuning"] = (
+            f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images"
+        )
+        for name in PRETRAININGS:
+            last = (self.output / name / "metrics.json").read_text().splitlines()[-1]
+            facts[name] = f"{json.loads(last)['top1']:.1f}% top-1 on validation crops"
+        return facts
+
+    def report(self, runs: list[Run]) -> None:
+        """Write the report and show its table."""
+        self.say("writing the report")
+        about = {"title": TITLE, "text": TEXT, "facts": self.facts()}
+        annotations, images = self.shapes / "instances_val.json", self.shapes / "images"
+        results = write_report(runs, annotations, images, self.output, about)
+        for model in results["models"]:
+            box, mask = model["bbox"]["AP"], model["segm"]["AP"]
+            cost = f"{model['seconds_per_iteration']:.3f} s/iter"
+            print(f"    {model['model']:4} box AP {box:5.1f}   mask AP {mask:5.1f}   {cost}")
+        self.say(f"done: open {self.output / 'report.html'}")
+
+    def say(self, what: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - self.start), 60)
+        print(f"[{minutes:2}:{seconds:02}] {what}", flush=True)
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """The whole of `tools/demo.py`."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output-dir", type=Path, default=Path("output/demo"), metavar="FOLDER")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, for every training"
+    )
+    args = parser.parse_args(argv)
+    with exit_on_input_error():
+        Demo(args.output_dir, args.opts).run()

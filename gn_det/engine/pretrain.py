@@ -1,0 +1,153 @@
+"""Pretraining of a backbone by classifying object crops, in the place of ImageNet."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.engine import SimpleTrainer, default_argument_parser, hooks
+from detectron2.modeling import build_backbone
+from detectron2.solver import build_lr_scheduler
+from detectron2.utils.events import CommonMetricPrinter, EventStorage, JSONWriter
+from PIL import Image
+from torch import Tensor, nn
+
+from ..errors import exit_on_input_error
+from .train import Trainer, setup
+
+CHECKPOINT = "backbone.pth"
+
+
+class CropClassifier(nn.Module):
+    """Backbone, global average pooling and one linear layer, on crops of one size.
+
+    Args:
+        cfg: its backbone must have the output feature "res5".
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__()
+        self.backbone = build_backbone(cfg)
+        channels = self.backbone.output_shape()["res5"].channels
+        self.classifier = nn.Linear(channels, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        self.mean, self.std = (
+            torch.tensor(pixel, device=cfg.MODEL.DEVICE).view(-1, 1, 1)
+            for pixel in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+        )
+
+    def logits(self, crops: Tensor) -> Tensor:
+        """Class scores (N, classes) of uint8 crops (N, 3, H, W) in `INPUT.FORMAT`."""
+        features = self.backbone((crops.to(self.mean.device) - self.mean) / self.std)["res5"]
+        return self.classifier(features.mean(dim=(2, 3)))
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """The training loss of (crops, labels)."""
+        crops, labels = batch
+        return {"loss_cls": F.cross_entropy(self.logits(crops), labels.to(self.mean.device))}
+
+
+def load_crops(dataset: str, side: int, image_format: str) -> tuple[Tensor, Tensor]:
+    """Every object of a data set as a square crop with a quarter of its size around it.
+
+    Returns:
+        uint8 crops of shape (N, 3, side, side), and their N labels. Crowds are left out.
+    """
+    crops, labels = [], []
+    for record in DatasetCatalog.get(dataset):
+        picture = Image.fromarray(read_image(record["file_name"], image_format))
+        for annotation in record["annotations"]:
+            if annotation.get("iscrowd"):
+                continue
+            x, y, width, height = annotation["bbox"]
+            half = 0.625 * max(width, height)
+            x, y = x + width / 2, y + height / 2
+            square = (x - half, y - half, x + half, y + half)
+            crop = picture.transform(
+                (side, side), Image.Transform.EXTENT, square, Image.Resampling.BILINEAR
+            )
+            crops.append(np.asarray(crop).transpose(2, 0, 1))
+            labels.append(annotation["category_id"])
+    return torch.from_numpy(np.stack(crops)), torch.tensor(labels)
+
+
+def batches(crops: Tensor, labels: Tensor, size: int, side: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless shuffled batches of `side` x `side` windows of the crops, half of them flipped."""
+    slack = crops.shape[-1] - side
+    while True:
+        for chosen in torch.randperm(len(crops)).split(size)[: len(crops) // size]:
+            x, y = torch.randint(slack + 1, (2,)).tolist()
+            window = crops[chosen, :, y : y + side, x : x + side]
+            flipped = torch.where(torch.rand(size, 1, 1, 1) < 0.5, window, window.flip(-1))
+            yield flipped, labels[chosen]
+
+
+@torch.no_grad()
+def top1(model: CropClassifier, crops: Tensor, labels: Tensor) -> float:
+    """Share of crops, in percent, whose highest score is that of their label."""
+    model.eval()
+    guesses = torch.cat([model.logits(part).argmax(dim=1).cpu() for part in crops.split(64)])
+    return 100 * (guesses == labels).float().mean().item()
+
+
+def save_backbone(backbone: nn.Module, path: Path) -> None:
+    """Write a backbone's weights as Detectron2 takes them for `MODEL.WEIGHTS`, all or nothing.
+
+    `matching_heuristics` makes Detectron2 find `backbone.bottom_up.` and the like by itself.
+    """
+    partial = path.with_suffix(".partial")
+    content = {"model": backbone.state_dict(), "__author__": "gn_det", "matching_heuristics": True}
+    torch.save(content, partial)
+    os.replace(partial, path)
+
+
+def pretrain(cfg: CfgNode) -> float:
+    """Train a backbone and write it to `OUTPUT_DIR/backbone.pth`.
+
+    The keys have their usual meaning: `DATASETS.TRAIN` and `TEST` name the data sets that crops are
+    taken from, `INPUT.MIN_SIZE_TRAIN` is the crops' side in pixels, and `SOLVER` the schedule.
+
+    Returns:
+        top-1 accuracy in percent on the crops of `DATASETS.TEST`.
+    """
+    side = cfg.INPUT.MIN_SIZE_TRAIN[0]
+    model = CropClassifier(cfg).to(cfg.MODEL.DEVICE)
+    optimizer = Trainer.build_optimizer(cfg, model)
+    crops, labels = load_crops(cfg.DATASETS.TRAIN[0], side + side // 8, cfg.INPUT.FORMAT)
+    trainer = SimpleTrainer(
+        model, batches(crops, labels, cfg.SOLVER.IMS_PER_BATCH, side), optimizer
+    )
+    metrics = os.path.join(cfg.OUTPUT_DIR, "metrics.json")
+    writers = [CommonMetricPrinter(cfg.SOLVER.MAX_ITER), JSONWriter(metrics)]
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(optimizer, build_lr_scheduler(cfg, optimizer)),
+            hooks.PeriodicWriter(writers, period=20),
+        ]
+    )
+    trainer.train(0, cfg.SOLVER.MAX_ITER)
+    accuracy = top1(model, *load_crops(cfg.DATASETS.TEST[0], side, cfg.INPUT.FORMAT))
+    with EventStorage(cfg.SOLVER.MAX_ITER) as storage:
+        storage.put_scalar("top1", accuracy)
+        JSONWriter(metrics).write()
+    logging.getLogger(__name__).info(f"Top-1 accuracy on {cfg.DATASETS.TEST[0]}: {accuracy:.1f}%")
+    save_backbone(model.backbone, Path(cfg.OUTPUT_DIR) / CHECKPOINT)
+    return accuracy
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """The whole of `tools/pretrain.py`: Detectron2's flags and `KEY VALUE`s, one process."""
+    args = default_argument_parser().parse_args(argv)
+    with exit_on_input_error():
+        pretrain(setup(args))
+
+
+if __name__ == "__main__":
+    run()

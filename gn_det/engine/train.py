@@ -1,0 +1,142 @@
+"""Training and evaluation by Detectron2's own trainer, as `tools/train_net.py` runs it."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import (
+    DefaultTrainer,
+    HookBase,
+    default_argument_parser,
+    default_setup,
+    launch,
+)
+from detectron2.evaluation import COCOEvaluator, verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+from torch.optim import Optimizer
+from yaml import YAMLError
+
+from ..config import add_gn_config
+from ..data import check_dataset
+from ..errors import InputError, exit_on_input_error
+from ..model_zoo import get_config_file
+from ..solver import set_norm_weight_decay
+from .run_record import RunRecorder
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's default trainer with COCO evaluation and the decay rule of norm parameters."""
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
+        optimizer = super().build_optimizer(cfg, model)
+        return set_norm_weight_decay(optimizer, model, cfg.SOLVER.WEIGHT_DECAY_NORM)
+
+    def build_hooks(self) -> list[HookBase]:
+        hooks = super().build_hooks()
+        if comm.is_main_process():
+            # Before the writers, which come last, so that they write what it records
+            hooks.insert(-1, RunRecorder(self.cfg))
+        return hooks
+
+
+def read_config(args: argparse.Namespace) -> CfgNode:
+    """The frozen config that `args.config_file` and the `KEY VALUE` pairs of `args.opts` describe.
+
+    Raises:
+        InputError: for a file that does not exist, and keys or values that do not fit.
+    """
+    cfg = get_cfg()
+    add_gn_config(cfg)
+    path = args.config_file
+    if path and not os.path.isfile(path):
+        path = get_config_file(path)
+    try:
+        if path:
+            cfg.merge_from_file(path)
+        cfg.merge_from_list(args.opts)
+    except (AssertionError, KeyError, ValueError, YAMLError) as error:
+        raise InputError(f"config {path} with {args.opts}: {error}") from None
+    cfg.freeze()
+    return cfg
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The checked config, with Detectron2's loggers, `config.yaml` and seed set up for it."""
+    cfg = read_config(args)
+    check_inputs(cfg, args)
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gn_det")
+    return cfg
+
+
+def check_inputs(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Check what can be checked before anything is written or built.
+
+    Raises:
+        InputError: for a device, data set, weights file or output folder that cannot be used.
+    """
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("MODEL.DEVICE is cuda, but PyTorch sees no GPU: add MODEL.DEVICE cpu")
+    for name in [*cfg.DATASETS.TEST, *(() if args.eval_only else cfg.DATASETS.TRAIN)]:
+        check_dataset(name)
+    weights = cfg.MODEL.WEIGHTS
+    if weights and "://" not in weights and not os.path.isfile(weights.partition("?")[0]):
+        raise InputError(f"MODEL.WEIGHTS {weights} does not exist")
+    try:
+        Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be made: {error.strerror}") from None
+    if not os.access(cfg.OUTPUT_DIR, os.W_OK):
+        raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written to")
+
+
+def main(args: argparse.Namespace) -> dict | None:
+    """Train, or evaluate with `--eval-only`, in this process; one call a GPU.
+
+    Returns:
+        the evaluation's results with `--eval-only`, else what `DefaultTrainer.train` returns.
+    """
+    cfg = setup(args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=args.resume
+        )
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """The whole of `tools/train_net.py`: Detectron2's flags, launcher and `KEY VALUE` overrides."""
+    args = default_argument_parser().parse_args(argv)
+    with exit_on_input_error():
+        # Here too, so that a mistake ends before any worker process starts
+        check_inputs(read_config(args), args)
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,1 @@
+"""COCO numbers of finished runs, and the report that compares them."""

@@ -1,0 +1,5 @@
+"""Normalisation layers; they need torch alone and know nothing of configs."""
+
+from .group_norm import GroupNorm
+
+__all__ = ["GroupNorm"]

@@ -1,0 +1,25 @@
+"""The configs that ship with gn_det."""
+
+from pathlib import Path
+
+from .errors import InputError
+
+# In a wheel the configs lie inside the package, in a checkout (editable install) beside it.
+_INSTALLED = Path(__file__).parent / "configs"
+CONFIG_ROOT = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def get_config_file(name: str) -> str:
+    """Path of a shipped config.
+
+    Args:
+        name: path below `configs/`, as `COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_2x_gn.yaml`.
+
+    Raises:
+        InputError: if there is none of that name; the message lists what exists.
+    """
+    path = CONFIG_ROOT / name
+    if not path.is_file():
+        known = sorted(str(p.relative_to(CONFIG_ROOT)) for p in CONFIG_ROOT.glob("*/*.yaml"))
+        raise InputError("\n  ".join([f"there is no config {name}; gn_det ships", *known]))
+    return str(path)

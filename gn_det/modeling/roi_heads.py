@@ -1,0 +1,52 @@
+"""RoI heads whose every norm layer follows the `NORM` keys."""
+
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads import (
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    FastRCNNConvFCHead,
+    MaskRCNNConvUpsampleHead,
+    Res5ROIHeads,
+)
+
+from .norm import get_norm, is_group_norm, stock_config, swap_norm
+
+
+@ROI_HEADS_REGISTRY.register()
+class GNRes5ROIHeads(Res5ROIHeads):
+    """C4 heads whose res5 stage has the norm of the trunk, `MODEL.RESNETS.NORM` (Table 4)."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        heads = super().from_config(stock_config(cfg, "RESNETS"), input_shape)
+        if is_group_norm(cfg.MODEL.RESNETS.NORM):
+            swap_norm(heads["res5"], cfg, cfg.MODEL.RESNETS.NORM, "roi_heads.res5")
+        return heads
+
+
+@ROI_BOX_HEAD_REGISTRY.register()
+class GNFastRCNNConvFCHead(FastRCNNConvFCHead):
+    """Box head with `MODEL.ROI_BOX_HEAD.NORM` after each conv; 4 convs and 1 fc make 4conv1fc."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        head = super().from_config(cfg, input_shape)
+        where = "roi_heads.box_head.conv1 (MODEL.ROI_BOX_HEAD.CONV_DIM)"
+        head["conv_norm"] = get_norm(cfg, cfg.MODEL.ROI_BOX_HEAD.NORM, where)
+        return head
+
+
+@ROI_MASK_HEAD_REGISTRY.register()
+class GNMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
+    """Mask head with `MODEL.ROI_MASK_HEAD.NORM` after each conv, not in deconv and predictor."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        head = super().from_config(cfg, input_shape)
+        where = "roi_heads.mask_head.mask_fcn1 (MODEL.ROI_MASK_HEAD.CONV_DIM)"
+        head["conv_norm"] = get_norm(cfg, cfg.MODEL.ROI_MASK_HEAD.NORM, where)
+        return head
