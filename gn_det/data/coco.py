@@ -7,14 +7,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..errors import InputError
 
 
-def check_dataset(name: str) -> None:
-    """Check that a registered data set's annotation file can be used.
+def check_dataset(name: str, num_classes: int) -> None:
+    """Check that a registered data set's annotation file can be used by a model.
 
     Data sets that are not registered from a COCO JSON file pass unread.
 
     Raises:
-        InputError: if no data set has that name, or its file is missing, is not JSON, or holds no
-            images or no annotations.
+        InputError: if no data set has that name, or its file is missing, is not JSON, holds no images
+            or no annotations, or has another number of categories than `num_classes`.
     """
     if name not in DatasetCatalog.list():
         raise InputError(
@@ -38,3 +38,8 @@ def check_dataset(name: str) -> None:
             raise InputError(
                 f"data set {name}: {path} holds no {key}, so nothing can be learnt from it"
             )
+    if len(content["categories"]) != num_classes:
+        raise InputError(
+            f"data set {name} has {len(content['categories'])} categories, but "
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}: make them equal"
+        )

@@ -54,11 +54,12 @@ class CropClassifier(nn.Module):
 
 
 def load_crops(dataset: str, side: int, image_format: str) -> tuple[Tensor, Tensor]:
-    """Every object of a data set as a square crop with a quarter of its size around it.
+    """Every object of a data set as a square crop, 1.2 to 2 times its size.
 
     Returns:
         uint8 crops of shape (N, 3, side, side), and their N labels. Crowds are left out.
     """
+    rng = np.random.default_rng(0)
     crops, labels = [], []
     for record in DatasetCatalog.get(dataset):
         picture = Image.fromarray(read_image(record["file_name"], image_format))
@@ -66,7 +67,7 @@ def load_crops(dataset: str, side: int, image_format: str) -> tuple[Tensor, Tens
             if annotation.get("iscrowd"):
                 continue
             x, y, width, height = annotation["bbox"]
-            half = 0.625 * max(width, height)
+            half = rng.uniform(0.6, 1.0) * max(width, height)
             x, y = x + width / 2, y + height / 2
             square = (x - half, y - half, x + half, y + half)
             crop = picture.transform(

@@ -26,12 +26,17 @@ from ..config import add_gn_config
 from ..data import check_dataset
 from ..errors import InputError, exit_on_input_error
 from ..model_zoo import get_config_file
+from ..modeling.norm import is_group_norm
 from ..solver import set_norm_weight_decay
 from .run_record import RunRecorder
 
 
 class Trainer(DefaultTrainer):
     """Detectron2's default trainer with COCO evaluation and the decay rule of norm parameters."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+        super().__init__(cfg)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
@@ -89,16 +94,34 @@ def check_inputs(cfg: CfgNode, args: argparse.Namespace) -> None:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("MODEL.DEVICE is cuda, but PyTorch sees no GPU: add MODEL.DEVICE cpu")
     for name in [*cfg.DATASETS.TEST, *(() if args.eval_only else cfg.DATASETS.TRAIN)]:
-        check_dataset(name)
-    weights = cfg.MODEL.WEIGHTS
-    if weights and "://" not in weights and not os.path.isfile(weights.partition("?")[0]):
-        raise InputError(f"MODEL.WEIGHTS {weights} does not exist")
+        check_dataset(name, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    _check_weights(cfg)
     try:
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be made: {error.strerror}") from None
     if not os.access(cfg.OUTPUT_DIR, os.W_OK):
         raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written to")
+
+
+def _check_weights(cfg: CfgNode) -> None:
+    """Refuse a weights file that is missing, or that holds BatchNorm for a GN trunk.
+
+    Detectron2 would load the latter without a word: gamma and beta have the same names, and were
+    fitted to other statistics.
+    """
+    weights = cfg.MODEL.WEIGHTS.partition("?")[0]
+    if not weights or "://" in weights:
+        return
+    if not os.path.isfile(weights):
+        raise InputError(f"MODEL.WEIGHTS {weights} does not exist")
+    if weights.endswith(".pth") and is_group_norm(cfg.MODEL.RESNETS.NORM):
+        content = torch.load(weights, map_location="meta", weights_only=True)
+        if any(key.endswith("running_mean") for key in content.get("model", content)):
+            raise InputError(
+                f"MODEL.WEIGHTS {weights} holds BatchNorm statistics, but MODEL.RESNETS.NORM is "
+                f"{cfg.MODEL.RESNETS.NORM}: take weights that were trained with it"
+            )
 
 
 def main(args: argparse.Namespace) -> dict | None:

@@ -1,0 +1,49 @@
+"""A small `shapes` data set, and small configs; no test needs a network or a GPU."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# gn_det looks for data sets where this says, and so do the commands that tests start.
+DATASETS = Path(tempfile.mkdtemp(prefix="gn_det_datasets_"))
+os.environ["DETECTRON2_DATASETS"] = str(DATASETS)
+
+from gn_det.data import make_shapes  # noqa: E402
+from gn_det.engine.train import read_config  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+
+# Enough for every code path, small enough for seconds
+TINY = [
+    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "SOLVER.IMS_PER_BATCH", "2"),
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "INPUT.MASK_FORMAT", "bitmask"),
+    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "50", "MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16", "DATALOADER.NUM_WORKERS", "0"),
+]
+
+
+def shapes_config(name: str, *opts: object):
+    """A shipped config of `configs/Shapes`, shrunk by TINY, with overrides."""
+    words = [*TINY, *map(str, opts)]
+    return read_config(Namespace(config_file=f"Shapes/{name}.yaml", opts=words))
+
+
+def command(*words: object, **kwargs) -> subprocess.CompletedProcess:
+    """Run `python WORDS...` at the root of the checkout, and keep what it prints."""
+    done = [sys.executable, *map(str, words)]
+    kwargs = {"cwd": ROOT, "text": True, "capture_output": True, **kwargs}
+    return subprocess.run(done, **kwargs)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shapes() -> Iterator[Path]:
+    make_shapes(DATASETS / "shapes", num_train=12, num_val=6, seed=3)
+    yield DATASETS / "shapes"
+    shutil.rmtree(DATASETS)

@@ -1,0 +1,110 @@
+"""`tools/demo.py`, the real one on a small data set: whole, interrupted, and run again."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command
+
+from gn_det.data import make_shapes
+from gn_det.evaluation.coco_stats import STATS
+
+KEYS = {
+    "SOLVER.MAX_ITER": 6,
+    "SOLVER.STEPS": "(4,)",
+    "SOLVER.WARMUP_ITERS": 2,
+    "SOLVER.CHECKPOINT_PERIOD": 2,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "TEST.EVAL_PERIOD": 3,
+    "INPUT.MIN_SIZE_TRAIN": "(64,)",
+    "INPUT.MIN_SIZE_TEST": 64,
+}
+OPTS = [str(word) for pair in KEYS.items() for word in pair]
+MODELS = ("mask_rcnn_R_18_FPN_frozenbn", "mask_rcnn_R_18_FPN_gn", "mask_rcnn_R_18_FPN_bn")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[Path, str]:
+    """A demo that was interrupted in its second training, and run again to the end."""
+    output = tmp_path_factory.mktemp("demo") / "demo"
+    make_shapes(output / "datasets" / "shapes", num_train=8, num_val=4, seed=1)
+    words = [sys.executable, "tools/demo.py", "--output-dir", str(output), *OPTS]
+    silence = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(words, cwd=ROOT, **silence)
+    deadline = time.monotonic() + 240
+    while not (output / MODELS[1] / "config.yaml").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert not (output / "results.json").exists()
+    done = command("tools/demo.py", "--output-dir", output, *OPTS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output, done.stdout
+
+
+def test_goes_on_from_what_is_finished(demo):
+    _, printed = demo
+    for name in ("pretrain_R_18_bn", "pretrain_R_18_gn", MODELS[0]):
+        assert f"{name} is finished already" in printed
+    assert f"{MODELS[2]} is finished" not in printed
+    assert re.search(r"eta: \S+  iter: \d+  total_loss: ", printed)
+
+
+def test_results(demo):
+    output, _ = demo
+    results = json.loads((output / "results.json").read_text())
+    assert [m["model"] for m in results["models"]] == ["BN*", "GN", "BN"]
+    for model, name in zip(results["models"], MODELS, strict=True):
+        assert set(model["bbox"]) == set(model["segm"]) == set(STATS)
+        assert model["config_file"] == f"configs/Shapes/{name}.yaml"
+        assert (ROOT / model["config_file"]).is_file()
+        assert model["seconds_per_iteration"] > 0 and model["peak_memory_mib"] > 100
+        assert model["seed"] == 0 and set(model["versions"]) >= {"torch", "detectron2"}
+        assert model["parameters"]["trainable"] > 1_000_000
+    # gamma and beta train under GN, and are frozen buffers under BN*
+    frozen, gn, _ = (m["parameters"] for m in results["models"])
+    assert gn["trainable"] > frozen["trainable"]
+
+
+def test_report_is_one_whole_file(demo):
+    output, _ = demo
+    page = (output / "report.html").read_text()
+    assert page.count("<svg") == page.count("</svg>") == 1
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page), "nothing from elsewhere"
+    results = json.loads((output / "results.json").read_text())
+    pictures = len(re.findall(r'<img src="data:image/jpeg;base64,', page))
+    assert pictures % 4 == 0 and pictures > 0, "ground truth and three models"
+    text = (output / "report.md").read_text()
+    for model in results["models"]:
+        row = f"| {model['model']} | {model['where']} | {model['bbox']['AP']:.1f} |"
+        assert row in text
+        assert f"{model['bbox']['AP']:.1f}" in page
+
+
+def test_other_settings_are_refused(demo):
+    output, _ = demo
+    done = command("tools/demo.py", "--output-dir", output, *OPTS, "SOLVER.BASE_LR", 0.1)
+    assert done.returncode == 1
+    assert re.fullmatch(rf"error: {output} holds a demo with other settings .*\n", done.stderr)
+
+
+def test_output_that_cannot_be_written():
+    done = command("tools/demo.py", "--output-dir", "/dev/null/demo")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: cannot write to /dev/null/demo: ")
+
+
+def test_a_step_that_fails_is_shown(tmp_path):
+    """What a step printed last, and where its log is."""
+    make_shapes(tmp_path / "datasets" / "shapes", num_train=2, num_val=1)
+    groups = ["MODEL.GROUP_NORM.NUM_GROUPS", "24"]
+    done = command("tools/demo.py", "--output-dir", tmp_path, *OPTS, *groups, env=dict(os.environ))
+    assert done.returncode == 1
+    assert "pretrain_R_18_gn" in done.stderr and "64 channels do not divide" in done.stderr

@@ -1,0 +1,136 @@
+"""The real `tools/train_net.py`: trains, is interrupted, resumes, evaluates, refuses nonsense."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, command, shapes_config
+from detectron2.modeling import build_model
+
+TRAIN = ("tools/train_net.py", "--config-file", "configs/Shapes/mask_rcnn_R_18_FPN_gn.yaml")
+
+
+def opts(output: Path, *more: object) -> list[str]:
+    keys = {
+        "SOLVER.MAX_ITER": 60,
+        "SOLVER.STEPS": "(50,)",
+        "SOLVER.CHECKPOINT_PERIOD": 5,
+        "TEST.EVAL_PERIOD": 0,
+        "OUTPUT_DIR": output,
+    }
+    return [*TINY, *(str(word) for pair in keys.items() for word in pair), *map(str, more)]
+
+
+def iterations(output: Path) -> list[int]:
+    lines = (output / "metrics.json").read_text().splitlines()
+    return [json.loads(line)["iteration"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run that Ctrl-C stopped after a checkpoint, and that --resume brought to its end."""
+    output = tmp_path_factory.mktemp("run")
+    words = [sys.executable, *TRAIN, *opts(output)]
+    silence = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(words, cwd=ROOT, **silence)
+    deadline = time.monotonic() + 120
+    while not (output / "last_checkpoint").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert not (output / "model_final.pth").exists()
+    done = command(*TRAIN, "--resume", *opts(output))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return output
+
+
+def test_interrupted_and_resumed(trained):
+    log = (trained / "log.txt").read_text()
+    start = [int(n) for n in re.findall(r"Starting training from iteration (\d+)", log)]
+    assert start[0] == 0 and start[1] > 0 and start[1] % 5 == 0
+    assert iterations(trained)[-1] == 60, "the evaluation at the end"
+    final = torch.load(trained / "model_final.pth", weights_only=True)
+    assert final["iteration"] == 59
+
+
+def test_what_a_run_leaves(trained):
+    record = json.loads((trained / "run.json").read_text())
+    assert record["seed"] == 0 and "CPU" in record["device"]
+    assert record["versions"]["torch"] == torch.__version__
+    state = torch.load(trained / "model_final.pth", weights_only=True)["model"]
+    assert sum(record["parameters"].values()) >= sum(t.numel() for t in state.values())
+    lines = [json.loads(line) for line in (trained / "metrics.json").read_text().splitlines()]
+    assert all(100 < line["peak_memory_mib"] < 24_000 for line in lines if "time" in line)
+    assert {"bbox/AP", "segm/AP"} <= set(lines[-1])
+    log = (trained / "log.txt").read_text()
+    assert re.search(r"62 norm tensors, learning rate \S+, weight decay 0$", log, re.MULTILINE)
+    assert re.search(r"other tensors, learning rate \S+, weight decay 0.0001$", log, re.MULTILINE)
+
+
+def test_evaluation_alone(trained, tmp_path):
+    weights = trained / "model_final.pth"
+    done = command(*TRAIN, "--eval-only", *opts(tmp_path, "MODEL.WEIGHTS", weights))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, expected = (
+        json.loads((folder / "inference/coco_instances_results.json").read_text())
+        for folder in (tmp_path, trained)
+    )
+    assert len(found) == len(expected)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+NONSENSE = {
+    "config": (["--config-file", "configs/none.yaml"], "there is no config configs/none.yaml"),
+    "key": (["MODEL.GROUP_NORM.NUM_GROUP", "8"], "NUM_GROUP"),
+    "groups": (["MODEL.GROUP_NORM.NUM_GROUPS", "24"], "backbone.bottom_up.stem.conv1: 64 channels"),
+    "weights": (["MODEL.WEIGHTS", "none.pth"], "MODEL.WEIGHTS none.pth does not exist"),
+    "data": (["DATASETS.TRAIN", "('none',)"], "no data set is registered as none"),
+    "coco": (["DATASETS.TRAIN", "('coco_2017_train',)"], "cannot read .*instances_train2017.json"),
+    "output": (["OUTPUT_DIR", "/dev/null/run"], "OUTPUT_DIR /dev/null/run cannot be made"),
+}
+NONSENSE["classes"] = (["MODEL.ROI_HEADS.NUM_CLASSES", "80"], "has 6 categories, but .* is 80")
+if not torch.cuda.is_available():
+    NONSENSE["device"] = (["MODEL.DEVICE", "cuda"], "add MODEL.DEVICE cpu")
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_nonsense_is_one_sentence(case, tmp_path):
+    words, message = NONSENSE[case]
+    flags = words if words[0].startswith("--") else []
+    pairs = [] if flags else words
+    done = command(*TRAIN, *flags, *opts(tmp_path / "run"), *pairs)
+    assert done.returncode == 1
+    sentence = done.stderr.strip().splitlines()
+    sentence = [line for line in sentence if "Warning" not in line]
+    assert sentence[0].startswith("error: "), done.stderr
+    assert re.search(message, sentence[0])
+    if case not in ("config",):
+        assert len(sentence) == 1
+    assert not (tmp_path / "run" / "model_final.pth").exists()
+
+
+def test_batch_norm_weights_for_a_gn_model(tmp_path):
+    bn = build_model(shapes_config("mask_rcnn_R_18_FPN_frozenbn"))
+    torch.save({"model": bn.state_dict()}, tmp_path / "bn.pth")
+    done = command(*TRAIN, *opts(tmp_path / "run", "MODEL.WEIGHTS", tmp_path / "bn.pth"))
+    assert done.returncode == 1
+    assert "bn.pth holds BatchNorm statistics, but MODEL.RESNETS.NORM is GN" in done.stderr
+
+
+@pytest.mark.parametrize("tool", ["train_net", "pretrain", "demo", "make_shapes"])
+def test_without_detectron2(tool, tmp_path):
+    """A Python that does not see Detectron2 gets one sentence from every tool."""
+    blocker = "import sys\nsys.modules['detectron2'] = None\n"
+    (tmp_path / "sitecustomize.py").write_text(blocker)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = command(f"tools/{tool}.py", env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: gn_det needs Detectron2: .*install_detectron2.py\n", done.stderr)

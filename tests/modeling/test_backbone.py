@@ -1,0 +1,188 @@
+"""Backbones and heads against Detectron2's stock ones: names, tensors, outputs."""
+
+from collections import Counter
+
+import pytest
+import torch
+from conftest import shapes_config
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from torch import nn
+from torch.testing import assert_close
+
+from gn_det.errors import InputError
+
+STOCK = (
+    *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
+    *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
+)
+STOCK_FPN = ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", *STOCK)
+C4 = (
+    *("MODEL.BACKBONE.NAME", "build_gn_resnet_backbone", "MODEL.ROI_HEADS.NAME", "GNRes5ROIHeads"),
+    *("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256),
+    *("MODEL.RESNETS.OUT_FEATURES", "['res4']", "MODEL.RPN.IN_FEATURES", "['res4']"),
+    *("MODEL.ROI_HEADS.IN_FEATURES", "['res4']", "MODEL.ANCHOR_GENERATOR.SIZES", "[[32,64]]"),
+    *("MODEL.ROI_MASK_HEAD.NUM_CONV", 0),
+)
+STOCK_C4 = (
+    *C4,
+    *("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.ROI_HEADS.NAME", "Res5ROIHeads"),
+    *STOCK,
+)
+NORMS = ("FrozenBN", "BN", "SyncBN", "GN")
+
+
+def build(*opts: object, name: str = "mask_rcnn_R_18_FPN_gn") -> nn.Module:
+    torch.manual_seed(7)
+    return build_model(shapes_config(name, *opts)).eval()
+
+
+def norm_everywhere(norm: str) -> tuple[str, ...]:
+    parts = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+    return tuple(word for part in parts for word in (f"MODEL.{part}.NORM", norm))
+
+
+def same_tensors(ours: nn.Module, stock: nn.Module) -> None:
+    ours_state, stock_state = ours.state_dict(), stock.state_dict()
+    assert list(ours_state) == list(stock_state)
+    for name, tensor in stock_state.items():
+        assert_close(ours_state[name], tensor, rtol=0, atol=0, msg=name)
+    frozen = [p.requires_grad for p in ours.parameters()]
+    assert frozen == [p.requires_grad for p in stock.parameters()]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("freeze_at", [0, 2, 5])
+def test_fpn_equals_stock(norm, freeze_at):
+    opts = (*norm_everywhere(norm), "MODEL.BACKBONE.FREEZE_AT", freeze_at)
+    ours, stock = build(*opts), build(*opts, *STOCK_FPN)
+    same_tensors(ours, stock)
+    image = torch.rand(1, 3, 96, 64)
+    for level, expected in stock.backbone(image).items():
+        assert_close(ours.backbone(image)[level], expected, rtol=0, atol=0)
+    rois = torch.rand(5, 64, 7, 7)
+    assert_close(ours.roi_heads.box_head(rois), stock.roi_heads.box_head(rois), rtol=0, atol=0)
+    for layer, expected in zip(
+        ours.roi_heads.mask_head.children(), stock.roi_heads.mask_head.children(), strict=True
+    ):
+        assert_close(layer(rois), expected(rois), rtol=0, atol=0)
+        if rois.shape[-1] != 7:
+            break
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_c4_equals_stock(norm):
+    ours = build(*C4, "MODEL.RESNETS.NORM", norm)
+    stock = build(*STOCK_C4, "MODEL.RESNETS.NORM", norm)
+    same_tensors(ours, stock)
+    features = torch.rand(2, 1024, 14, 14)
+    expected = stock.roi_heads.res5(features)
+    assert_close(ours.roi_heads.res5(features), expected, rtol=0, atol=0)
+
+
+def test_convs_are_those_of_the_baseline():
+    """At one seed, BN* and GN differ in their norms and in nothing else."""
+    gn, frozen = build("MODEL.FPN.NORM", ""), build(name="mask_rcnn_R_18_FPN_frozenbn")
+    for name, tensor in frozen.backbone.state_dict().items():
+        if "norm" not in name:
+            assert_close(gn.backbone.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def test_where_the_norms_are():
+    """ResNet-18 has 20 convs, the FPN 8, each head 4; RPN, deconv and predictors have no norm."""
+    model = build()
+    parts = Counter(
+        ".".join(name.split(".")[:2]).partition(".fpn")[0]
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.GroupNorm)
+    )
+    assert parts == {
+        "backbone.bottom_up": 20,
+        "backbone": 8,
+        "roi_heads.box_head": 4,
+        "roi_heads.mask_head": 4,
+    }
+    res5 = build(*C4).roi_heads.res5
+    assert sum(isinstance(layer, nn.GroupNorm) for layer in res5.modules()) == 10
+
+
+@pytest.mark.parametrize(
+    ("norm", "opts", "groups_of_64"),
+    [
+        ("GN", (), 32),
+        ("GN", ("MODEL.GROUP_NORM.NUM_GROUPS", 8), 8),
+        ("GN", ("MODEL.GROUP_NORM.DIM_PER_GP", 16), 4),
+        ("LN", ("MODEL.GROUP_NORM.NUM_GROUPS", 8), 1),
+        ("IN", (), 64),
+    ],
+)
+def test_groups_reach_every_layer(norm, opts, groups_of_64):
+    fpn = build(*norm_everywhere(norm), *opts, "MODEL.GROUP_NORM.EPSILON", 1e-3)
+    c4 = build(*C4, "MODEL.RESNETS.NORM", norm, *opts, "MODEL.GROUP_NORM.EPSILON", 1e-3)
+    layers = [m for model in (fpn, c4) for m in model.modules() if isinstance(m, nn.GroupNorm)]
+    assert len(layers) == 36 + 53
+    assert {m.num_groups for m in layers if m.num_channels == 64} == {groups_of_64}
+    assert {m.eps for m in layers} == {1e-3}
+
+
+def test_trunk_and_fpn_norms_are_independent():
+    """Table 5 needs a BN* trunk with GN elsewhere; a BN trunk must survive a GN FPN."""
+    for trunk, kind in (("FrozenBN", FrozenBatchNorm2d), ("BN", nn.BatchNorm2d)):
+        backbone = build("MODEL.RESNETS.NORM", trunk, "MODEL.BACKBONE.FREEZE_AT", 0).backbone
+        assert sum(isinstance(m, kind) for m in backbone.bottom_up.modules()) == 20
+        assert sum(isinstance(m, nn.GroupNorm) for m in backbone.modules()) == 8
+    backbone = build("MODEL.FPN.NORM", "BN").backbone
+    assert sum(isinstance(m, nn.GroupNorm) for m in backbone.bottom_up.modules()) == 20
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in backbone.modules()) == 8
+
+
+def test_frozen_stages():
+    """FREEZE_AT 2 holds stem and res2 still, and turns their BN into BN*."""
+    gn, bn = build().backbone.bottom_up, build(name="mask_rcnn_R_18_FPN_bn").backbone.bottom_up
+    for trunk in (gn, bn):
+        for name, parameter in trunk.named_parameters():
+            assert parameter.requires_grad != name.startswith(("stem", "res2")), name
+    assert isinstance(bn.stem.conv1.norm, FrozenBatchNorm2d)
+    assert isinstance(bn.res3[0].conv1.norm, nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_image_does_not_see_its_batch(training):
+    """The point of GN; the BN model in training shows that the test can fail."""
+    torch.manual_seed(0)
+    image, others = torch.rand(1, 3, 64, 64), torch.rand(3, 3, 64, 64) * 9
+
+    def difference(name: str) -> float:
+        backbone = build(name=name).backbone.train(training)
+        alone, among = backbone(image), backbone(torch.cat([image, others]))
+        return max((alone[p] - among[p][:1]).abs().max().item() for p in alone)
+
+    assert difference("mask_rcnn_R_18_FPN_gn") < 1e-5
+    if training:
+        assert difference("mask_rcnn_R_18_FPN_bn") > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("parts", "layer"),
+    [
+        (("RESNETS", "FPN"), "backbone.bottom_up.stem.conv1: 64 "),
+        (("FPN", "ROI_BOX_HEAD"), "backbone.fpn_lateral2: 64 "),
+        (("ROI_BOX_HEAD",), "roi_heads.box_head.conv1 .*: 64 "),
+        (("ROI_MASK_HEAD",), "roi_heads.mask_head.mask_fcn1 .*: 64 "),
+    ],
+)
+def test_groups_that_do_not_divide_name_the_layer(parts, layer):
+    norms = [word for part in parts for word in (f"MODEL.{part}.NORM", "GN")]
+    with pytest.raises(InputError, match=rf"{layer}.*use 16 or 32.*MODEL.GROUP_NORM.NUM_GROUPS"):
+        build(*norm_everywhere(""), *norms, "MODEL.GROUP_NORM.NUM_GROUPS", 24)
+
+
+def test_published_gn_checkpoints_load(tmp_path):
+    """A file that a stock Detectron2 GN model wrote fills ours whole, by name."""
+    stock = build(*STOCK_FPN)
+    DetectionCheckpointer(stock, save_dir=str(tmp_path)).save("stock")
+    torch.manual_seed(8)
+    ours = build_model(shapes_config("mask_rcnn_R_18_FPN_gn"))
+    DetectionCheckpointer(ours).load(str(tmp_path / "stock.pth"))
+    same_tensors(ours, stock)

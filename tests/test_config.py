@@ -1,0 +1,144 @@
+"""Config keys and the shipped configs."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+import gn_det
+from gn_det.engine.pretrain import CropClassifier
+from gn_det.engine.train import Trainer, read_config
+from gn_det.errors import InputError
+
+LEAVES = sorted(str(p.relative_to(ROOT / "configs")) for p in (ROOT / "configs").glob("*/*.yaml"))
+DETECTORS = [name for name in LEAVES if "mask_rcnn" in name]
+PRETRAININGS = [name for name in LEAVES if "/pretrain" in name]
+
+
+def leaves(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def test_adds_three_keys_to_the_given_config_alone():
+    cfg, other = get_cfg(), get_cfg()
+    gn_det.add_gn_config(cfg)
+    added = {key: value for key, value in leaves(cfg) if key not in dict(leaves(other))}
+    assert added == {
+        "MODEL.GROUP_NORM.NUM_GROUPS": 32,
+        "MODEL.GROUP_NORM.DIM_PER_GP": -1,
+        "MODEL.GROUP_NORM.EPSILON": 1e-5,
+    }
+    assert "GROUP_NORM" not in get_cfg().MODEL
+
+
+def test_composes_with_another_plugin():
+    cfg = get_cfg()
+    cfg.MODEL.OTHER = CfgNode({"KEY": 1})
+    gn_det.add_gn_config(cfg)
+    assert cfg.MODEL.OTHER.KEY == 1
+
+
+def test_configs_are_found():
+    assert len(DETECTORS) > 10 and len(PRETRAININGS) == 2
+    for name in LEAVES:
+        assert gn_det.get_config_file(name).endswith(name)
+
+
+def test_unknown_config_lists_what_exists():
+    with pytest.raises(InputError) as error:
+        gn_det.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_9x.yaml")
+    assert all(name in str(error.value) for name in LEAVES)
+
+
+def batch_for(cfg: CfgNode) -> list[dict]:
+    target = Instances((64, 64))
+    target.gt_boxes = Boxes(torch.tensor([[4.0, 4.0, 40.0, 50.0]]))
+    target.gt_classes = torch.tensor([cfg.MODEL.ROI_HEADS.NUM_CLASSES - 1])
+    target.gt_masks = BitMasks(torch.ones(1, 64, 64, dtype=torch.bool))
+    image = {"image": torch.rand(3, 64, 64) * 255, "height": 64, "width": 64}
+    return [{**image, "instances": target}] * 2
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_every_config_trains(name):
+    """Each builds, and one step of its optimizer on the CPU moves what is not frozen."""
+    if name.endswith(("Base-Shapes.yaml", "Base-Pretrain.yaml")):
+        pytest.skip("a base")
+    cfg = read_config(Namespace(config_file=name, opts=TINY))
+    torch.manual_seed(0)
+    if name in PRETRAININGS:
+        model, expected = CropClassifier(cfg), ("loss_cls",)
+        batch = (torch.randint(256, (2, 3, 64, 64)), torch.tensor([0, 1]))
+    else:
+        model, expected = build_model(cfg), ("loss_cls", "loss_mask", "loss_rpn_cls")
+        batch = batch_for(cfg)
+    optimizer = Trainer.build_optimizer(cfg, model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with EventStorage():
+        losses = model(batch)
+    sum(losses.values()).backward()
+    optimizer.step()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert all(losses[part] > 0 for part in expected)
+    last = list(before)[-1]
+    for key, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, before[key]), key
+    assert not torch.equal(dict(model.named_parameters())[last], before[last])
+
+
+ALLOWED = {
+    *("MODEL.WEIGHTS", "MODEL.RESNETS.STRIDE_IN_1X1", "MODEL.RESNETS.NORM", "MODEL.FPN.NORM"),
+    *("MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM"),
+}
+
+
+@pytest.mark.parametrize(
+    ("baseline", "other"),
+    [
+        ("Shapes/mask_rcnn_R_18_FPN_frozenbn", "Shapes/mask_rcnn_R_18_FPN_gn"),
+        ("Shapes/mask_rcnn_R_18_FPN_frozenbn", "Shapes/mask_rcnn_R_18_FPN_bn"),
+        ("Shapes/pretrain_R_18_bn", "Shapes/pretrain_R_18_gn"),
+        *(
+            tuple(f"COCO-InstanceSegmentation/mask_rcnn_R_50_{name}" for name in pair)
+            for pair in (
+                ("C4_2x", "C4_2x_gn"),
+                ("FPN_2x_4conv1fc", "FPN_2x_gn"),
+                ("FPN_3x_4conv1fc", "FPN_3x_gn"),
+            )
+        ),
+    ],
+)
+def test_pairs_are_fair(baseline, other):
+    """A pair that is compared differs in its norms, and in what belongs to the initial weights."""
+    one, two = (
+        dict(leaves(read_config(Namespace(config_file=f"{name}.yaml", opts=[]))))
+        for name in (baseline, other)
+    )
+    assert {key for key in one if one[key] != two[key]} <= ALLOWED
+    assert one["MODEL.RESNETS.NORM"] != two["MODEL.RESNETS.NORM"]
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_leaves_are_short(name):
+    if "Base-" not in name:
+        assert len((ROOT / "configs" / name).read_text().splitlines()) <= 15
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [["MODEL.GROUP_NORM.GROUPS", "8"], ["MODEL.GROUP_NORM.NUM_GROUPS", "many"], ["SOLVER.BASE_LR"]],
+)
+def test_wrong_keys_and_values(opts):
+    with pytest.raises(InputError, match=r"Shapes/.*" + opts[0].split(".")[-1]):
+        read_config(Namespace(config_file="Shapes/mask_rcnn_R_18_FPN_gn.yaml", opts=opts))

@@ -1,0 +1,151 @@
+"""README's commands and Python lines, run as they stand there, on small data."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+
+from gn_det.data import make_shapes
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.partition("   #")[0]
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if not line.startswith("#")
+]
+SHORT = [
+    *TINY[2 * 2 :],
+    *("SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "(1,)", "TEST.EVAL_PERIOD", "0"),
+]
+
+
+def commands(start: str) -> list[str]:
+    found = [c for c in COMMANDS if c.startswith(start)]
+    assert found, start
+    return found
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory, shapes) -> Path:
+    """A folder as a user has it: the repository's tools and configs, and COCO below datasets/.
+
+    COCO is played by `shapes`, whose categories go by the names and ids of COCO's first ones.
+    """
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("tools", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "datasets/coco/annotations").mkdir(parents=True)
+    things = [c for c in COCO_CATEGORIES if c["isthing"]]
+    for split in ("train", "val"):
+        (folder / f"datasets/coco/{split}2017").symlink_to(shapes / "images")
+        content = json.loads((shapes / f"instances_{split}.json").read_text())
+        content["categories"] = [{"id": c["id"], "name": c["name"]} for c in things]
+        path = folder / f"datasets/coco/annotations/instances_{split}2017.json"
+        path.write_text(json.dumps(content))
+    return folder
+
+
+def run(command: str, folder: Path, *more: str) -> str:
+    words = shlex.split(command)
+    assert words[0] == "python"
+    environment = {k: v for k, v in os.environ.items() if k != "DETECTRON2_DATASETS"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, *words[1:], *more],
+        cwd=folder,
+        env=environment,
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+    return done.stdout
+
+
+def test_every_command_is_run_by_a_test():
+    """A new command in README has to be added below."""
+    known = ("make demo", "make test", "pip install .", "python tools/")
+    assert all(c.startswith(known) for c in COMMANDS)
+    tools = {shlex.split(c)[1] for c in COMMANDS if c.startswith("python")}
+    assert tools == {f"tools/{p.name}" for p in (ROOT / "tools").glob("*.py")}
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_make(target):
+    """What `make` starts once all is set up; tests/engine/test_demo.py runs the demo itself."""
+    assert commands(f"make {target}")
+    done = subprocess.run(
+        ["make", "--dry-run", "--assume-old=.venv/.ready", target],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    last = {"demo": ".venv/bin/python tools/demo.py", "test": ".venv/bin/python -m pytest"}
+    assert done.stdout.strip().splitlines()[-1] == last[target]
+
+
+def test_install_detectron2(checkout):
+    (command,) = commands("python tools/install_detectron2.py")
+    assert "nothing to do" in run(command, checkout)
+
+
+def test_train_resume_evaluate(checkout):
+    """In README's order, in one folder, on what stands in for COCO."""
+    coco = commands("python tools/train_net.py --config-file configs/COCO-InstanceSegmentation")
+    assert [
+        bool(re.search(flag, c)) for flag, c in zip(("1$", "--resume", "--eval"), coco, strict=True)
+    ]
+    weights = ("MODEL.WEIGHTS", "")
+    device = ("MODEL.DEVICE", "cpu")
+    train, resume, evaluate = coco
+    run(train, checkout, *device, *weights, *SHORT)
+    assert (checkout / "output/model_final.pth").exists()
+    longer = [*SHORT, "SOLVER.MAX_ITER", "4"]
+    run(resume, checkout, *device, *weights, *longer)
+    assert "Starting training from iteration 2" in (checkout / "output/log.txt").read_text()
+    assert "bbox" in run(evaluate, checkout, *device, *SHORT)
+
+
+def test_the_demo_step_by_step(checkout):
+    (make,) = commands("python tools/make_shapes.py")
+    small = re.sub(r"--num-train \d+ --num-val \d+", "--num-train 6 --num-val 2", make)
+    run(small, checkout)
+    (pretrain,) = commands("python tools/pretrain.py")
+    run(pretrain, checkout, *SHORT)
+    (train,) = commands("python tools/train_net.py --config-file configs/Shapes")
+    run(train, checkout, *SHORT)
+    assert (checkout / "output/gn/model_final.pth").exists()
+
+
+def test_a_longer_demo(checkout):
+    (demo,) = commands("python tools/demo.py")
+    make_shapes(checkout / "output/longer/datasets/shapes", num_train=6, num_val=2)
+    assert "report.html" in run(demo, checkout, *SHORT)
+
+
+def test_python_lines(checkout):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    head, build, rest = code.partition("trainer = ")
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *SHORT, "OUTPUT_DIR", "output/python"]
+    script = f"{head}cfg.merge_from_list({opts!r})\n{build}{rest}"
+    (checkout / "lines.py").write_text(script)
+    run("python lines.py", checkout)
+    assert (checkout / "output/python/model_final.pth").exists()
+
+
+def test_files_that_are_named_exist():
+    names = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    names += re.findall(r"^((?:gn_det|tools|configs)/\S*)  ", README, re.MULTILINE)
+    assert len(names) > 20
+    assert all((ROOT / name).exists() for name in names)
+    listed = set(re.findall(r"^(gn_det/\S+\.py) ", README, re.MULTILINE))
+    files = {str(p.relative_to(ROOT)) for p in (ROOT / "gn_det").rglob("*.py")}
+    assert listed == {f for f in files if not f.endswith("__init__.py")}

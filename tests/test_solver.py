@@ -1,0 +1,63 @@
+"""No decay on gamma and beta, whatever the config says of biases."""
+
+import logging
+
+import pytest
+from conftest import shapes_config
+from torch import nn
+
+from gn_det.engine.train import Trainer
+from gn_det.modeling import build_gn_resnet_fpn_backbone  # noqa: F401
+
+CASES = {
+    "defaults": (),
+    "biases decayed": ("SOLVER.WEIGHT_DECAY_BIAS", 0.01),
+    "Detectron's biases": ("SOLVER.BIAS_LR_FACTOR", 2.0, "SOLVER.WEIGHT_DECAY_BIAS", 0.0),
+    "clipped": ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.WEIGHT_DECAY_BIAS", 0.01),
+}
+
+
+@pytest.mark.parametrize("opts", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("name", ["mask_rcnn_R_18_FPN_gn", "mask_rcnn_R_18_FPN_bn"])
+def test_weight_decay(opts, name):
+    cfg = shapes_config(name, *opts)
+    model = Trainer.build_model(cfg)
+    optimizer = Trainer.build_optimizer(cfg, model)
+    found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(found) == len(trained)
+    norms = 0
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            is_norm = isinstance(module, (nn.GroupNorm, nn.BatchNorm2d))
+            norms += is_norm
+            decay = cfg.SOLVER.WEIGHT_DECAY
+            if is_norm:
+                decay = 0.0
+            elif key == "bias" and cfg.SOLVER.WEIGHT_DECAY_BIAS is not None:
+                decay = cfg.SOLVER.WEIGHT_DECAY_BIAS
+            factor = cfg.SOLVER.BIAS_LR_FACTOR if key == "bias" else 1.0
+            group = found[id(parameter)]
+            assert group["weight_decay"] == decay, (module, key)
+            assert group["lr"] == cfg.SOLVER.BASE_LR * factor, (module, key)
+            assert group["momentum"] == cfg.SOLVER.MOMENTUM
+    assert norms > 0
+
+
+def test_norm_decay_can_be_asked_for():
+    cfg = shapes_config("mask_rcnn_R_18_FPN_gn", "SOLVER.WEIGHT_DECAY_NORM", 0.5)
+    optimizer = Trainer.build_optimizer(cfg, Trainer.build_model(cfg))
+    assert {g["weight_decay"] for g in optimizer.param_groups} == {0.5, cfg.SOLVER.WEIGHT_DECAY}
+
+
+def test_one_line_a_group_is_logged(caplog):
+    cfg = shapes_config("mask_rcnn_R_18_FPN_gn")
+    model = Trainer.build_model(cfg)
+    with caplog.at_level(logging.INFO, logger="gn_det"):
+        optimizer = Trainer.build_optimizer(cfg, model)
+    lines = [r.getMessage() for r in caplog.records if r.name == "gn_det.solver"]
+    assert len(lines) == len(optimizer.param_groups) == 2
+    # 36 norms less the 5 of the frozen stem and res2, a gamma and a beta each
+    assert "62 norm tensors, learning rate 0.02, weight decay 0" in " ".join(lines)
