@@ -13,8 +13,8 @@ def check_dataset(name: str, num_classes: int) -> None:
     Data sets that are not registered from a COCO JSON file pass unread.
 
     Raises:
-        InputError: if no data set has that name, or its file is missing, is not JSON, holds no images
-            or no annotations, or has another number of categories than `num_classes`.
+        InputError: if no data set has that name, or its file is missing, is not JSON, holds no
+            images or no annotations, or has another number of categories than `num_classes`.
     """
     if name not in DatasetCatalog.list():
         raise InputError(

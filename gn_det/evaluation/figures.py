@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
 from PIL import Image
 from pycocotools.coco import COCO
 from torchvision.ops import box_convert
@@ -53,13 +54,14 @@ def draw(picture: Path, objects: list[dict[str, Any]], truth: COCO) -> np.ndarra
         colours = [COLOURS[categories.index(o["category_id"]) % len(COLOURS)] for o in objects]
         masks = np.stack([truth.annToMask(found) for found in objects])
         large = masks.repeat(SCALE, axis=1).repeat(SCALE, axis=2).astype(bool)
-        image = draw_segmentation_masks(image, torch.from_numpy(large), 0.5, colours)
+        image = draw_segmentation_masks(image, torch.from_numpy(large), 0.45, colours)
         boxes = SCALE * box_convert(torch.tensor([o["bbox"] for o in objects]), "xywh", "xyxy")
         labels = []
         for found in objects:
             score = f" {found['score']:.0%}" if "score" in found else ""
             labels.append(truth.cats[found["category_id"]]["name"] + score)
-        image = draw_bounding_boxes(image, boxes, labels, colours, width=2)
+        font = findfont("DejaVu Sans")  # comes with matplotlib
+        image = draw_bounding_boxes(image, boxes, labels, colours, width=3, font=font, font_size=18)
     return image.permute(1, 2, 0).numpy()
 
 
