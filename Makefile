@@ -19,6 +19,7 @@ lint: $(READY)
 # .ready is written last, so that an interrupted set-up is done again
 $(READY): setup.py tools/install_detectron2.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "make needs Python 3.10 or newer: PYTHON=python3.x make ...")'
+	@echo "Setting up .venv: PyTorch, Detectron2, gn_det (a minute or two)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.11.0 torchvision==0.26.0 setuptools wheel
 	$(BIN)/python tools/install_detectron2.py

@@ -23,6 +23,7 @@ from ..errors import InputError, exit_on_input_error
 from ..evaluation.report import Run, write_report
 from ..model_zoo import CONFIG_ROOT
 from .pretrain import CHECKPOINT
+from .run_record import RECORD
 from .train import read_config
 
 TITLE = "BN* against GN: the demo"
@@ -74,7 +75,7 @@ class Demo:
         runs = []
         for name, where, config, pretraining in MODELS:
             weights = str(self.output / pretraining / CHECKPOINT)
-            self.step("train", config, weights, "model_final.pth")
+            self.step("train", config, weights, RECORD)
             runs.append(Run(name, where, f"configs/Shapes/{config}.yaml", self.output / config))
         self.report(runs)
 

@@ -16,17 +16,30 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from torch import nn
 
+RECORD = "run.json"
+
 
 class RunRecorder(HookBase):
-    """Writes `run.json` into the output folder, and `peak_memory_mib` into the metrics.
+    """Writes `peak_memory_mib` into the metrics, and `run.json` once the run is at its end.
 
-    `run.json` holds the norms, seed, device, parameter counts, versions and git commit.
+    `run.json` holds the seed, device, parameter counts, versions and git commit. It is written
+    after the last evaluation, so that it also says that the other outputs are whole.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         self._cfg = cfg
+        self._path = Path(cfg.OUTPUT_DIR) / RECORD
 
     def before_train(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def after_step(self) -> None:
+        memory = peak_memory_mib(self._cfg.MODEL.DEVICE)
+        self.trainer.storage.put_scalar("peak_memory_mib", memory, smoothing_hint=False)
+
+    def after_train(self) -> None:
+        if self.trainer.iter + 1 < self.trainer.max_iter:
+            return  # stopped before its end
         record = {
             "seed": self._cfg.SEED,
             "device": device_name(self._cfg.MODEL.DEVICE),
@@ -34,12 +47,7 @@ class RunRecorder(HookBase):
             "versions": versions(),
             "git_commit": git_commit(),
         }
-        path = Path(self._cfg.OUTPUT_DIR) / "run.json"
-        path.write_text(json.dumps(record, indent=2) + "\n")
-
-    def after_step(self) -> None:
-        memory = peak_memory_mib()
-        self.trainer.storage.put_scalar("peak_memory_mib", memory, smoothing_hint=False)
+        self._path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -49,9 +57,9 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return {"trainable": trainable, "frozen": sum(t.numel() for t in tensors) - trainable}
 
 
-def peak_memory_mib() -> float:
-    """Peak memory in MiB: what PyTorch allocated on the GPU, or all of the process without one."""
-    if torch.cuda.is_available():
+def peak_memory_mib(device: str) -> float:
+    """Peak memory in MiB: what PyTorch allocated on a GPU, or all of the process on a CPU."""
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -46,7 +46,7 @@ def trained(tmp_path_factory) -> Path:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    assert not (output / "model_final.pth").exists()
+    assert not (output / "model_final.pth").exists() and not (output / "run.json").exists()
     done = command(*TRAIN, "--resume", *opts(output))
     assert done.returncode == 0, done.stderr[-2000:]
     return output
