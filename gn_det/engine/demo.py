@@ -98,7 +98,8 @@ class Demo:
         if (folder / product).exists():
             return self.say(f"{config} is finished already")
         self.say(config)
-        command = ["--config-file", arguments.config_file, "--resume", *arguments.opts]
+        flags = ["--resume"] if module == "train" else []
+        command = ["--config-file", arguments.config_file, *flags, *arguments.opts]
         self.launch(module, command, folder)
 
     def check_same(self, folder: Path, cfg: CfgNode) -> None:
@@ -133,7 +134,9 @@ class Demo:
             process.terminate()
             process.wait()
         if process.returncode:
-            raise InputError(f"{' '.join(command)} failed:\n{''.join(tail)}see {folder}/log.txt")
+            said_why = tail and tail[-1].startswith("error: ")
+            reason = tail[-1].strip() if said_why else f"its last words were\n{''.join(tail)}"
+            raise InputError(f"{folder.name} stopped, see {folder}/log.txt: {reason}")
 
     def facts(self) -> dict[str, str | int]:
         """What the report tells of the data and the schedules."""

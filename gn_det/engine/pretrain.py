@@ -1,5 +1,6 @@
 """Pretraining of a backbone by classifying object crops, in the place of ImageNet."""
 
+import argparse
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -11,15 +12,15 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import read_image
-from detectron2.engine import SimpleTrainer, default_argument_parser, hooks
+from detectron2.engine import SimpleTrainer, hooks
 from detectron2.modeling import build_backbone
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils.events import CommonMetricPrinter, EventStorage, JSONWriter
 from PIL import Image
 from torch import Tensor, nn
 
-from ..errors import exit_on_input_error
-from .train import Trainer, setup
+from ..errors import InputError, exit_on_input_error
+from .train import Trainer, check_inputs, read_config, setup
 
 CHECKPOINT = "backbone.pth"
 
@@ -116,11 +117,19 @@ def pretrain(cfg: CfgNode) -> float:
 
     Returns:
         top-1 accuracy in percent on the crops of `DATASETS.TEST`.
+
+    Raises:
+        InputError: if there are fewer crops than one batch takes.
     """
     side = cfg.INPUT.MIN_SIZE_TRAIN[0]
     model = CropClassifier(cfg).to(cfg.MODEL.DEVICE)
     optimizer = Trainer.build_optimizer(cfg, model)
     crops, labels = load_crops(cfg.DATASETS.TRAIN[0], side + side // 8, cfg.INPUT.FORMAT)
+    if len(crops) < cfg.SOLVER.IMS_PER_BATCH:
+        raise InputError(
+            f"{cfg.DATASETS.TRAIN[0]} has {len(crops)} objects, fewer than SOLVER.IMS_PER_BATCH "
+            f"{cfg.SOLVER.IMS_PER_BATCH}: take a larger data set or a smaller batch"
+        )
     trainer = SimpleTrainer(
         model, batches(crops, labels, cfg.SOLVER.IMS_PER_BATCH, side), optimizer
     )
@@ -144,9 +153,14 @@ def pretrain(cfg: CfgNode) -> float:
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """The whole of `tools/pretrain.py`: Detectron2's flags and `KEY VALUE`s, one process."""
-    args = default_argument_parser().parse_args(argv)
+    """The whole of `tools/pretrain.py`: a config and `KEY VALUE` overrides, one process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="path to config file")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs")
+    args = parser.parse_args(argv)
     with exit_on_input_error():
+        cfg = read_config(args)
+        check_inputs(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         pretrain(setup(args))
 
 

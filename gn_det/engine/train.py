@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -64,11 +64,10 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     cfg = get_cfg()
     add_gn_config(cfg)
     path = args.config_file
-    if path and not os.path.isfile(path):
+    if not os.path.isfile(path):
         path = get_config_file(path)
     try:
-        if path:
-            cfg.merge_from_file(path)
+        cfg.merge_from_file(path)
         cfg.merge_from_list(args.opts)
     except (AssertionError, KeyError, ValueError, YAMLError) as error:
         raise InputError(f"config {path} with {args.opts}: {error}") from None
@@ -77,23 +76,25 @@ def read_config(args: argparse.Namespace) -> CfgNode:
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The checked config, with Detectron2's loggers, `config.yaml` and seed set up for it."""
+    """The config, with Detectron2's loggers, `config.yaml` and seed set up for it."""
     cfg = read_config(args)
-    check_inputs(cfg, args)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gn_det")
     return cfg
 
 
-def check_inputs(cfg: CfgNode, args: argparse.Namespace) -> None:
+def check_inputs(cfg: CfgNode, datasets: Iterable[str]) -> None:
     """Check what can be checked before anything is written or built.
+
+    Args:
+        datasets: names of the data sets that will be used.
 
     Raises:
         InputError: for a device, data set, weights file or output folder that cannot be used.
     """
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("MODEL.DEVICE is cuda, but PyTorch sees no GPU: add MODEL.DEVICE cpu")
-    for name in [*cfg.DATASETS.TEST, *(() if args.eval_only else cfg.DATASETS.TRAIN)]:
+    for name in datasets:
         check_dataset(name, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     _check_weights(cfg)
     try:
@@ -125,7 +126,7 @@ def _check_weights(cfg: CfgNode) -> None:
 
 
 def main(args: argparse.Namespace) -> dict | None:
-    """Train, or evaluate with `--eval-only`, in this process; one call a GPU.
+    """Train, or evaluate with `--eval-only`, in this process; one call a GPU, after `run`'s checks.
 
     Returns:
         the evaluation's results with `--eval-only`, else what `DefaultTrainer.train` returns.
@@ -149,8 +150,10 @@ def run(argv: Sequence[str] | None = None) -> None:
     """The whole of `tools/train_net.py`: Detectron2's flags, launcher and `KEY VALUE` overrides."""
     args = default_argument_parser().parse_args(argv)
     with exit_on_input_error():
-        # Here too, so that a mistake ends before any worker process starts
-        check_inputs(read_config(args), args)
+        # Before any worker process starts
+        cfg = read_config(args)
+        train = () if args.eval_only else cfg.DATASETS.TRAIN
+        check_inputs(cfg, [*train, *cfg.DATASETS.TEST])
         launch(
             main,
             args.num_gpus,

@@ -66,3 +66,11 @@ def test_crops_hold_their_objects(shapes):
     assert sorted(labels.tolist()) == sorted(a["category_id"] - 1 for a in objects)
     window, names = next(batches(crops, labels, size=4, side=32))
     assert window.shape == (4, 3, 32, 32) and names.shape == (4,)
+
+
+def test_fewer_crops_than_a_batch(tmp_path):
+    config = "configs/Shapes/pretrain_R_18_gn.yaml"
+    keys = (*TINY, "SOLVER.IMS_PER_BATCH", 1000, "OUTPUT_DIR", tmp_path)
+    done = command("tools/pretrain.py", "--config-file", config, *keys)
+    assert done.returncode == 1
+    assert "objects, fewer than SOLVER.IMS_PER_BATCH 1000" in done.stderr
