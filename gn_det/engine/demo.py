@@ -140,7 +140,7 @@ class Demo:
 
     def facts(self) -> dict[str, str | int]:
         """What the report tells of the data and the schedules."""
-        cfg = read_config(self.arguments(MODELS[0][1]))
+        cfg = read_config(self.arguments(MODELS[0][2]))
         facts: dict[str, str | int] = {}
         for split, name in (("train", "training pictures"), ("val", "validation pictures")):
             truth = json.loads((self.shapes / f"instances_{split}.json").read_text())
@@ -161,8 +161,7 @@ class Demo:
         results = write_report(runs, annotations, images, self.output, about)
         for model in results["models"]:
             box, mask = model["bbox"]["AP"], model["segm"]["AP"]
-            cost = f"{model['seconds_per_iteration']:.3f} s/iter"
-            print(f"    {model['model']:4} box AP {box:5.1f}   mask AP {mask:5.1f}   {cost}")
+            print(f"    {model['model']:4} box AP {box:5.1f}   mask AP {mask:5.1f}")
         self.say(f"done: open {self.output / 'report.html'}")
 
     def say(self, what: str) -> None:

@@ -28,12 +28,18 @@ def coco_stats(annotations: Path, results: Path) -> dict[str, dict[str, float | 
     detections = json.loads(results.read_text())
     # With a box at hand pycocotools would take the box's area for the mask's.
     masks = [{k: v for k, v in found.items() if k != "bbox"} for found in detections]
+    truth = load_coco(annotations)
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotations))
         return {
             "bbox": _summarize(truth, detections, "bbox"),
             "segm": _summarize(truth, masks, "segm"),
         }
+
+
+def load_coco(annotations: Path) -> COCO:
+    """A COCO annotation file, without pycocotools' own words."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCO(str(annotations))
 
 
 def _summarize(truth: COCO, detections: list[dict], iou_type: str) -> dict[str, float | None]:

@@ -61,7 +61,18 @@ def draw(picture: Path, objects: list[dict[str, Any]], truth: COCO) -> np.ndarra
             score = f" {found['score']:.0%}" if "score" in found else ""
             labels.append(truth.cats[found["category_id"]]["name"] + score)
         font = findfont("DejaVu Sans")  # comes with matplotlib
-        image = draw_bounding_boxes(image, boxes, labels, colours, width=3, font=font, font_size=18)
+        image = draw_bounding_boxes(
+            image,
+            boxes,
+            labels,
+            colours,
+            width=3,
+            font=font,
+            font_size=20,
+            label_colors="white",
+            label_background_colors=colours,
+            fill_labels=True,
+        )
     return image.permute(1, 2, 0).numpy()
 
 

@@ -9,9 +9,8 @@ from statistics import median
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from pycocotools.coco import COCO
 
-from .coco_stats import STATS, coco_stats
+from .coco_stats import STATS, coco_stats, load_coco
 from .figures import MIN_SCORE, curves_svg, data_uri, draw
 
 NUM_PICTURES = 6
@@ -54,7 +53,7 @@ def summarize(run: Run, annotations: Path) -> dict[str, Any]:
         "where": run.where,
         "config_file": run.config_file,
         **coco_stats(annotations, run.detections),
-        "seconds_per_iteration": median(seconds),
+        "seconds_per_iteration": median(seconds) if seconds else None,  # none below 4 iterations
         "peak_memory_mib": max(memory),
         **json.loads((run.folder / "run.json").read_text()),
     }
@@ -114,7 +113,7 @@ def _answer(models: list[dict[str, Any]]) -> str:
 
 def _pictures(runs: Sequence[Run], annotations: Path, images: Path) -> list[dict[str, Any]]:
     """Rows of pictures: the ground truth, then each model's detections, as data URIs."""
-    truth = COCO(str(annotations))
+    truth = load_coco(annotations)
     found = {run.name: json.loads(run.detections.read_text()) for run in runs}
     busy = [i for i in truth.getImgIds() if len(truth.getAnnIds(i, iscrowd=False)) >= 3]
     rows = []

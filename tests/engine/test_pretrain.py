@@ -17,9 +17,19 @@ from gn_det.engine.pretrain import batches, load_crops
 def pretrained(request, tmp_path_factory):
     output = tmp_path_factory.mktemp(request.param)
     config = f"configs/Shapes/pretrain_R_18_{request.param}.yaml"
-    keys = ("SOLVER.MAX_ITER", 40, "SOLVER.STEPS", "(30,)", "SOLVER.IMS_PER_BATCH", 8)
-    size = ("INPUT.MIN_SIZE_TRAIN", "(32,)", "SOLVER.WARMUP_ITERS", 5, "OUTPUT_DIR", output)
-    done = command("tools/pretrain.py", "--config-file", config, *TINY, *keys, *size)
+    keys = ("SOLVER.MAX_ITER", 100, "SOLVER.STEPS", "(80,)", "SOLVER.IMS_PER_BATCH", 16)
+    seen = ("DATASETS.TEST", "('shapes_train',)")
+    size = (
+        "INPUT.MIN_SIZE_TRAIN",
+        "(32,)",
+        "SOLVER.WARMUP_ITERS",
+        5,
+        "SOLVER.BASE_LR",
+        0.02,
+        "OUTPUT_DIR",
+        output,
+    )
+    done = command("tools/pretrain.py", "--config-file", config, *TINY, *keys, *size, *seen)
     assert done.returncode == 0, done.stderr[-2000:]
     return request.param, output
 
@@ -28,8 +38,8 @@ def test_it_learns(pretrained):
     _, output = pretrained
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     losses = [line["total_loss"] for line in lines if "total_loss" in line]
-    assert losses[-1] < losses[0]
-    assert lines[-1]["top1"] > 100 / 6
+    assert losses[-1] < 0.8 * losses[0]
+    assert lines[-1]["top1"] > 2 * 100 / 6, "on the crops that it has seen"
 
 
 def test_handed_over_whole(pretrained):
@@ -54,7 +64,7 @@ def test_gamma_and_beta_are_decayed(pretrained):
     """As in the paper's ImageNet training (Section 4.1), unlike in detection."""
     _, output = pretrained
     log = (output / "log.txt").read_text()
-    assert "norm tensors, learning rate 0.01, weight decay 0.0001" in log
+    assert "norm tensors, learning rate 0.02, weight decay 0.0001" in log
 
 
 def test_crops_hold_their_objects(shapes):
