@@ -1,6 +1,7 @@
 """Training and evaluation by Detectron2's own trainer, as `tools/train_net.py` runs it."""
 
 import argparse
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,6 +37,9 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode) -> None:
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+        # As Detectron2 does for its own logger, where `setup` was not called
+        if not logging.getLogger("gn_det").isEnabledFor(logging.INFO):
+            setup_logger(name="gn_det")
         super().__init__(cfg)
 
     @classmethod
