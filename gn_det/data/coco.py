@@ -7,10 +7,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..errors import InputError
 
 
-def check_dataset(name: str, num_classes: int) -> None:
+def check_dataset(name: str, num_classes: int | None = None, annotated: bool = True) -> None:
     """Check that a registered data set's annotation file can be used by a model.
 
     Data sets that are not registered from a COCO JSON file pass unread.
+
+    Args:
+        num_classes: number of categories that the model tells apart, None to leave it unchecked.
+        annotated: whether annotations are needed; COCO's test-dev has none.
 
     Raises:
         InputError: if no data set has that name, or its file is missing, is not JSON, holds no
@@ -33,12 +37,12 @@ def check_dataset(name: str, num_classes: int) -> None:
         ) from None
     except ValueError as error:
         raise InputError(f"data set {name}: {path} is not JSON ({error})") from None
-    for key in ("images", "annotations", "categories"):
+    for key in ("images", "categories", *(("annotations",) if annotated else ())):
         if not isinstance(content, dict) or not content.get(key):
             raise InputError(
-                f"data set {name}: {path} holds no {key}, so nothing can be learnt from it"
+                f"data set {name}: {path} holds no {key}: it must be a COCO instances file"
             )
-    if len(content["categories"]) != num_classes:
+    if num_classes is not None and len(content["categories"]) != num_classes:
         raise InputError(
             f"data set {name} has {len(content['categories'])} categories, but "
             f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}: make them equal"

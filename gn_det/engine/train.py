@@ -87,11 +87,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def check_inputs(cfg: CfgNode, datasets: Iterable[str]) -> None:
+def check_inputs(cfg: CfgNode, datasets: Iterable[str], annotated: bool = True) -> None:
     """Check what can be checked before anything is written or built.
 
     Args:
         datasets: names of the data sets that will be used.
+        annotated: whether these need annotations.
 
     Raises:
         InputError: for a device, data set, weights file or output folder that cannot be used.
@@ -99,7 +100,9 @@ def check_inputs(cfg: CfgNode, datasets: Iterable[str]) -> None:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("MODEL.DEVICE is cuda, but PyTorch sees no GPU: add MODEL.DEVICE cpu")
     for name in datasets:
-        check_dataset(name, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        # Other architectures count their classes under keys of their own
+        is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+        check_dataset(name, cfg.MODEL.ROI_HEADS.NUM_CLASSES if is_rcnn else None, annotated)
     _check_weights(cfg)
     try:
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
@@ -157,7 +160,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         # Before any worker process starts
         cfg = read_config(args)
         train = () if args.eval_only else cfg.DATASETS.TRAIN
-        check_inputs(cfg, [*train, *cfg.DATASETS.TEST])
+        check_inputs(cfg, [*train, *cfg.DATASETS.TEST], annotated=not args.eval_only)
         launch(
             main,
             args.num_gpus,

@@ -14,7 +14,7 @@ BROKEN = {
     "text": ("images:", "is not JSON"),
     "list": ("[]", "holds no images"),
     "no_images": (json.dumps({**GOOD, "images": []}), "holds no images"),
-    "no_annotations": (json.dumps({"images": [{"id": 1}]}), "holds no annotations"),
+    "no_annotations": (json.dumps({**GOOD, "annotations": []}), "holds no annotations"),
     "no_categories": (json.dumps({**GOOD, "categories": []}), "holds no categories"),
 }
 
@@ -43,3 +43,17 @@ def test_broken(case, tmp_path):
 def test_wrong_number_of_classes():
     with pytest.raises(InputError, match=r"6 categories, but MODEL.ROI_HEADS.NUM_CLASSES is 80"):
         check_dataset("shapes_train", 80)
+
+
+def test_a_test_set_needs_no_annotations(tmp_path):
+    """As COCO's test-dev, which Detectron2 evaluates into a results file."""
+    path = tmp_path / "image_info.json"
+    path.write_text(json.dumps({key: GOOD[key] for key in ("images", "categories")}))
+    register_coco_instances("test_dev", {}, str(path), str(tmp_path))
+    check_dataset("test_dev", 1, annotated=False)
+    with pytest.raises(InputError, match="holds no annotations"):
+        check_dataset("test_dev", 1)
+
+
+def test_classes_counted_elsewhere():
+    check_dataset("shapes_train", None)
