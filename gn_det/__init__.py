@@ -9,8 +9,9 @@ except ModuleNotFoundError:
     ) from None
 
 from . import data, modeling  # noqa: F401  (registration)
+from .check import check_config
 from .config import add_gn_config
 from .model_zoo import get_config_file
 
 __version__ = "0.1.0"
-__all__ = ["add_gn_config", "get_config_file"]
+__all__ = ["add_gn_config", "check_config", "get_config_file"]

@@ -4,9 +4,9 @@ from detectron2.config import CfgNode
 
 
 def add_gn_config(cfg: CfgNode) -> None:
-    """Add `MODEL.GROUP_NORM` to `cfg`, with the names Detectron and maskrcnn-benchmark gave it.
+    """Add gn_det's keys to `cfg`, with the names that earlier code gave them where there are any.
 
-    Call it between `get_cfg()` and `merge_from_file`. It touches no other key and no global
+    Call it between `get_cfg()` and `merge_from_file`. It changes no other key and no global
     default, so it composes with other plugins' `add_*_config`.
     """
     cfg.MODEL.GROUP_NORM = CfgNode()
@@ -16,3 +16,12 @@ def add_gn_config(cfg: CfgNode) -> None:
     cfg.MODEL.GROUP_NORM.DIM_PER_GP = -1
     # Added to the variance, of every layer whose NORM is "GN", "LN" or "IN"
     cfg.MODEL.GROUP_NORM.EPSILON = 1e-5
+
+    # Gamma of the last norm in each residual block starts at 0, as in the paper's ImageNet training
+    cfg.MODEL.RESNETS.ZERO_INIT_RESIDUAL = False
+    # Standardise the weights of the ResNet's convolutions (GN+WS)
+    cfg.MODEL.RESNETS.WEIGHT_STANDARDIZATION = False
+
+    # Each training batch of IMS_PER_BATCH images goes through the model in so many parts, and their
+    # gradients are added up: memory for one part, the step of the whole batch
+    cfg.SOLVER.ACCUMULATE_ITERS = 1

@@ -2,6 +2,8 @@
 
 import logging
 
+from detectron2 import solver
+from detectron2.config import CfgNode
 from torch import nn
 from torch.optim import Optimizer
 
@@ -11,6 +13,24 @@ NORM_TYPES = (
     nn.GroupNorm,
     nn.LayerNorm,
 )
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
+    """Detectron2's optimizer, with `SOLVER.WEIGHT_DECAY_NORM` on every norm parameter."""
+    return set_norm_weight_decay(
+        solver.build_optimizer(cfg, model), model, cfg.SOLVER.WEIGHT_DECAY_NORM
+    )
+
+
+def images_per_pass(cfg: CfgNode, num_gpus: int) -> float:
+    """Images that go through the model at once on each GPU, by Detectron2's rule of scaling."""
+    gpus = cfg.SOLVER.REFERENCE_WORLD_SIZE or num_gpus
+    return cfg.SOLVER.IMS_PER_BATCH / gpus / cfg.SOLVER.ACCUMULATE_ITERS
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module's own parameters are gamma and beta: a norm of PyTorch's, or so called."""
+    return isinstance(module, NORM_TYPES) or type(module).__name__.endswith("Norm")
 
 
 def set_norm_weight_decay(optimizer: Optimizer, model: nn.Module, weight_decay: float) -> Optimizer:
@@ -23,12 +43,7 @@ def set_norm_weight_decay(optimizer: Optimizer, model: nn.Module, weight_decay: 
     Args:
         optimizer: not stepped yet; its parameter groups are replaced.
     """
-    norm = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, NORM_TYPES)
-        for parameter in module.parameters(recurse=False)
-    }
+    norm = _norm_parameters(model)
     groups = list(optimizer.param_groups)
     optimizer.param_groups.clear()
     for group in groups:
@@ -38,10 +53,25 @@ def set_norm_weight_decay(optimizer: Optimizer, model: nn.Module, weight_decay: 
             optimizer.add_param_group({**group, "params": rest})
         if ours:
             optimizer.add_param_group({**group, "params": ours, "weight_decay": weight_decay})
-    for group in optimizer.param_groups:
-        kind = "norm" if id(group["params"][0]) in norm else "other"
-        logging.getLogger(__name__).info(
-            f"Optimizer group: {len(group['params'])} {kind} tensors, "
-            f"learning rate {group['lr']:g}, weight decay {group['weight_decay']:g}"
-        )
+    for line in describe_groups(optimizer, model):
+        logging.getLogger(__name__).info(f"Optimizer group: {line}")
     return optimizer
+
+
+def describe_groups(optimizer: Optimizer, model: nn.Module) -> list[str]:
+    """One line for each of the optimizer's parameter groups."""
+    norm = _norm_parameters(model)
+    return [
+        f"{len(group['params'])} {'norm' if id(group['params'][0]) in norm else 'other'} tensors, "
+        f"learning rate {group['lr']:g}, weight decay {group['weight_decay']:g}"
+        for group in optimizer.param_groups
+    ]
+
+
+def _norm_parameters(model: nn.Module) -> set[int]:
+    return {
+        id(parameter)
+        for module in model.modules()
+        if is_norm(module)
+        for parameter in module.parameters(recurse=False)
+    }

@@ -7,6 +7,20 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..errors import InputError
 
 
+def count_categories(name: str) -> int | None:
+    """Number of categories of a registered data set, None if nothing on this machine tells it."""
+    if name not in DatasetCatalog.list():
+        return None
+    metadata = MetadataCatalog.get(name)
+    if "thing_classes" in metadata.as_dict():
+        return len(metadata.thing_classes)
+    try:
+        with open(metadata.get("json_file", ""), encoding="utf-8") as file:
+            return len(json.load(file)["categories"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def check_dataset(name: str, num_classes: int | None = None, annotated: bool = True) -> None:
     """Check that a registered data set's annotation file can be used by a model.
 

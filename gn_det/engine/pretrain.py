@@ -8,50 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import SimpleTrainer, hooks
-from detectron2.modeling import build_backbone
-from detectron2.solver import build_lr_scheduler
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils.events import CommonMetricPrinter, EventStorage, JSONWriter
 from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import InputError, exit_on_input_error
-from .train import Trainer, check_inputs, read_config, setup
+from ..modeling import CropClassifier
+from ..solver import set_norm_weight_decay
+from .train import check_inputs, read_config, setup
 
 CHECKPOINT = "backbone.pth"
-
-
-class CropClassifier(nn.Module):
-    """Backbone, global average pooling and one linear layer, on crops of one size.
-
-    Args:
-        cfg: its backbone must have the output feature "res5".
-    """
-
-    def __init__(self, cfg: CfgNode) -> None:
-        super().__init__()
-        self.backbone = build_backbone(cfg)
-        channels = self.backbone.output_shape()["res5"].channels
-        self.classifier = nn.Linear(channels, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        self.mean, self.std = (
-            torch.tensor(pixel, device=cfg.MODEL.DEVICE).view(-1, 1, 1)
-            for pixel in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
-        )
-
-    def logits(self, crops: Tensor) -> Tensor:
-        """Class scores (N, classes) of uint8 crops (N, 3, H, W) in `INPUT.FORMAT`."""
-        features = self.backbone((crops.to(self.mean.device) - self.mean) / self.std)["res5"]
-        return self.classifier(features.mean(dim=(2, 3)))
-
-    def forward(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """The training loss of (crops, labels)."""
-        crops, labels = batch
-        return {"loss_cls": F.cross_entropy(self.logits(crops), labels.to(self.mean.device))}
 
 
 def load_crops(dataset: str, side: int, image_format: str) -> tuple[Tensor, Tensor]:
@@ -122,8 +94,9 @@ def pretrain(cfg: CfgNode) -> float:
         InputError: if there are fewer crops than one batch takes.
     """
     side = cfg.INPUT.MIN_SIZE_TRAIN[0]
-    model = CropClassifier(cfg).to(cfg.MODEL.DEVICE)
-    optimizer = Trainer.build_optimizer(cfg, model)
+    model = build_model(cfg)
+    # The paper decays gamma and beta on ImageNet (Section 4.1), and not in detection
+    optimizer = set_norm_weight_decay(build_optimizer(cfg, model), model, cfg.SOLVER.WEIGHT_DECAY)
     crops, labels = load_crops(cfg.DATASETS.TRAIN[0], side + side // 8, cfg.INPUT.FORMAT)
     if len(crops) < cfg.SOLVER.IMS_PER_BATCH:
         raise InputError(

@@ -23,19 +23,26 @@ from torch import nn
 from torch.optim import Optimizer
 from yaml import YAMLError
 
+from ..check import check_config
 from ..config import add_gn_config
 from ..data import check_dataset
 from ..errors import InputError, exit_on_input_error
 from ..model_zoo import get_config_file
-from ..modeling.norm import is_group_norm
-from ..solver import set_norm_weight_decay
+from ..solver import build_optimizer
+from .accumulate import accumulate_gradients
+from .recipe import describe_recipe
 from .run_record import RunRecorder
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's default trainer with COCO evaluation and the decay rule of norm parameters."""
+    """Detectron2's default trainer with COCO evaluation and the decay rule of norm parameters.
+
+    Raises:
+        ConfigError: an `InputError`, for a config that `gn_det.check_config` refuses.
+    """
 
     def __init__(self, cfg: CfgNode) -> None:
+        check_config(cfg)
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
         # As Detectron2 does for its own logger, where `setup` was not called
         if not logging.getLogger("gn_det").isEnabledFor(logging.INFO):
@@ -48,8 +55,14 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
-        optimizer = super().build_optimizer(cfg, model)
-        return set_norm_weight_decay(optimizer, model, cfg.SOLVER.WEIGHT_DECAY_NORM)
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = super().build_model(cfg)
+        if cfg.SOLVER.ACCUMULATE_ITERS > 1:
+            accumulate_gradients(model, cfg.SOLVER.ACCUMULATE_ITERS)
+        return model
 
     def build_hooks(self) -> list[HookBase]:
         hooks = super().build_hooks()
@@ -62,6 +75,9 @@ class Trainer(DefaultTrainer):
 def read_config(args: argparse.Namespace) -> CfgNode:
     """The frozen config that `args.config_file` and the `KEY VALUE` pairs of `args.opts` describe.
 
+    A batch size among the pairs is meant as it stands, as in Detectron2's own configs, and switches
+    the scaling by `SOLVER.REFERENCE_WORLD_SIZE` off, unless that is among them too.
+
     Raises:
         InputError: for a file that does not exist, and keys or values that do not fit.
     """
@@ -73,6 +89,8 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     try:
         cfg.merge_from_file(path)
         cfg.merge_from_list(args.opts)
+        if "SOLVER.IMS_PER_BATCH" in args.opts and "SOLVER.REFERENCE_WORLD_SIZE" not in args.opts:
+            cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
     except (AssertionError, KeyError, ValueError, YAMLError) as error:
         raise InputError(f"config {path} with {args.opts}: {error}") from None
     cfg.freeze()
@@ -103,33 +121,18 @@ def check_inputs(cfg: CfgNode, datasets: Iterable[str], annotated: bool = True) 
         # Other architectures count their classes under keys of their own
         is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
         check_dataset(name, cfg.MODEL.ROI_HEADS.NUM_CLASSES if is_rcnn else None, annotated)
-    _check_weights(cfg)
+    weights = cfg.MODEL.WEIGHTS.partition("?")[0]
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise InputError(
+            f"MODEL.WEIGHTS {weights} does not exist: give the file of a backbone or a detector, "
+            'or "" with MODEL.BACKBONE.FREEZE_AT 0 to train from scratch'
+        )
     try:
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be made: {error.strerror}") from None
     if not os.access(cfg.OUTPUT_DIR, os.W_OK):
         raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written to")
-
-
-def _check_weights(cfg: CfgNode) -> None:
-    """Refuse a weights file that is missing, or that holds BatchNorm for a GN trunk.
-
-    Detectron2 would load the latter without a word: gamma and beta have the same names, and were
-    fitted to other statistics.
-    """
-    weights = cfg.MODEL.WEIGHTS.partition("?")[0]
-    if not weights or "://" in weights:
-        return
-    if not os.path.isfile(weights):
-        raise InputError(f"MODEL.WEIGHTS {weights} does not exist")
-    if weights.endswith(".pth") and is_group_norm(cfg.MODEL.RESNETS.NORM):
-        content = torch.load(weights, map_location="meta", weights_only=True)
-        if any(key.endswith("running_mean") for key in content.get("model", content)):
-            raise InputError(
-                f"MODEL.WEIGHTS {weights} holds BatchNorm statistics, but MODEL.RESNETS.NORM is "
-                f"{cfg.MODEL.RESNETS.NORM}: take weights that were trained with it"
-            )
 
 
 def main(args: argparse.Namespace) -> dict | None:
@@ -155,10 +158,22 @@ def main(args: argparse.Namespace) -> dict | None:
 
 def run(argv: Sequence[str] | None = None) -> None:
     """The whole of `tools/train_net.py`: Detectron2's flags, launcher and `KEY VALUE` overrides."""
-    args = default_argument_parser().parse_args(argv)
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check the config and print its recipe, without training",
+    )
+    args = parser.parse_args(argv)
     with exit_on_input_error():
         # Before any worker process starts
         cfg = read_config(args)
+        num_gpus = max(args.num_gpus * args.num_machines, 1)
+        if not args.eval_only:
+            check_config(cfg, num_gpus)
+        if args.check:
+            print(f"{args.config_file}\n\n{describe_recipe(cfg, num_gpus)}")
+            return
         train = () if args.eval_only else cfg.DATASETS.TRAIN
         check_inputs(cfg, [*train, *cfg.DATASETS.TEST], annotated=not args.eval_only)
         launch(

@@ -7,6 +7,7 @@ from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from detectron2.modeling.backbone.resnet import build_resnet_backbone
 
 from .norm import is_group_norm, stock_config, swap_norm
+from .resnet import finish_resnet
 
 
 @BACKBONE_REGISTRY.register()
@@ -17,7 +18,8 @@ def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
         InputError: if the groups do not divide the channels of a layer; it names the layer.
     """
     resnet = build_resnet_backbone(stock_config(cfg, "RESNETS"), input_shape)
-    return _finish_resnet(resnet, cfg, "backbone")
+    finish_resnet(resnet, cfg, "backbone")
+    return resnet.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
 
 
 @BACKBONE_REGISTRY.register()
@@ -28,16 +30,10 @@ def build_gn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         InputError: if the groups do not divide the channels of a layer; it names the layer.
     """
     fpn = build_resnet_fpn_backbone(stock_config(cfg, "RESNETS", "FPN"), input_shape)
-    _finish_resnet(fpn.bottom_up, cfg, "backbone.bottom_up")
+    finish_resnet(fpn.bottom_up, cfg, "backbone.bottom_up")
+    fpn.bottom_up.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
     if is_group_norm(cfg.MODEL.FPN.NORM):
         for name, conv in fpn.named_children():
             if conv is not fpn.bottom_up:
                 swap_norm(conv, cfg, cfg.MODEL.FPN.NORM, f"backbone.{name}")
     return fpn
-
-
-def _finish_resnet(resnet: ResNet, cfg: CfgNode, where: str) -> ResNet:
-    """Put the norms in place, then freeze."""
-    if is_group_norm(cfg.MODEL.RESNETS.NORM):
-        swap_norm(resnet, cfg, cfg.MODEL.RESNETS.NORM, where)
-    return resnet.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)

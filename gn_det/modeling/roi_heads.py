@@ -13,7 +13,8 @@ from detectron2.modeling.roi_heads import (
     Res5ROIHeads,
 )
 
-from .norm import get_norm, is_group_norm, stock_config, swap_norm
+from .norm import get_norm, stock_config
+from .resnet import finish_resnet
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -23,8 +24,7 @@ class GNRes5ROIHeads(Res5ROIHeads):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         heads = super().from_config(stock_config(cfg, "RESNETS"), input_shape)
-        if is_group_norm(cfg.MODEL.RESNETS.NORM):
-            swap_norm(heads["res5"], cfg, cfg.MODEL.RESNETS.NORM, "roi_heads.res5")
+        finish_resnet(heads["res5"], cfg, "roi_heads.res5")
         return heads
 
 

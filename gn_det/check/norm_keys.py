@@ -1,0 +1,68 @@
+"""Keys about norms that no layer would follow."""
+
+from collections.abc import Iterator
+
+from detectron2.config import CfgNode
+
+from .problem import Problem
+
+# Detectron2's builders and heads that gn_det has its own of
+STOCK = {
+    "build_resnet_backbone": "build_gn_resnet_backbone",
+    "build_resnet_fpn_backbone": "build_gn_resnet_fpn_backbone",
+    "Res5ROIHeads": "GNRes5ROIHeads",
+    "FastRCNNConvFCHead": "GNFastRCNNConvFCHead",
+    "MaskRCNNConvUpsampleHead": "GNMaskRCNNConvUpsampleHead",
+}
+DEFAULT_GROUPS = {"NUM_GROUPS": 32, "DIM_PER_GP": -1, "EPSILON": 1e-5}
+
+
+def check_norm_keys(cfg: CfgNode) -> Iterator[Problem]:
+    """`NORM` keys of parts that have no layer for a norm."""
+    keys = cfg.MODEL
+    if keys.META_ARCHITECTURE != "GeneralizedRCNN":
+        return
+    if keys.FPN.NORM and keys.BACKBONE.NAME in (
+        "build_resnet_backbone",
+        "build_gn_resnet_backbone",
+    ):
+        why = f"it reaches no layer, since {keys.BACKBONE.NAME} has no FPN"
+        yield Problem("MODEL.FPN.NORM", keys.FPN.NORM, why, 'set MODEL.FPN.NORM ""')
+    for part in ("ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        key, head = f"MODEL.{part}.NORM", keys[part]
+        if not head.NORM or (part == "ROI_MASK_HEAD" and not keys.MASK_ON):
+            continue
+        if part == "ROI_BOX_HEAD" and keys.ROI_HEADS.NAME in ("Res5ROIHeads", "GNRes5ROIHeads"):
+            why = "it reaches no layer: C4's box head is res5, whose norm is MODEL.RESNETS.NORM"
+            yield Problem(key, head.NORM, why, f'set {key} ""')
+        elif head.NUM_CONV == 0 and (head.NAME in STOCK or head.NAME in STOCK.values()):
+            why = f"it reaches no layer, since MODEL.{part}.NUM_CONV is 0"
+            yield Problem(key, head.NORM, why, f'set {key} "", or NUM_CONV 4')
+    if keys.RESNETS.ZERO_INIT_RESIDUAL and keys.RESNETS.NORM in ("", "FrozenBN"):
+        why = f'MODEL.RESNETS.NORM "{keys.RESNETS.NORM}" has no gamma that could leave 0'
+        yield Problem("MODEL.RESNETS.ZERO_INIT_RESIDUAL", True, why, "set it to False")
+
+
+def check_builders(cfg: CfgNode) -> Iterator[Problem]:
+    """Detectron2's own builders and heads, where keys are set that only gn_det's follow."""
+    keys = cfg.MODEL
+    resnet = [
+        f"RESNETS.{key}"
+        for key in ("ZERO_INIT_RESIDUAL", "WEIGHT_STANDARDIZATION")
+        if keys.RESNETS[key]
+    ]
+    division = any(keys.GROUP_NORM[key] != value for key, value in DEFAULT_GROUPS.items())
+    norms = {
+        "BACKBONE": (keys.RESNETS.NORM, keys.FPN.NORM),
+        "ROI_HEADS": (keys.RESNETS.NORM,),
+        "ROI_BOX_HEAD": (keys.ROI_BOX_HEAD.NORM,),
+        "ROI_MASK_HEAD": (keys.ROI_MASK_HEAD.NORM,),
+    }
+    for part in norms:
+        name = keys[part].NAME
+        ignored = ["GROUP_NORM"] if division and "GN" in norms[part] else []
+        ignored += resnet if part in ("BACKBONE", "ROI_HEADS") else []
+        if name in STOCK and ignored:
+            what = " and ".join(f"MODEL.{key}" for key in ignored)
+            why = f"it is Detectron2's own and ignores {what}"
+            yield Problem(f"MODEL.{part}.NAME", name, why, f"set it to {STOCK[name]}")

@@ -1,0 +1,53 @@
+"""The training schedule, and the data that it is for."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from detectron2.config import CfgNode
+
+from ..data.coco import count_categories
+from .problem import Problem
+
+
+def check_steps(cfg: CfgNode) -> Iterator[Problem]:
+    """Steps of the learning rate that are out of order, or never reached."""
+    keys = cfg.SOLVER
+    if keys.LR_SCHEDULER_NAME != "WarmupMultiStepLR":
+        return
+    if any(one >= two for one, two in pairwise(keys.STEPS)):
+        yield Problem("SOLVER.STEPS", keys.STEPS, "they do not increase", "put them in order")
+    if late := [step for step in keys.STEPS if step > keys.MAX_ITER]:
+        yield Problem(
+            "SOLVER.STEPS",
+            keys.STEPS,
+            f"the learning rate would never fall at {late}, past SOLVER.MAX_ITER {keys.MAX_ITER}",
+            'scale them with MAX_ITER, or set SOLVER.STEPS "()"',
+        )
+
+
+def check_batch(cfg: CfgNode, num_gpus: int) -> Iterator[Problem]:
+    """Batches that cannot be divided among GPUs and passes."""
+    keys = cfg.SOLVER
+    gpus = keys.REFERENCE_WORLD_SIZE or num_gpus
+    images, rest = divmod(keys.IMS_PER_BATCH, gpus)
+    if rest:
+        key = "REFERENCE_WORLD_SIZE" if keys.REFERENCE_WORLD_SIZE else "IMS_PER_BATCH"
+        why = f"a batch of {keys.IMS_PER_BATCH} cannot be divided among {gpus} GPUs"
+        mend = "make it a multiple, with SOLVER.REFERENCE_WORLD_SIZE 0 if it is not to be scaled"
+        yield Problem(f"SOLVER.{key}", keys[key], why, f"change SOLVER.IMS_PER_BATCH: {mend}")
+    elif keys.ACCUMULATE_ITERS < 1 or images % keys.ACCUMULATE_ITERS:
+        why = f"the {images} images that each GPU takes a step cannot be divided into so many parts"
+        mend = "set it to a divisor of them"
+        yield Problem("SOLVER.ACCUMULATE_ITERS", keys.ACCUMULATE_ITERS, why, mend)
+
+
+def check_classes(cfg: CfgNode) -> Iterator[Problem]:
+    """A number of classes that is not that of the data sets."""
+    classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if cfg.MODEL.META_ARCHITECTURE not in ("GeneralizedRCNN", "CropClassifier"):
+        return  # others count their classes under keys of their own
+    for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
+        found = count_categories(name)
+        if found not in (None, classes):
+            why = f"data set {name} has {found} categories"
+            yield Problem("MODEL.ROI_HEADS.NUM_CLASSES", classes, why, "make them equal")

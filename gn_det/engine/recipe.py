@@ -1,0 +1,219 @@
+"""A recipe as a person reads it: what `tools/train_net.py --check` prints."""
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.engine import DefaultTrainer
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.solver import build_lr_scheduler
+from torch import nn
+from torch.optim import Optimizer
+
+from ..check.weights import group_mismatch
+from ..checkpoint import describe
+from ..modeling import build_without_memory
+from ..solver import build_optimizer, describe_groups, images_per_pass, is_norm
+from .run_record import count_parameters
+
+# Parts of a detector, by the names of their modules
+PARTS = {
+    "ResNet": r"backbone\.(bottom_up\.)?(stem|res\d)\.",
+    "FPN": r"backbone\.(fpn_|top_block)",
+    "RPN": r"proposal_generator\.",
+    "res5 (RoI head)": r"roi_heads\.res5\.",
+    "box head": r"roi_heads\.box_head\.",
+    "box predictor": r"roi_heads\.box_predictor\.",
+    "mask head": r"roi_heads\.mask_head\.",
+}
+# Tensors that hold settings, and are in no file of weights
+SETTINGS = r"pixel_mean|pixel_std|proposal_generator\.anchor_generator\.|mean$|std$"
+
+
+def describe_recipe(cfg: CfgNode, num_gpus: int = 1) -> str:
+    """What training by `cfg` would do, in lines of text; nothing is trained and nothing downloaded.
+
+    Args:
+        cfg: a config that passes `check_config`.
+        num_gpus: how many it would be trained on, in all; batch and schedule are those that
+            Detectron2 scales to.
+    """
+    cfg = DefaultTrainer.auto_scale_workers(cfg, num_gpus)
+    model = build_without_memory(cfg)
+    optimizer = build_optimizer(cfg, model)
+    sections = {
+        "norm layers": _norm_layers(cfg, model),
+        "frozen": _frozen(cfg, model),
+        "optimizer": _optimizer(cfg, optimizer, model),
+        "batch": _batch(cfg, num_gpus),
+        "training set": _data(cfg),
+        "learning rate": _learning_rates(cfg, optimizer),
+        "initial weights": _initial_weights(cfg, model),
+    }
+    return "\n".join(
+        f"{'' if i else title:17}{line}"
+        for title, lines in sections.items()
+        for i, line in enumerate(lines)
+    )
+
+
+def _part(name: str) -> str:
+    """The part of the model that a module or tensor of this name belongs to."""
+    for part, pattern in PARTS.items():
+        if re.match(pattern, name):
+            return part
+    return name.partition(".")[0]
+
+
+def _parts(names: Iterable[str]) -> dict[str, int]:
+    """How many of the names belong to each part, in the order that pictures go through them."""
+    counts = Counter(map(_part, names))
+    return {part: counts[part] for part in [*PARTS, *counts] if part in counts}
+
+
+def _norm_layers(cfg: CfgNode, model: nn.Module) -> Iterator[str]:
+    kinds: dict[str, Counter[str]] = {part: Counter() for part in _parts(_tensors(model))}
+    frozen: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenBatchNorm2d) or is_norm(module):
+            part = _part(f"{name}.")
+            kinds[part][_kind(cfg, module)] += 1
+            frozen[part] += any(not p.requires_grad for p in module.parameters())
+    for part, found in kinds.items():
+        told = ", ".join(f"{count} {kind}" for kind, count in found.items()) or "none"
+        yield f"{part}: {told}{f'; {frozen[part]} with gamma and beta frozen' * (frozen[part] > 0)}"
+
+
+def _kind(cfg: CfgNode, norm: nn.Module) -> str:
+    """A norm layer in words, as `GN (32 groups)`."""
+    if isinstance(norm, nn.GroupNorm):
+        width = norm.num_channels // norm.num_groups
+        if width == cfg.MODEL.GROUP_NORM.DIM_PER_GP:
+            return f"GN ({width} channels a group)"
+        if norm.num_groups == cfg.MODEL.GROUP_NORM.NUM_GROUPS or norm.num_groups > 1 < width:
+            return f"GN ({norm.num_groups} groups)"
+        return "LN (one group)" if norm.num_groups == 1 else "IN (one channel a group)"
+    name = type(norm).__name__
+    return name.removesuffix("2d").replace("BatchNorm", "BN")
+
+
+def _frozen(cfg: CfgNode, model: nn.Module) -> Iterator[str]:
+    stages = {
+        re.sub(r"^backbone\.(bottom_up\.)?", "", name).partition(".")[0]
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    }
+    key = f"MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}"
+    yield f"stages: {', '.join(sorted(stages, key='stem'.__ne__)) or 'none'} ({key})"
+    numbers = count_parameters(model)
+    yield f"values: {numbers['trainable']:,} trained, {numbers['frozen']:,} frozen"
+
+
+def _optimizer(cfg: CfgNode, optimizer: Optimizer, model: nn.Module) -> Iterator[str]:
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    clipped = f", gradients clipped by {clip.CLIP_TYPE} at {clip.CLIP_VALUE:g}"
+    momentum = f"momentum {cfg.SOLVER.MOMENTUM:g}"
+    yield f"SGD, {momentum}{clipped if clip.ENABLED else ''}{', AMP' * cfg.SOLVER.AMP.ENABLED}"
+    yield from describe_groups(optimizer, model)
+
+
+def _batch(cfg: CfgNode, num_gpus: int) -> Iterator[str]:
+    images = cfg.SOLVER.IMS_PER_BATCH
+    gpus = f"{num_gpus} GPU{'s' * (num_gpus > 1)}"
+    each = f"{images_per_pass(cfg, num_gpus):g} a pass on {gpus}"
+    parts = cfg.SOLVER.ACCUMULATE_ITERS
+    yield f"{images} images a step: {each}{f', {parts} passes' if parts > 1 else ''}"
+
+
+def _data(cfg: CfgNode) -> Iterator[str]:
+    """The training set and its epochs, or where it was looked for."""
+    names = list(cfg.DATASETS.TRAIN)
+    seen = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH
+    for name in names:
+        path = MetadataCatalog.get(name).get("json_file")
+        if path is not None and not os.path.isfile(path):
+            yield f"{seen:,} images; {name} IS NOT HERE ({path}): training would stop"
+            return
+    empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    images = len(get_detection_dataset_dicts(names, filter_empty=empty))
+    what = "images with annotations" if empty else "images"
+    yield f"{', '.join(names)}: {images:,} {what}, {seen / images:.1f} epochs"
+
+
+def _learning_rates(cfg: CfgNode, optimizer: Optimizer) -> Iterator[str]:
+    """The learning rate at the points where it turns."""
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    end = cfg.SOLVER.MAX_ITER
+    turns = {0, min(cfg.SOLVER.WARMUP_ITERS, end), end // 2, end}
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        turns = {
+            0,
+            min(cfg.SOLVER.WARMUP_ITERS, end),
+            *(s for s in cfg.SOLVER.STEPS if s < end),
+            end,
+        }
+    for step in sorted(turns):
+        scheduler.last_epoch = step
+        yield f"step {step:,}: " + ("the end" if step == end else f"{min(scheduler.get_lr()):.4g}")
+
+
+def _initial_weights(cfg: CfgNode, model: nn.Module) -> Iterator[str]:
+    """Which tensors the file of `MODEL.WEIGHTS` fills, part by part."""
+    weights = cfg.MODEL.WEIGHTS
+    tensors = set(_tensors(model))
+    if not weights:
+        yield "none: everything starts at random"
+        return
+    if os.path.isfile(weights):
+        yield weights
+        filled, unused = _matched(model, weights)
+    elif "://" not in weights:
+        yield f"{weights} IS NOT HERE: training would stop"
+        return
+    elif describe(weights).depth:
+        yield f"{weights}, a published backbone that is loaded when training starts"
+        filled, unused = {n for n in tensors if _part(n) in ("ResNet", "res5 (RoI head)")}, set()
+    else:
+        yield f"{weights}: unknown before it is loaded"
+        return
+    for title, names in (("filled", filled), ("random", tensors - filled)):
+        told = ", ".join(f"{part} {count}" for part, count in _parts(names).items())
+        yield f"{title}: {len(names)} of {len(tensors)} tensors ({told or 'none'})"
+    if warning := group_mismatch(cfg):
+        yield warning
+    if unused:
+        yield f"in the file, but not used: {len(unused)} tensors, {min(unused)} the first"
+
+
+def _matched(model: nn.Module, weights: str) -> tuple[set[str], set[str]]:
+    """Names of the model's tensors that a file fills, and of the file's that fill nothing."""
+    checkpointer = _Checkpointer(model)
+    logging.disable(logging.WARNING)  # what it would warn of is returned
+    try:
+        checkpointer.load(weights)
+    finally:
+        logging.disable(logging.NOTSET)
+    unfilled = {*checkpointer.found.missing_keys}
+    unfilled |= {name for name, *_ in checkpointer.found.incorrect_shapes}
+    return set(_tensors(model)) - unfilled, set(checkpointer.found.unexpected_keys)
+
+
+class _Checkpointer(DetectionCheckpointer):
+    """Detectron2's, keeping what it found to match."""
+
+    found: Any
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        self.found = super()._load_model(checkpoint)
+        return self.found
+
+
+def _tensors(model: nn.Module) -> list[str]:
+    """Names of the model's tensors that are trained, or taken from a file."""
+    return [name for name in model.state_dict() if not re.search(SETTINGS, name)]
