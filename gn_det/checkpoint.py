@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .errors import InputError
@@ -92,13 +93,28 @@ def tensor_names(path: Path) -> list[str]:
         raise InputError(f"it cannot be read as weights ({reason})") from None
 
 
+# What pickled arrays are built with; NumPy has kept the names, but in modules that move
+_ARRAY_PARTS = {
+    "_reconstruct": np.empty(0).__reduce__()[0],
+    "scalar": np.float32(0).__reduce__()[0],
+    "ndarray": np.ndarray,
+    "dtype": np.dtype,
+}
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Unpickles NumPy arrays and plain values, and refuses everything that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.partition(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        if module.partition(".")[0] == "numpy" and name in _ARRAY_PARTS:
+            return _ARRAY_PARTS[name]
+        if (module, name) == ("_codecs", "encode"):
+            return _encode  # how older pickles hold bytes
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no tensor")
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    return text.encode("latin1")
 
 
 def _norm_of(names: Iterable[str]) -> str | None:

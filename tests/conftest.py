@@ -28,6 +28,9 @@ TINY = [
     *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16", "DATALOADER.NUM_WORKERS", "0"),
 ]
 
+# From scratch nothing may be frozen
+SCRATCH = ["MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", "0"]
+
 
 def shapes_config(name: str, *opts: object):
     """A shipped config of `configs/Shapes`, shrunk by TINY, with overrides."""

@@ -33,8 +33,8 @@ def check_batch(cfg: CfgNode, num_gpus: int) -> Iterator[Problem]:
     if rest:
         key = "REFERENCE_WORLD_SIZE" if keys.REFERENCE_WORLD_SIZE else "IMS_PER_BATCH"
         why = f"a batch of {keys.IMS_PER_BATCH} cannot be divided among {gpus} GPUs"
-        mend = "make it a multiple, with SOLVER.REFERENCE_WORLD_SIZE 0 if it is not to be scaled"
-        yield Problem(f"SOLVER.{key}", keys[key], why, f"change SOLVER.IMS_PER_BATCH: {mend}")
+        mend = "set SOLVER.REFERENCE_WORLD_SIZE 0 to take the batch as it is, or make it a multiple"
+        yield Problem(f"SOLVER.{key}", keys[key], why, mend)
     elif keys.ACCUMULATE_ITERS < 1 or images % keys.ACCUMULATE_ITERS:
         why = f"the {images} images that each GPU takes a step cannot be divided into so many parts"
         mend = "set it to a divisor of them"
@@ -46,8 +46,9 @@ def check_classes(cfg: CfgNode) -> Iterator[Problem]:
     classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     if cfg.MODEL.META_ARCHITECTURE not in ("GeneralizedRCNN", "CropClassifier"):
         return  # others count their classes under keys of their own
-    for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
-        found = count_categories(name)
-        if found not in (None, classes):
-            why = f"data set {name} has {found} categories"
-            yield Problem("MODEL.ROI_HEADS.NUM_CLASSES", classes, why, "make them equal")
+    names = dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    counts = {name: count_categories(name) for name in names}
+    wrong = [f"{name} has {n}" for name, n in counts.items() if n not in (None, classes)]
+    if wrong:
+        why = f"data set {' and '.join(wrong)} categories"
+        yield Problem("MODEL.ROI_HEADS.NUM_CLASSES", classes, why, "make them equal")

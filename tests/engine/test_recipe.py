@@ -1,0 +1,124 @@
+"""`tools/train_net.py --check`: the recipe in words, without training."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import SCRATCH, TINY, command, shapes_config
+from detectron2.modeling import build_model
+
+PAPER = "configs/Detectron1-Comparisons"
+SHAPES = "configs/Shapes/mask_rcnn_R_18_FPN_gn.yaml"
+
+
+def check(config: str, *words: object) -> str:
+    done = command("tools/train_net.py", "--config-file", config, "--check", *words)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def section(printed: str, title: str) -> list[str]:
+    """The lines of one section, without its title."""
+    found = re.search(rf"^{title} .*(?:\n {{17}}.*)*", printed, re.MULTILINE)
+    return [line[17:] for line in found[0].splitlines()]
+
+
+@pytest.fixture(scope="module")
+def gn(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("check")
+    opts = ("--num-gpus", 8, "OUTPUT_DIR", folder / "run")
+    printed = check(f"{PAPER}/mask_rcnn_R_50_FPN_noaug_2x_gn.yaml", *opts)
+    assert not (folder / "run").exists(), "nothing is written"
+    return printed
+
+
+def test_norms_of_each_part(gn):
+    """ResNet-50 has 53 convolutions, 11 of them in the stem and res2."""
+    norms = section(gn, "norm layers")
+    assert norms[0] == "ResNet: 53 GN (32 groups); 11 with gamma and beta frozen"
+    assert norms[1:3] == ["FPN: 8 GN (32 groups)", "RPN: none"]
+    assert {"box head: 4 GN (32 groups)", "mask head: 4 GN (32 groups)"} <= set(norms)
+    assert section(gn, "frozen")[0] == "stages: stem, res2 (MODEL.BACKBONE.FREEZE_AT 2)"
+
+
+def test_batch_and_schedule_by_number_of_gpus(gn):
+    assert section(gn, "batch") == ["16 images a step: 2 a pass on 8 GPUs"]
+    rates = ["step 0: 0.006667", "step 500: 0.02", "step 120,000: 0.002", "step 160,000: 0.0002"]
+    assert section(gn, "learning rate") == [*rates, "step 180,000: the end"]
+    path = f"{PAPER}/mask_rcnn_R_50_FPN_noaug_2x_gn.yaml"
+    one = check(path, "SOLVER.ACCUMULATE_ITERS", 2)
+    assert section(one, "batch") == ["2 images a step: 1 a pass on 1 GPU, 2 passes"]
+    assert section(one, "learning rate")[2] == "step 960,000: 0.00025"
+
+
+def test_published_weights(gn):
+    """The released R-50-GN has 53 convolutions with a gamma and a beta each: 159 tensors."""
+    weights = section(gn, "initial weights")
+    assert weights[1] == "filled: 159 of 223 tensors (ResNet 159)"
+    assert weights[2].startswith("random: 64 of 223 tensors (FPN 24, RPN 6, ")
+    c4 = check(f"{PAPER}/mask_rcnn_R_50_C4_noaug_2x_gn.yaml")
+    assert "res5 (RoI head) 30" in section(c4, "initial weights")[1]
+
+
+def test_optimizer(gn):
+    """Of 61 trained norms, gammas and betas have no decay, and biases twice the rate."""
+    lines = section(gn, "optimizer")
+    assert lines[0] == "SGD, momentum 0.9"
+    assert "58 norm tensors, learning rate 0.02, weight decay 0" in lines
+    assert "58 norm tensors, learning rate 0.04, weight decay 0" in lines
+
+
+def test_weights_of_ones_own_and_data(tmp_path, shapes):
+    """What a file fills is counted on the file itself, and epochs on the data set."""
+    cfg = shapes_config("mask_rcnn_R_18_FPN_gn")
+    state = build_model(cfg).backbone.bottom_up.state_dict()
+    state["left.over"] = state["stem.conv1.weight"].clone()
+    del state["res5.1.conv2.weight"]
+    path = tmp_path / "backbone.pth"
+    content = {"model": state, "__author__": "me", "matching_heuristics": True}
+    torch.save(content, path)
+    keys = ("SOLVER.MAX_ITER", 60, "SOLVER.STEPS", "(50,)", "SOLVER.WARMUP_ITERS", 5)
+    printed = check(SHAPES, *TINY, *keys, "MODEL.WEIGHTS", path)
+    trunk, filled, random, unused = section(printed, "initial weights")
+    assert trunk == str(path)
+    assert filled.endswith("(ResNet 59)") and random.split(": ")[1].startswith(f"{113 - 59} of 113")
+    assert "(ResNet 1, FPN 24" in random
+    assert unused == "in the file, but not used: 1 tensors, left.over the first"
+    annotations = json.loads((shapes / "instances_train.json").read_text())["annotations"]
+    annotated = {a["image_id"] for a in annotations if not a["iscrowd"]}
+    (data,) = section(printed, "training set")
+    assert data == (
+        f"shapes_train: {len(annotated)} images with annotations, {60 * 2 / len(annotated):.1f} epochs"
+    )
+
+
+def test_what_is_missing_is_told():
+    printed = check(f"{PAPER}/mask_rcnn_R_50_C4_noaug_2x_ln.yaml")
+    assert section(printed, "norm layers")[0].startswith("ResNet: 43 LN (one group)")
+    assert section(printed, "initial weights") == ["R-50-LN.pth IS NOT HERE: training would stop"]
+    assert "coco_2017_train IS NOT HERE" in section(printed, "training set")[0]
+
+
+@pytest.mark.parametrize(
+    ("opts", "kind"),
+    [
+        (("MODEL.GROUP_NORM.DIM_PER_GP", 16), "GN (16 channels a group)"),
+        (("MODEL.GROUP_NORM.NUM_GROUPS", 8), "GN (8 groups)"),
+        (("MODEL.RESNETS.NORM", "IN"), "IN (one channel a group)"),
+        (("MODEL.RESNETS.NORM", "BN"), "BN"),
+        (("MODEL.RESNETS.NORM", "SyncBN"), "SyncBN"),
+    ],
+)
+def test_names_of_norms(opts, kind):
+    printed = check(SHAPES, *TINY, *SCRATCH, "SOLVER.STEPS", "()", *opts)
+    assert section(printed, "norm layers")[0] == f"ResNet: 20 {kind}"
+
+
+def test_a_wrong_config_ends_with_its_problems():
+    words = ("--check", "MODEL.WEIGHTS", "", "SOLVER.MAX_ITER", 10)
+    done = command("tools/train_net.py", "--config-file", SHAPES, *words)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: 2 problems in the config\n  - SOLVER.STEPS (320, 430): ")
+    assert "\n  - MODEL.BACKBONE.FREEZE_AT 2: " in done.stderr

@@ -1,0 +1,368 @@
+"""`gn_det.check_config`: finds every accident it knows, and nothing in what is right."""
+
+import json
+import pickle
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+from detectron2.config import CfgNode
+from detectron2.data.datasets import register_coco_instances
+from torch import nn
+
+import gn_det
+from gn_det.engine.train import Trainer, read_config
+from gn_det.errors import InputError
+
+LEAVES = sorted(
+    str(path.relative_to(ROOT / "configs"))
+    for path in (ROOT / "configs").glob("*/*.yaml")
+    if not path.name.startswith("Base-")
+)
+FPN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_2x_gn"
+FROZEN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_2x"
+C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_2x_gn"
+SCRATCH = "COCO-InstanceSegmentation/scratch_mask_rcnn_R_50_FPN_3x_gn"
+SYNC = "Detectron1-Comparisons/scratch_mask_rcnn_R_50_FPN_noaug_3x_syncbn"
+UNFROZEN = "Detectron1-Comparisons/mask_rcnn_R_50_FPN_noaug_2x_bn"
+STOCK = {
+    "BACKBONE": "build_resnet_fpn_backbone",
+    "ROI_BOX_HEAD": "FastRCNNConvFCHead",
+    "ROI_MASK_HEAD": "MaskRCNNConvUpsampleHead",
+}
+
+
+def config(name: str, *opts: object) -> CfgNode:
+    return read_config(Namespace(config_file=f"{name}.yaml", opts=list(map(str, opts))))
+
+
+def problems(cfg: CfgNode, num_gpus: int = 8) -> dict[str, str]:
+    """Keys of the problems found, and what is said of each."""
+    try:
+        gn_det.check_config(cfg, num_gpus)
+    except InputError as error:
+        found = {problem.key: str(problem) for problem in error.problems}
+        assert all(text in str(error) for text in found.values())
+        for problem in error.problems:
+            assert problem.why and problem.mend and str(problem).startswith(problem.key)
+        return found
+    return {}
+
+
+@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize("num_gpus", [1, 8])
+def test_every_shipped_config_passes(name, num_gpus):
+    assert problems(config(name.removesuffix(".yaml")), num_gpus) == {}
+
+
+# Accidents: (config, overrides, key that is named, words that are said)
+ACCIDENTS = {
+    "frozen stages from scratch": (
+        FPN,
+        ("MODEL.WEIGHTS", ""),
+        "MODEL.BACKBONE.FREEZE_AT",
+        "random",
+    ),
+    "FrozenBN from scratch": (
+        *(FROZEN, ("MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", 0)),
+        *("MODEL.RESNETS.NORM", "diverge"),
+    ),
+    "BN backbone in a GN trunk": (
+        FPN,
+        (
+            *("MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-50.pkl"),
+            *("MODEL.RESNETS.STRIDE_IN_1X1", True),
+        ),
+        *("MODEL.WEIGHTS", "trained with BatchNorm"),
+    ),
+    "GN backbone in a BN trunk": (
+        FROZEN,
+        (
+            *("MODEL.WEIGHTS", "catalog://ImageNetPretrained/FAIR/R-50-GN"),
+            *("MODEL.RESNETS.STRIDE_IN_1X1", False),
+        ),
+        *("MODEL.WEIGHTS", "trained with Group Normalization"),
+    ),
+    "GN backbone in an LN trunk": (
+        *(FPN, ("MODEL.RESNETS.NORM", "LN"), "MODEL.WEIGHTS", "Group Normalization"),
+    ),
+    "Detectron's address of the GN backbone": (
+        FROZEN,
+        (
+            *("MODEL.RESNETS.STRIDE_IN_1X1", False, "MODEL.WEIGHTS"),
+            "https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/47261647/R-50-GN.pkl",
+        ),
+        *("MODEL.WEIGHTS", "Group Normalization"),
+    ),
+    "fused BN, unfrozen": (
+        *(UNFROZEN, ("MODEL.WEIGHTS", "catalog://ImageNetPretrained/MSRA/R-50")),
+        *("MODEL.WEIGHTS", "fused"),
+    ),
+    "another depth": (FPN, ("MODEL.RESNETS.DEPTH", 101), "MODEL.RESNETS.DEPTH", "trained with 50"),
+    "stride": (
+        *(FPN, ("MODEL.RESNETS.STRIDE_IN_1X1", True)),
+        *("MODEL.RESNETS.STRIDE_IN_1X1", "trained with False"),
+    ),
+    "stride of MSRA's": (
+        *(FROZEN, ("MODEL.RESNETS.STRIDE_IN_1X1", False)),
+        *("MODEL.RESNETS.STRIDE_IN_1X1", "trained with True"),
+    ),
+    "colours": (FPN, ("INPUT.FORMAT", "RGB"), "INPUT.FORMAT", "trained with BGR"),
+    "mean": (
+        *(FPN, ("MODEL.PIXEL_MEAN", "[123.675,116.28,103.53]")),
+        *("MODEL.PIXEL_MEAN", r"[103.53, 116.28, 123.675]"),
+    ),
+    "std": (
+        *(FPN, ("MODEL.PIXEL_STD", "[57.375,57.12,58.395]")),
+        *("MODEL.PIXEL_STD", "[1.0, 1.0, 1.0]"),
+    ),
+    "std of torchvision's": (
+        FROZEN,
+        (
+            *("MODEL.WEIGHTS", "detectron2://ImageNetPretrained/torchvision/R-50.pkl"),
+            *("MODEL.RESNETS.STRIDE_IN_1X1", False, "INPUT.FORMAT", "RGB"),
+            *("MODEL.PIXEL_MEAN", "[123.675,116.28,103.53]"),
+        ),
+        *("MODEL.PIXEL_STD", "[58.395, 57.12, 57.375]"),
+    ),
+    "standardised plain weights": (
+        *(FPN, ("MODEL.RESNETS.WEIGHT_STANDARDIZATION", True)),
+        *("MODEL.RESNETS.WEIGHT_STANDARDIZATION", "trained without it"),
+    ),
+    "mask norm on C4": (
+        C4,
+        ("MODEL.ROI_MASK_HEAD.NORM", "GN"),
+        "MODEL.ROI_MASK_HEAD.NORM",
+        "no la",
+    ),
+    "box norm on C4": (C4, ("MODEL.ROI_BOX_HEAD.NORM", "GN"), "MODEL.ROI_BOX_HEAD.NORM", "no la"),
+    "FPN norm on C4": (C4, ("MODEL.FPN.NORM", "GN"), "MODEL.FPN.NORM", "no FPN"),
+    "box norm with 2fc": (
+        *(FROZEN, ("MODEL.ROI_BOX_HEAD.NORM", "GN"), "MODEL.ROI_BOX_HEAD.NORM", "NUM_CONV is 0"),
+    ),
+    "zero gamma of FrozenBN": (
+        *(FROZEN, ("MODEL.RESNETS.ZERO_INIT_RESIDUAL", True)),
+        *("MODEL.RESNETS.ZERO_INIT_RESIDUAL", "FrozenBN"),
+    ),
+    "groups and width": (
+        SCRATCH,
+        ("MODEL.GROUP_NORM.NUM_GROUPS", 8, "MODEL.GROUP_NORM.DIM_PER_GP", 16),
+        *("MODEL.GROUP_NORM.DIM_PER_GP", "only one of them"),
+    ),
+    "neither groups nor width": (
+        SCRATCH,
+        ("MODEL.GROUP_NORM.NUM_GROUPS", -1),
+        *("MODEL.GROUP_NORM.NUM_GROUPS", "not set either"),
+    ),
+    "groups that do not divide": (
+        *(SCRATCH, ("MODEL.GROUP_NORM.NUM_GROUPS", 24)),
+        *("MODEL.GROUP_NORM.NUM_GROUPS", "channels do not divide into 24 groups (use 16 or 32)"),
+    ),
+    "width that does not divide": (
+        *(C4, ("MODEL.GROUP_NORM.DIM_PER_GP", 48)),
+        *("MODEL.GROUP_NORM.DIM_PER_GP", "backbone.stem.conv1: 64 channels"),
+    ),
+    "stock backbone, other groups": (
+        SCRATCH,
+        ("MODEL.GROUP_NORM.NUM_GROUPS", 16, "MODEL.BACKBONE.NAME", STOCK["BACKBONE"]),
+        *("MODEL.BACKBONE.NAME", "build_gn_resnet_fpn_backbone"),
+    ),
+    "stock box head, other groups": (
+        SCRATCH,
+        ("MODEL.GROUP_NORM.DIM_PER_GP", 16, "MODEL.ROI_BOX_HEAD.NAME", STOCK["ROI_BOX_HEAD"]),
+        *("MODEL.ROI_BOX_HEAD.NAME", "GNFastRCNNConvFCHead"),
+    ),
+    "stock mask head, other epsilon": (
+        SCRATCH,
+        ("MODEL.GROUP_NORM.EPSILON", 1e-3, "MODEL.ROI_MASK_HEAD.NAME", STOCK["ROI_MASK_HEAD"]),
+        *("MODEL.ROI_MASK_HEAD.NAME", "GNMaskRCNNConvUpsampleHead"),
+    ),
+    "stock C4 heads, zero gamma": (
+        C4,
+        ("MODEL.RESNETS.ZERO_INIT_RESIDUAL", True, "MODEL.ROI_HEADS.NAME", "Res5ROIHeads"),
+        *("MODEL.ROI_HEADS.NAME", "ZERO_INIT_RESIDUAL"),
+    ),
+    "steps out of order": (FPN, ("SOLVER.STEPS", "(160000,120000)"), "SOLVER.STEPS", "increase"),
+    "the same step twice": (FPN, ("SOLVER.STEPS", "(9,9)"), "SOLVER.STEPS", "do not increase"),
+    "steps past the end": (FPN, ("SOLVER.MAX_ITER", 130000), "SOLVER.STEPS", "[160000]"),
+    "classes": (
+        *(FPN, ("MODEL.ROI_HEADS.NUM_CLASSES", 7)),
+        *(
+            "MODEL.ROI_HEADS.NUM_CLASSES",
+            "coco_2017_train has 80 and coco_2017_val has 80 categories",
+        ),
+    ),
+    "decay": (FPN, ("SOLVER.WEIGHT_DECAY_NORM", 1e-4), "SOLVER.WEIGHT_DECAY_NORM", "decayed"),
+    "BN at one image": (
+        *(UNFROZEN, ("SOLVER.IMS_PER_BATCH", 8)),
+        *("SOLVER.IMS_PER_BATCH", "backbone.bottom_up.res3.0.shortcut.norm is BatchNorm"),
+    ),
+    "BN at one image a pass": (
+        *(UNFROZEN, ("SOLVER.ACCUMULATE_ITERS", 2), "SOLVER.IMS_PER_BATCH", "single image"),
+    ),
+    "parts that do not divide": (
+        *(FPN, ("SOLVER.ACCUMULATE_ITERS", 3), "SOLVER.ACCUMULATE_ITERS", "2 images"),
+    ),
+    "batch that GPUs do not divide": (
+        *(FPN, ("SOLVER.IMS_PER_BATCH", 12), "SOLVER.IMS_PER_BATCH", "among 8 GPUs"),
+    ),
+    "batch that the reference does not divide": (
+        FPN,
+        ("SOLVER.IMS_PER_BATCH", 12, "SOLVER.REFERENCE_WORLD_SIZE", 8),
+        *("SOLVER.REFERENCE_WORLD_SIZE", "set SOLVER.REFERENCE_WORLD_SIZE 0"),
+    ),
+    "no such norm": (SCRATCH, ("MODEL.RESNETS.NORM", "GNN"), "MODEL.META_ARCHITECTURE", "GNN"),
+}
+
+
+@pytest.mark.parametrize("accident", ACCIDENTS)
+def test_accidents(accident):
+    name, opts, key, words = ACCIDENTS[accident]
+    found = problems(config(name, *opts))
+    assert set(found) == {key}, "this one, and no other"
+    assert words in found[key]
+
+
+def test_sync_bn_pools_over_gpus():
+    """One image on each of 8 GPUs is a batch of 8 to SyncBN, and 1 on one GPU."""
+    cfg = config(SYNC, "SOLVER.IMS_PER_BATCH", 8)
+    assert problems(cfg, num_gpus=8) == {}
+    alone = config(SYNC, "SOLVER.IMS_PER_BATCH", 1)
+    assert set(problems(alone, num_gpus=1)) == {"SOLVER.IMS_PER_BATCH"}
+
+
+def test_all_problems_at_once():
+    cfg = config(
+        *(FPN, "MODEL.WEIGHTS", "", "MODEL.GROUP_NORM.NUM_GROUPS", 24, "SOLVER.MAX_ITER", 10),
+        *("MODEL.ROI_HEADS.NUM_CLASSES", 3, "SOLVER.WEIGHT_DECAY_NORM", 1e-4),
+    )
+    assert set(problems(cfg)) == {
+        "MODEL.BACKBONE.FREEZE_AT",
+        "MODEL.GROUP_NORM.NUM_GROUPS",
+        "MODEL.ROI_HEADS.NUM_CLASSES",
+        "SOLVER.STEPS",
+        "SOLVER.WEIGHT_DECAY_NORM",
+    }
+
+
+RIGHT = {
+    "Table 3, groups": [(SCRATCH, ("MODEL.GROUP_NORM.NUM_GROUPS", 2**i)) for i in range(7)],
+    "Table 3, widths": [(SCRATCH, ("MODEL.GROUP_NORM.DIM_PER_GP", 2**i)) for i in range(7)],
+    "Detectron's way of widths": [
+        (SCRATCH, ("MODEL.GROUP_NORM.DIM_PER_GP", 16, "MODEL.GROUP_NORM.NUM_GROUPS", -1))
+    ],
+    "another division than the weights'": [(FPN, ("MODEL.GROUP_NORM.NUM_GROUPS", 16))],
+    "Detectron's mean": [(FPN, ("MODEL.PIXEL_MEAN", "[102.9801,115.9465,122.7717]"))],
+    "the published names": [
+        (FPN, ("MODEL.WEIGHTS", "detectron2://ImageNetPretrained/FAIR/R-50-GN.pkl")),
+        (FROZEN, ("MODEL.WEIGHTS", "catalog://ImageNetPretrained/MSRA/R-50")),
+        (FROZEN, ("MODEL.WEIGHTS", "https://example.org/my_own_backbone.pth")),
+    ],
+    "boxes only": [(FPN, ("MODEL.MASK_ON", False)), (C4, ("MODEL.MASK_ON", False))],
+    "stock builders at their own division": [
+        (FPN, [word for part, name in STOCK.items() for word in (f"MODEL.{part}.NAME", name)])
+    ],
+    "cosine": [(FPN, ("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.MAX_ITER", 100))],
+    "no steps": [(FPN, ("SOLVER.STEPS", "()", "SOLVER.MAX_ITER", 100))],
+    "all BN frozen at one image": [
+        (UNFROZEN, ("SOLVER.IMS_PER_BATCH", 8, "MODEL.BACKBONE.FREEZE_AT", 5))
+    ],
+    "decay where no norm is trained": [(FROZEN, ("SOLVER.WEIGHT_DECAY_NORM", 1e-4))],
+    "another architecture": [
+        (
+            FPN,
+            (
+                *("MODEL.META_ARCHITECTURE", "SemanticSegmentor", "MODEL.MASK_ON", False),
+                *("MODEL.ROI_HEADS.NUM_CLASSES", 3),
+            ),
+        )
+    ],
+}
+
+
+@pytest.mark.parametrize("case", RIGHT)
+def test_no_false_alarm(case):
+    for name, opts in RIGHT[case]:
+        assert problems(config(name, *opts)) == {}, opts
+
+
+def test_other_divisions_than_the_weights_are_warned_of(caplog):
+    gn_det.check_config(config(FPN, "MODEL.GROUP_NORM.NUM_GROUPS", 16), 8)
+    assert "R-50-GN was trained with 32 groups" in caplog.text
+
+
+def test_classes_of_a_data_set_of_ones_own(tmp_path):
+    path = tmp_path / "mine.json"
+    categories = [{"id": 5, "name": "cell"}, {"id": 9, "name": "dust"}]
+    path.write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
+    register_coco_instances("mine", {}, str(path), str(tmp_path))
+    sets = ("DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "('mine',)")
+    assert "mine has 2 categories" in problems(config(FPN, *sets))["MODEL.ROI_HEADS.NUM_CLASSES"]
+    assert problems(config(FPN, *sets, "MODEL.ROI_HEADS.NUM_CLASSES", 2)) == {}
+
+
+def caffe2(kind: str, folder: Path) -> str:
+    """A file as Detectron's: arrays under Caffe2 names, pickled."""
+    array = np.zeros(4, dtype=np.float32)
+    blobs = {"conv1_w": array, f"res_conv1_{kind}_s": array, f"res_conv1_{kind}_b": array}
+    path = folder / f"{kind}.pkl"
+    path.write_bytes(pickle.dumps({"blobs": blobs}, protocol=2))
+    return str(path)
+
+
+def torch_file(kind: str, folder: Path) -> str:
+    norm = {"bn": nn.BatchNorm2d(4), "gn": nn.GroupNorm(2, 4)}[kind]
+    path = folder / f"{kind}.pth"
+    state = {f"stem.conv1.norm.{key}": value for key, value in norm.state_dict().items()}
+    torch.save({"model": state, "matching_heuristics": True}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("write", [caffe2, torch_file])
+def test_files_are_known_by_their_tensors(write, tmp_path):
+    bn, gn = write("bn", tmp_path), write("gn", tmp_path)
+    for name, path in ((FPN, bn), (FROZEN, gn)):
+        assert "was trained with" in problems(config(name, "MODEL.WEIGHTS", path))["MODEL.WEIGHTS"]
+    assert problems(config(FROZEN, "MODEL.WEIGHTS", bn)) == {}
+    for norm in ("GN", "LN"):
+        assert problems(config(FPN, "MODEL.WEIGHTS", gn, "MODEL.RESNETS.NORM", norm)) == {}
+
+
+class Malicious:
+    """What unpickling would run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+def test_files_run_no_code(suffix, tmp_path):
+    path = tmp_path / f"evil{suffix}"
+    path.write_bytes(pickle.dumps({"model": Malicious(tmp_path / "touched")}))
+    assert (
+        "cannot be read as weights" in problems(config(FPN, "MODEL.WEIGHTS", path))["MODEL.WEIGHTS"]
+    )
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights", pickle.dumps([1, 2])])
+@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+def test_files_that_are_no_weights(suffix, content, tmp_path):
+    path = tmp_path / f"broken{suffix}"
+    path.write_bytes(content)
+    assert set(problems(config(FPN, "MODEL.WEIGHTS", path))) == {"MODEL.WEIGHTS"}
+
+
+def test_the_trainer_refuses(tmp_path):
+    """In Python too, where nobody calls `tools/train_net.py`."""
+    words = ["MODEL.WEIGHTS", "", "OUTPUT_DIR", str(tmp_path / "run")]
+    cfg = config("Shapes/mask_rcnn_R_18_FPN_gn", *TINY, *words)
+    with pytest.raises(InputError, match=r"MODEL.BACKBONE.FREEZE_AT 2: .* set .* 0"):
+        Trainer(cfg)
+    assert not (tmp_path / "run").exists()
