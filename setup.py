@@ -13,7 +13,7 @@ setup(
     # `configs/` stands at the top of a checkout, and inside the package once installed
     packages=[*find_packages(include=["gn_det", "gn_det.*"]), "gn_det.configs"],
     package_dir={"gn_det.configs": "configs"},
-    package_data={"gn_det.configs": ["**/*.yaml"], "gn_det.evaluation": ["templates/*"]},
+    package_data={"gn_det.configs": ["**/*.yaml", "**/*.py"], "gn_det.evaluation": ["templates/*"]},
     # Detectron2, torch and torchvision are left to the user: see README
     install_requires=["jinja2", "matplotlib", "numpy", "pillow", "pycocotools", "shapely>=2"],
     extras_require={"dev": ["mypy", "pytest", "ruff"]},

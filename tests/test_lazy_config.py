@@ -1,4 +1,4 @@
-"""The LazyConfig example: the model of the YAML config of the same name, trained as Detectron2 does."""
+"""The LazyConfig example: the model and training of the YAML config of the same name."""
 
 from argparse import Namespace
 

@@ -1,4 +1,4 @@
-"""The shipped recipes against what the paper and Detectron published, and Detectron2's own rules."""
+"""The shipped recipes against what the paper, Detectron and Detectron2 published."""
 
 from argparse import Namespace
 

@@ -119,7 +119,7 @@ def test_memory_of_one_part(batch):
 
 
 def test_under_autocast(batch):
-    """The second run is in the precision of the first, or the gradients would not fit the losses."""
+    """The second run is in the precision of the first, or gradients would not fit the losses."""
     cfg = shapes_config("mask_rcnn_R_18_FPN_gn", *ALL)
 
     def run(parts: int) -> tuple[dict, dict]:

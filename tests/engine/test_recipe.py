@@ -83,15 +83,14 @@ def test_weights_of_ones_own_and_data(tmp_path, shapes):
     printed = check(SHAPES, *TINY, *keys, "MODEL.WEIGHTS", path)
     trunk, filled, random, unused = section(printed, "initial weights")
     assert trunk == str(path)
-    assert filled.endswith("(ResNet 59)") and random.split(": ")[1].startswith(f"{113 - 59} of 113")
+    assert filled.endswith("(ResNet 59)") and random.split(": ")[1].startswith("65 of 124")
     assert "(ResNet 1, FPN 24" in random
     assert unused == "in the file, but not used: 1 tensors, left.over the first"
     annotations = json.loads((shapes / "instances_train.json").read_text())["annotations"]
     annotated = {a["image_id"] for a in annotations if not a["iscrowd"]}
     (data,) = section(printed, "training set")
-    assert data == (
-        f"shapes_train: {len(annotated)} images with annotations, {60 * 2 / len(annotated):.1f} epochs"
-    )
+    count = len(annotated)
+    assert data == f"shapes_train: {count} images with annotations, {120 / count:.1f} epochs"
 
 
 def test_what_is_missing_is_told():
