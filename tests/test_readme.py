@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, SCRATCH, TINY, command
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
 from gn_det.data import make_shapes
@@ -102,11 +102,12 @@ def test_install_detectron2(checkout):
 
 def test_train_resume_evaluate(checkout):
     """In README's order, in one folder, on what stands in for COCO."""
-    coco = commands("python tools/train_net.py --config-file configs/COCO-InstanceSegmentation")
+    start = "python tools/train_net.py --config-file configs/COCO-InstanceSegmentation"
+    coco = [c for c in commands(start) if "ACCUMULATE" not in c]
     assert [
         bool(re.search(flag, c)) for flag, c in zip(("1$", "--resume", "--eval"), coco, strict=True)
     ]
-    weights = ("MODEL.WEIGHTS", "")
+    weights = SCRATCH
     device = ("MODEL.DEVICE", "cpu")
     train, resume, evaluate = coco
     run(train, checkout, *device, *weights, *SHORT)
@@ -128,6 +129,47 @@ def test_the_demo_step_by_step(checkout):
     assert (checkout / "output/gn/model_final.pth").exists()
 
 
+def test_group_divisions(checkout):
+    """Through `--check`, for all of Table 3; one of them trains."""
+    by_count, by_width = commands("python tools/train_net.py --num-gpus 8 --config-file")
+    for line, kind in ((by_count, "GN (16 groups)"), (by_width, "GN (16 channels a group)")):
+        assert f"ResNet: 53 {kind}" in run(line.replace("--num", "--check --num"), checkout)
+    by_width = by_width.replace("--num-gpus 8", "")
+    run(by_width, checkout, "MODEL.DEVICE", "cpu", *SHORT, "OUTPUT_DIR", "output/groups")
+
+
+def test_a_small_gpu(checkout):
+    (command,) = [c for c in commands("python tools/train_net.py") if "ACCUMULATE" in c]
+    printed = run(command.replace("SOLVER.REF", "--check SOLVER.REF"), checkout)
+    assert "16 images a step: 1 a pass on 1 GPU, 16 passes" in printed
+    assert "step 120,000: 0.002" in printed
+    short = (*SHORT, "SOLVER.IMS_PER_BATCH", "4", "SOLVER.ACCUMULATE_ITERS", "4")
+    run(command, checkout, "MODEL.DEVICE", "cpu", *SCRATCH, *short, "OUTPUT_DIR", "output/small")
+
+
+def test_check(checkout):
+    (command,) = commands("python tools/train_net.py --num-gpus 8 --check")
+    assert "53 GN (32 groups)" in run(command, checkout)
+
+
+def test_the_error_that_is_shown():
+    """README's error is the one that its mistakes give."""
+    (shown,) = re.findall(r"```\n(error: .*?)\n```", README, re.DOTALL)
+    config = "configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_2x_gn.yaml"
+    mistakes = ("MODEL.RESNETS.STRIDE_IN_1X1", True, "MODEL.ROI_BOX_HEAD.NUM_CONV", 0)
+    done = command("tools/train_net.py", "--check", "--config-file", config, *mistakes)
+    lines = done.stderr.strip().splitlines()
+    assert sorted(lines) == sorted(shown.splitlines())
+
+
+def test_recipes_table():
+    """Each row's command trains the config that the row links to."""
+    rows = re.findall(r"\]\((configs/\S+?\.yaml)\) .*`(python tools/train_net.py .*)`", README)
+    assert len(rows) == 22
+    for path, line in rows:
+        assert shlex.split(line)[-2:] == ["--config-file", path] and (ROOT / path).is_file()
+
+
 def test_a_longer_demo(checkout):
     (demo,) = commands("python tools/demo.py")
     make_shapes(checkout / "output/longer/datasets/shapes", num_train=6, num_val=2)
@@ -137,7 +179,8 @@ def test_a_longer_demo(checkout):
 def test_python_lines(checkout):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     head, build, rest = code.partition("trainer = ")
-    opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *SHORT, "OUTPUT_DIR", "output/python"]
+    opts = ["MODEL.DEVICE", "cpu", *SCRATCH, *SHORT, "OUTPUT_DIR", "output/python"]
+    opts += ["SOLVER.REFERENCE_WORLD_SIZE", "0"]
     script = f"{head}cfg.merge_from_list({opts!r})\n{build}{rest}"
     (checkout / "lines.py").write_text(script)
     assert "Optimizer group: " in run("python lines.py", checkout)

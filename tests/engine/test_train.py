@@ -97,10 +97,19 @@ NONSENSE = {
     ),
     "weights": (["MODEL.WEIGHTS", "none.pth"], "MODEL.WEIGHTS none.pth does not exist"),
     "data": (["DATASETS.TRAIN", "('none',)"], "no data set is registered as none"),
-    "coco": (["DATASETS.TRAIN", "('coco_2017_train',)"], "cannot read .*instances_train2017.json"),
+    "coco": (
+        [
+            *("DATASETS.TRAIN", "('coco_2017_train',)", "DATASETS.TEST", "('coco_2017_val',)"),
+            *("MODEL.ROI_HEADS.NUM_CLASSES", "80"),
+        ],
+        "cannot read .*instances_train2017.json",
+    ),
     "output": (["OUTPUT_DIR", "/dev/null/run"], "OUTPUT_DIR /dev/null/run cannot be made"),
 }
-NONSENSE["classes"] = (["MODEL.ROI_HEADS.NUM_CLASSES", "80"], "has 6 categories, but .* is 80")
+NONSENSE["classes"] = (
+    ["MODEL.ROI_HEADS.NUM_CLASSES", "80"],
+    "NUM_CLASSES 80: .*shapes_val has 6 categories",
+)
 if not torch.cuda.is_available():
     NONSENSE["device"] = (["MODEL.DEVICE", "cuda"], "add MODEL.DEVICE cpu")
 
