@@ -18,6 +18,7 @@ from detectron2.utils.events import CommonMetricPrinter, EventStorage, JSONWrite
 from PIL import Image
 from torch import Tensor, nn
 
+from ..check import check_config
 from ..errors import InputError, exit_on_input_error
 from ..modeling import CropClassifier
 from ..solver import set_norm_weight_decay
@@ -133,7 +134,10 @@ def run(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with exit_on_input_error():
         cfg = read_config(args)
+        check_config(cfg)
         check_inputs(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+        if cfg.SOLVER.ACCUMULATE_ITERS > 1:
+            raise InputError("SOLVER.ACCUMULATE_ITERS is for detectors: set it to 1")
         pretrain(setup(args))
 
 
