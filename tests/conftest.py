@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,11 @@ def command(*words: object, **kwargs) -> subprocess.CompletedProcess:
     done = [sys.executable, *map(str, words)]
     kwargs = {"cwd": ROOT, "text": True, "capture_output": True, **kwargs}
     return subprocess.run(done, **kwargs)
+
+
+def hear_interrupts() -> None:
+    """For `preexec_fn`: tests that a shell started in the background have Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, command, hear_interrupts
 
 from gn_det.data import make_shapes
 from gn_det.evaluation.coco_stats import STATS
@@ -36,7 +36,7 @@ def demo(tmp_path_factory) -> tuple[Path, str]:
     make_shapes(output / "datasets" / "shapes", num_train=8, num_val=4, seed=1)
     words = [sys.executable, "tools/demo.py", "--output-dir", str(output), *OPTS]
     silence = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(words, cwd=ROOT, **silence)
+    process = subprocess.Popen(words, cwd=ROOT, preexec_fn=hear_interrupts, **silence)
     deadline = time.monotonic() + 240
     while not (output / MODELS[1] / "config.yaml").exists():
         assert process.poll() is None and time.monotonic() < deadline

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRATCH, TINY, command, shapes_config
+from conftest import ROOT, SCRATCH, TINY, command, hear_interrupts, shapes_config
 from detectron2.modeling import build_model
 
 TRAIN = ("tools/train_net.py", "--config-file", "configs/Shapes/mask_rcnn_R_18_FPN_gn.yaml")
@@ -40,7 +40,7 @@ def trained(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("run")
     words = [sys.executable, *TRAIN, *opts(output)]
     silence = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(words, cwd=ROOT, **silence)
+    process = subprocess.Popen(words, cwd=ROOT, preexec_fn=hear_interrupts, **silence)
     deadline = time.monotonic() + 120
     while not (output / "last_checkpoint").exists():
         assert process.poll() is None and time.monotonic() < deadline
