@@ -31,7 +31,7 @@ def check_groups(cfg: CfgNode) -> Problem | None:
         key = mend.removeprefix("change ")
         return Problem(key, keys[key.rpartition(".")[2]], why, mend)
     except BUILD_ERRORS:
-        pass  # `check_layers` tells it
+        return None  # `check_layers` tells what else is wrong
     return None
 
 
