@@ -130,7 +130,7 @@ ACCIDENTS = {
     ),
     "standardised plain weights": (
         *(FPN, ("MODEL.RESNETS.WEIGHT_STANDARDIZATION", True)),
-        *("MODEL.RESNETS.WEIGHT_STANDARDIZATION", "trained without it"),
+        *("MODEL.RESNETS.WEIGHT_STANDARDIZATION", "was trained with False"),
     ),
     "mask norm on C4": (
         C4,

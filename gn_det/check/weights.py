@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from detectron2.config import CfgNode
 
-from ..checkpoint import Weights, describe
+from ..checkpoint.facts import GROUP_NORM, NORM, Facts, describe, needs_conversion
+from ..checkpoint.load import conversion_command
 from ..errors import InputError
 from ..modeling.norm import is_group_norm
 from .problem import Problem
@@ -17,67 +18,85 @@ def check_weights(cfg: CfgNode) -> Iterator[Problem]:
     """Keys that contradict what is known of the file that `MODEL.WEIGHTS` names."""
     if "resnet" not in cfg.MODEL.BACKBONE.NAME:
         return
+    weights = cfg.MODEL.WEIGHTS
     try:
-        weights = describe(cfg.MODEL.WEIGHTS)
+        facts = describe(weights)
+        source = needs_conversion(weights)
     except InputError as error:
-        yield Problem("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS, str(error), "give another file")
+        yield Problem("MODEL.WEIGHTS", weights, str(error), "give another file")
         return
-    if why := _norm_conflict(cfg, weights):
-        mend = "give weights that were trained with this norm, or change the norm"
-        yield Problem("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS, why, mend)
-    if cfg.MODEL.RESNETS.WEIGHT_STANDARDIZATION and weights.depth:
-        why = f"{cfg.MODEL.WEIGHTS} was trained without it"
-        yield Problem("MODEL.RESNETS.WEIGHT_STANDARDIZATION", True, why, "set it to False")
-    for key, value, right in (
-        ("MODEL.RESNETS.DEPTH", cfg.MODEL.RESNETS.DEPTH, weights.depth),
-        ("MODEL.RESNETS.STRIDE_IN_1X1", cfg.MODEL.RESNETS.STRIDE_IN_1X1, weights.stride_in_1x1),
-        ("INPUT.FORMAT", cfg.INPUT.FORMAT, weights.image_format),
-        ("MODEL.PIXEL_MEAN", cfg.MODEL.PIXEL_MEAN, weights.pixel_mean),
-        ("MODEL.PIXEL_STD", cfg.MODEL.PIXEL_STD, weights.pixel_std),
-    ):
-        if right is not None and not _same(value, right):
-            shown = list(right) if isinstance(right, tuple) else right
-            why = f"{cfg.MODEL.WEIGHTS} was trained with {shown}"
-            yield Problem(key, value, why, f"set {key} to that")
+    if source:
+        why = f"it is {source}'s, which Detectron2 would not load"
+        yield Problem("MODEL.WEIGHTS", weights, why, f"run `{conversion_command(weights)}`")
+        return
+    if problem := _norm_conflict(cfg, facts):
+        yield problem
+    for key, right in facts.items():
+        value = _value(cfg, key)
+        if key in (NORM, *GROUP_NORM) or _same(value, right):
+            continue
+        why = f"{weights} was trained with {right}"
+        yield Problem(key, value, why, f"set {key} to that")
 
 
 def group_mismatch(cfg: CfgNode) -> str | None:
-    """A warning, where published GN weights meet another division into groups than their own.
+    """A warning, where GN weights meet another division into groups than their own.
 
     No mistake, since Table 3 compares divisions; but the paper pretrains each with its own.
     """
-    groups = describe(cfg.MODEL.WEIGHTS).num_groups
-    keys = cfg.MODEL.GROUP_NORM
-    if groups is None or (keys.DIM_PER_GP < 1 and groups == keys.NUM_GROUPS):
+    facts = describe(cfg.MODEL.WEIGHTS)
+    if cfg.MODEL.RESNETS.NORM != "GN" or GROUP_NORM[0] not in facts:
         return None
+    groups, width = (facts[key] for key in GROUP_NORM)
+    keys = cfg.MODEL.GROUP_NORM
+    if (keys.DIM_PER_GP, keys.NUM_GROUPS * (width < 1)) == (width, groups * (width < 1)):
+        return None
+    own = f"{groups} groups" if width < 1 else f"{width} channels per group"
     return (
-        f"{cfg.MODEL.WEIGHTS} was trained with {groups} groups, and MODEL.GROUP_NORM asks for "
-        "another division: its features will be off at first"
+        f"{cfg.MODEL.WEIGHTS} was trained with {own}, and MODEL.GROUP_NORM asks for another "
+        "division: its features will be off at first"
     )
 
 
-def _norm_conflict(cfg: CfgNode, weights: Weights) -> str | None:
+def _norm_conflict(cfg: CfgNode, facts: Facts) -> Problem | None:
     """Why the trunk's norm cannot take these weights."""
-    norm = cfg.MODEL.RESNETS.NORM
-    of_group = is_group_norm(norm)
-    # The names of a file's tensors tell BN from GN, but not GN from LN or IN
-    fits_gn = norm == "GN" if weights.num_groups else of_group
-    if weights.norm == "BN" and (of_group or norm == ""):
-        return (
+    norm, own, weights = cfg.MODEL.RESNETS.NORM, facts.get(NORM), cfg.MODEL.WEIGHTS
+    mend = "give weights that were trained with this norm, or change the norm"
+    why = None
+    if own in ("BN", "FrozenBN") and (is_group_norm(norm) or norm == ""):
+        why = (
             f'it was trained with BatchNorm, but MODEL.RESNETS.NORM is "{norm}": its gamma and '
             "beta would be loaded without a word, though fitted to other statistics"
         )
-    if weights.norm == "GN" and not fits_gn:
-        return f'it was trained with Group Normalization, but MODEL.RESNETS.NORM is "{norm}"'
-    if weights.fused and norm != "FrozenBN":
-        return (
+        if norm == "GN":
+            mend = f"run `{conversion_command(weights, 'GN')}`, or change the norm"
+    elif own == "FrozenBN" and norm != "FrozenBN":
+        why = (
             "its BatchNorm is fused into an affine map, so that only FrozenBN can take it "
             f'(its detectron2:// namesake is not), but MODEL.RESNETS.NORM is "{norm}"'
         )
-    return None
+    elif is_group_norm(own) and not _takes(norm, facts):
+        why = f'it was trained with Group Normalization, but MODEL.RESNETS.NORM is "{norm}"'
+    return Problem("MODEL.WEIGHTS", weights, why, mend) if why else None
+
+
+def _takes(norm: str, facts: Facts) -> bool:
+    """Whether a norm takes weights of `GroupNorm`s."""
+    if facts[NORM] == "GN" and GROUP_NORM[0] not in facts:
+        # The names of a file's tensors tell BN from GN, but not GN from LN or IN
+        return is_group_norm(norm)
+    return norm == facts[NORM]
+
+
+def _value(cfg: CfgNode, key: str) -> object:
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
 
 
 def _same(value: object, right: object) -> bool:
-    if isinstance(value, (list, tuple)) and isinstance(right, tuple) and len(value) == len(right):
-        return all(abs(a - b) <= PIXEL_TOLERANCE for a, b in zip(value, right, strict=True))
+    if isinstance(value, list | tuple) and isinstance(right, list | tuple):
+        return len(value) == len(right) and all(
+            abs(a - b) <= PIXEL_TOLERANCE for a, b in zip(value, right, strict=True)
+        )
     return value == right

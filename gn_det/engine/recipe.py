@@ -4,10 +4,8 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.engine import DefaultTrainer
@@ -17,23 +15,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..check.weights import group_mismatch
-from ..checkpoint import describe
+from ..checkpoint.facts import describe
+from ..checkpoint.load import StrictCheckpointer
 from ..modeling import build_without_memory
+from ..modeling.parts import TRUNK, count_parts, part_of, weight_names
 from ..solver import build_optimizer, describe_groups, images_per_pass, is_norm
 from .run_record import count_parameters
-
-# Parts of a detector, by the names of their modules
-PARTS = {
-    "ResNet": r"backbone\.(bottom_up\.)?(stem|res\d)\.",
-    "FPN": r"backbone\.(fpn_|top_block)",
-    "RPN": r"proposal_generator\.",
-    "res5 (RoI head)": r"roi_heads\.res5\.",
-    "box head": r"roi_heads\.box_head\.",
-    "box predictor": r"roi_heads\.box_predictor\.",
-    "mask head": r"roi_heads\.mask_head\.",
-}
-# Tensors that hold settings, and are in no file of weights
-SETTINGS = r"pixel_mean|pixel_std|proposal_generator\.anchor_generator\.|mean$|std$"
 
 
 def describe_recipe(cfg: CfgNode, num_gpus: int = 1) -> str:
@@ -63,26 +50,12 @@ def describe_recipe(cfg: CfgNode, num_gpus: int = 1) -> str:
     )
 
 
-def _part(name: str) -> str:
-    """The part of the model that a module or tensor of this name belongs to."""
-    for part, pattern in PARTS.items():
-        if re.match(pattern, name):
-            return part
-    return name.partition(".")[0]
-
-
-def _parts(names: Iterable[str]) -> dict[str, int]:
-    """How many of the names belong to each part, in the order that pictures go through them."""
-    counts = Counter(map(_part, names))
-    return {part: counts[part] for part in [*PARTS, *counts] if part in counts}
-
-
 def _norm_layers(cfg: CfgNode, model: nn.Module) -> Iterator[str]:
-    kinds: dict[str, Counter[str]] = {part: Counter() for part in _parts(_tensors(model))}
+    kinds: dict[str, Counter[str]] = {part: Counter() for part in count_parts(weight_names(model))}
     frozen: Counter[str] = Counter()
     for name, module in model.named_modules():
         if isinstance(module, FrozenBatchNorm2d) or is_norm(module):
-            part = _part(f"{name}.")
+            part = part_of(f"{name}.")
             kinds[part][_kind(cfg, module)] += 1
             frozen[part] += any(not p.requires_grad for p in module.parameters())
     for part, found in kinds.items():
@@ -166,7 +139,7 @@ def _learning_rates(cfg: CfgNode, optimizer: Optimizer) -> Iterator[str]:
 def _initial_weights(cfg: CfgNode, model: nn.Module) -> Iterator[str]:
     """Which tensors the file of `MODEL.WEIGHTS` fills, part by part."""
     weights = cfg.MODEL.WEIGHTS
-    tensors = set(_tensors(model))
+    tensors = set(weight_names(model))
     if not weights:
         yield "none: everything starts at random"
         return
@@ -176,14 +149,14 @@ def _initial_weights(cfg: CfgNode, model: nn.Module) -> Iterator[str]:
     elif "://" not in weights:
         yield f"{weights} IS NOT HERE: training would stop"
         return
-    elif describe(weights).depth:
+    elif describe(weights):
         yield f"{weights}, a published backbone that is loaded when training starts"
-        filled, unused = {n for n in tensors if _part(n) in ("ResNet", "res5 (RoI head)")}, set()
+        filled, unused = {n for n in tensors if part_of(n) in TRUNK}, set()
     else:
         yield f"{weights}: unknown before it is loaded"
         return
     for title, names in (("filled", filled), ("random", tensors - filled)):
-        told = ", ".join(f"{part} {count}" for part, count in _parts(names).items())
+        told = ", ".join(f"{part} {count}" for part, count in count_parts(names).items())
         yield f"{title}: {len(names)} of {len(tensors)} tensors ({told or 'none'})"
     if warning := group_mismatch(cfg):
         yield warning
@@ -193,27 +166,11 @@ def _initial_weights(cfg: CfgNode, model: nn.Module) -> Iterator[str]:
 
 def _matched(model: nn.Module, weights: str) -> tuple[set[str], set[str]]:
     """Names of the model's tensors that a file fills, and of the file's that fill nothing."""
-    checkpointer = _Checkpointer(model)
-    logging.disable(logging.WARNING)  # what it would warn of is returned
+    checkpointer = StrictCheckpointer(model)
+    logging.disable(logging.WARNING)  # its block is printed in another form
     try:
-        checkpointer.load(weights)
+        checkpointer.load(weights, checkpointables=[])
     finally:
         logging.disable(logging.NOTSET)
-    unfilled = {*checkpointer.found.missing_keys}
-    unfilled |= {name for name, *_ in checkpointer.found.incorrect_shapes}
-    return set(_tensors(model)) - unfilled, set(checkpointer.found.unexpected_keys)
-
-
-class _Checkpointer(DetectionCheckpointer):
-    """Detectron2's, keeping what it found to match."""
-
-    found: Any
-
-    def _load_model(self, checkpoint: Any) -> Any:
-        self.found = super()._load_model(checkpoint)
-        return self.found
-
-
-def _tensors(model: nn.Module) -> list[str]:
-    """Names of the model's tensors that are trained, or taken from a file."""
-    return [name for name in model.state_dict() if not re.search(SETTINGS, name)]
+    assert checkpointer.loaded is not None
+    return {*checkpointer.loaded.model} - checkpointer.loaded.fresh, checkpointer.loaded.unused

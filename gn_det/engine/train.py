@@ -3,11 +3,11 @@
 import argparse
 import logging
 import os
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import (
     DefaultTrainer,
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from yaml import YAMLError
 
 from ..check import check_config
+from ..checkpoint.load import StrictCheckpointer
 from ..config import add_gn_config
 from ..data import check_dataset
 from ..errors import InputError, exit_on_input_error
@@ -48,6 +49,10 @@ class Trainer(DefaultTrainer):
         if not logging.getLogger("gn_det").isEnabledFor(logging.INFO):
             setup_logger(name="gn_det")
         super().__init__(cfg)
+        # For loading; the hooks, which have the other one, save the same
+        self.checkpointer = StrictCheckpointer(
+            self._trainer.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
@@ -144,7 +149,7 @@ def main(args: argparse.Namespace) -> dict | None:
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        StrictCheckpointer(model, cfg.OUTPUT_DIR, whole=True).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         results = Trainer.test(cfg, model)

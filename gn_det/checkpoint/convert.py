@@ -1,0 +1,206 @@
+"""A backbone from any source as Detectron2 takes it, with every tensor accounted for."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import ResNet, build_backbone
+from torch import Tensor
+
+from ..config import add_gn_config
+from ..errors import InputError
+from .facts import NORM, Facts, architecture
+from .names import CAFFE_PIXELS, SOURCES, find_source, rename
+from .read import WeightsFile
+
+STANDARDIZATION = "MODEL.RESNETS.WEIGHT_STANDARDIZATION"
+# Median |mean| / (std / sqrt(n)) of filters of n weights: 0.67 for random ones, and above it for
+# trained ones. Under weight standardisation no gradient reaches the mean, which only decays
+STANDARDIZED_BELOW = 0.35
+
+
+@dataclass
+class Conversion:
+    """A ResNet's tensors under Detectron2's names, and the account of all others.
+
+    `cfg` describes the ResNet: architecture, norm, stride and pixels.
+    """
+
+    tensors: dict[str, Tensor]
+    cfg: CfgNode
+    source: str
+    # name in the file -> why it was left out
+    dropped: dict[str, str]
+    # under Detectron2's names: those that the ResNet has and the file has not, or in another shape
+    missing: list[str]
+    # in the file, and nothing that the ResNet has
+    unknown: list[str]
+    # that the file has no need of, under Detectron2's names
+    made: list[str]
+
+    def account(self) -> Iterator[str]:
+        """Lines for people: tensors taken, made, dropped and why, missing, unknown."""
+        yield f"taken    {len(self.tensors) - len(self.made):4} tensors, named by {self.source}"
+        if self.made:
+            yield f"made     {len(self.made):4} (mean 0 and variance 1: BN is fused in this file)"
+        yield f"dropped  {len(self.dropped):4}"
+        for why, count in Counter(self.dropped.values()).items():
+            first = next(name for name, reason in self.dropped.items() if reason == why)
+            yield f"         {count:4} {why}: {first}{', ...' * (count > 1)}"
+        for title, names in (("missing", self.missing), ("unknown", self.unknown)):
+            yield f"{title}  {len(names):4}" + "".join(f"\n              {n}" for n in names[:8])
+
+    def refuse_gaps(self, missing: Sequence[str] = (), unknown: Sequence[str] = ()) -> None:
+        """Stop unless everything missing or unknown was foreseen.
+
+        Args:
+            missing, unknown: names or patterns of names (`res5.*`) that are no mistake.
+
+        Raises:
+            InputError: naming the first of the others, and the flag that lets them pass.
+        """
+        for title, flag, names, foreseen in (
+            ("missing from the file", "--allow-missing", self.missing, missing),
+            ("unknown to Detectron2's ResNet", "--allow-unknown", self.unknown, unknown),
+        ):
+            left = [n for n in names if not any(fnmatch(n.split(" ")[0], p) for p in foreseen)]
+            if left:
+                raise InputError(
+                    f"{len(left)} tensors are {title}, {left[0]} the first: give {flag} with their "
+                    "names or a pattern if that is right, and else another file or --source"
+                )
+
+
+def convert(file: WeightsFile, source: str = "auto", opts: Sequence[str] = ()) -> Conversion:
+    """Bring a backbone's tensors under Detectron2's names, and say what they have to agree with.
+
+    Args:
+        source: one of `SOURCES`, or "auto" to tell by the names.
+        opts: `KEY VALUE` pairs for what names cannot tell, such as `INPUT.FORMAT BGR`.
+
+    Raises:
+        InputError: for what Detectron2's ResNet cannot compute: pre-activation networks, other
+            stems, filters that were trained standardised, groups that do not divide the channels.
+    """
+    found = find_source(file.tensors)
+    source = found if source == "auto" else source
+    renamed = rename(file.tensors, SOURCES[source])
+    shape = architecture(renamed.tensors)
+    if not shape:
+        raise InputError(
+            "its blocks are not those of ResNet-18, 34, 50, 101 or 152; their names begin with "
+            f"{min(renamed.tensors, default=min(file.tensors))}"
+        )
+    facts = SOURCES[source].facts | shape | {NORM: renamed.norm} | file.facts
+    if "MODEL.RESNETS.STRIDE_IN_1X1" not in facts:
+        # MSRA's and Detectron's BN models alone; every GN one has it on the 3x3
+        wide = facts.get("MODEL.RESNETS.NUM_GROUPS", 1) > 1
+        facts["MODEL.RESNETS.STRIDE_IN_1X1"] = renamed.norm != "GN" and not wide
+    cfg = backbone_config(facts, opts)
+    if STANDARDIZATION not in {*opts, *file.facts} and looks_standardized(renamed.tensors):
+        raise InputError(
+            "its filters have no mean, as after training with weight standardisation, and plain "
+            f"convolutions would compute something else: add {STANDARDIZATION} True for "
+            "standardised convolutions, or False if they were trained plain"
+        )
+    made = _make_statistics(renamed.tensors) if renamed.norm == "FrozenBN" else []
+    expected = {name: tensor.shape for name, tensor in build_resnet(cfg).state_dict().items()}
+    tensors, missing, unknown = {}, [], list(renamed.unknown)
+    for name, wanted in expected.items():
+        tensor = renamed.tensors.pop(name, None)
+        if tensor is not None and tensor.shape == wanted:
+            tensors[name] = tensor.float()
+        elif name.endswith("num_batches_tracked"):
+            continue
+        else:
+            there = "" if tensor is None else f" of shape {(*wanted,)}: it is {(*tensor.shape,)}"
+            missing.append(name + there)
+    unknown += renamed.tensors
+    return Conversion(tensors, cfg, source, renamed.dropped, missing, unknown, made)
+
+
+def backbone_config(facts: Facts, opts: Sequence[str] = ()) -> CfgNode:
+    """The config of a whole ResNet on the CPU, with nothing frozen.
+
+    Raises:
+        InputError: for keys or values that do not fit.
+    """
+    cfg = get_cfg()
+    add_gn_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.BACKBONE.NAME = "build_gn_resnet_backbone"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    try:
+        cfg.merge_from_list([word for pair in facts.items() for word in pair])
+        cfg.merge_from_list(list(opts))
+    except (AssertionError, KeyError, ValueError) as error:
+        raise InputError(f"{' '.join(map(str, opts))}: {error}") from None
+    return cfg
+
+
+def build_resnet(cfg: CfgNode, tensors: Mapping[str, Tensor] | None = None) -> ResNet:
+    """The ResNet of `backbone_config`, in evaluation mode, on `MODEL.DEVICE`.
+
+    Args:
+        tensors: its weights; what it has no layer for is left. Without them it has no values
+            either, and is on PyTorch's meta device.
+
+    Raises:
+        InputError: if Detectron2 has no such ResNet, or groups do not divide its channels.
+    """
+    try:
+        with torch.device("meta"):
+            resnet = build_backbone(cfg, ShapeSpec(channels=3)).eval()
+    except AssertionError as error:
+        raise InputError(f"Detectron2 has no such ResNet: {error}") from None
+    if tensors is None:
+        return resnet
+    own = {name: tensors[name].clone() for name in resnet.state_dict() if name in tensors}
+    resnet.load_state_dict(own, strict=False, assign=True)
+    return resnet.to(cfg.MODEL.DEVICE)
+
+
+def fold_input(conversion: Conversion) -> None:
+    """Rewrite the first convolution, in place, for BGR pictures of pixel standard deviation 1.
+
+    With PyTorch's mean that makes Detectron2's defaults. The mean stays, in BGR order: after zero
+    padding, no change of weights would make up for another one.
+    """
+    keys, weight = conversion.cfg, conversion.tensors["stem.conv1.weight"]
+    std = torch.tensor(keys.MODEL.PIXEL_STD, dtype=torch.float64).view(1, 3, 1, 1)
+    weight = weight.double() / std
+    if keys.INPUT.FORMAT == "RGB":
+        weight = weight.flip(1)
+        keys.MODEL.PIXEL_MEAN = list(keys.MODEL.PIXEL_MEAN)[::-1]
+    conversion.tensors["stem.conv1.weight"] = weight.float().contiguous()
+    keys.INPUT.FORMAT, keys.MODEL.PIXEL_STD = "BGR", CAFFE_PIXELS["MODEL.PIXEL_STD"]
+
+
+def looks_standardized(tensors: dict[str, Tensor]) -> bool:
+    """Whether filters look as training with weight standardisation leaves them.
+
+    Its gradient has no part along a filter's mean, so that weight decay alone moves the mean, to 0.
+    """
+    ratios = []
+    for name, weight in tensors.items():
+        if weight.dim() == 4 and not name.startswith("stem"):
+            std, mean = torch.std_mean(weight.float().flatten(1), dim=1)
+            ratios.append(mean.abs() * weight[0].numel() ** 0.5 / std.clamp(min=1e-12))
+    return bool(torch.cat(ratios).median() < STANDARDIZED_BELOW)
+
+
+def _make_statistics(tensors: dict[str, Tensor]) -> list[str]:
+    """Add the statistics under which FrozenBN is the affine map that BN was fused into."""
+    made = []
+    for name in [name for name in tensors if name.endswith("norm.weight")]:
+        layer = name.removesuffix("weight")
+        gamma = tensors[name]
+        for statistic, value in (("running_mean", 0.0), ("running_var", 1.0 - 1e-5)):
+            tensors[layer + statistic] = torch.full_like(gamma, value)
+            made.append(layer + statistic)
+    return made

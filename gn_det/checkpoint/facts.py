@@ -1,0 +1,130 @@
+"""What is known of a backbone's weights, as the config keys that must agree with them."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import InputError
+from .names import CAFFE_PIXELS, SOURCES, TORCH_PIXELS, find_source, rename
+from .read import read_weights
+
+# Config key -> the value it must have. Of MODEL.RESNETS.NORM, "BN" stands for every norm that takes
+# BN's tensors, and "FrozenBN" for BN that is fused into its affine map and can be nothing else. An
+# unknown key is absent.
+Facts = dict[str, Any]
+
+NORM = "MODEL.RESNETS.NORM"
+GROUP_NORM = ("MODEL.GROUP_NORM.NUM_GROUPS", "MODEL.GROUP_NORM.DIM_PER_GP")
+BLOCKS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+
+# What Detectron2 loads by itself
+NATIVE = (("detectron2", ".pth"), ("detectron2", ".pkl"), ("detectron", ".pkl"))
+
+_MSRA: Facts = {NORM: "BN", "MODEL.RESNETS.STRIDE_IN_1X1": True, **CAFFE_PIXELS}
+_GN: Facts = {
+    **(_MSRA | {NORM: "GN", "MODEL.RESNETS.STRIDE_IN_1X1": False}),
+    **{"MODEL.GROUP_NORM.NUM_GROUPS": 32, "MODEL.GROUP_NORM.DIM_PER_GP": -1},
+}
+_TORCHVISION: Facts = {NORM: "BN", "MODEL.RESNETS.STRIDE_IN_1X1": False, **TORCH_PIXELS}
+_RESNEXT_STD = {"MODEL.PIXEL_STD": [57.375, 57.120, 58.395]}
+# Detectron2's ImageNetPretrained/, after its MODEL_ZOO.md, catalog.py and the configs that use them
+PUBLISHED: dict[str, Facts] = {
+    name: {"MODEL.RESNETS.DEPTH": depth, "MODEL.RESNETS.WEIGHT_STANDARDIZATION": False, **facts}
+    for name, depth, facts in (
+        ("MSRA/R-50", 50, _MSRA),
+        ("MSRA/R-101", 101, _MSRA),
+        ("FAIR/R-50-GN", 50, _GN),
+        ("FAIR/R-101-GN", 101, _GN),
+        (
+            "FAIR/X-101-32x8d",
+            101,
+            _MSRA | {"MODEL.RESNETS.STRIDE_IN_1X1": False} | _RESNEXT_STD,
+        ),
+        ("torchvision/R-50", 50, _TORCHVISION),
+    )
+}
+
+
+def describe(weights: str) -> Facts:
+    """What is known of the file that `MODEL.WEIGHTS` names.
+
+    A published file is known by its name, without a download. One on this machine is known by what
+    gn_det wrote into it, else by its tensors. Nothing is known of any other.
+
+    Raises:
+        InputError: if the file is there and cannot be read, or is no ResNet's.
+    """
+    path = Path(weights.partition("?")[0])
+    if path.is_file():
+        return describe_file(path)
+    found = re.search(r"://.*ImageNetPretrained/(?:\d+/)?(.*?)(?:\.pkl)?$", weights)
+    for name, facts in PUBLISHED.items():
+        # Detectron's own addresses have a number in the place of FAIR
+        if found and found[1] in (name, name.removeprefix("FAIR/")):
+            if facts[NORM] == "BN" and not re.match("detectron2://|.*/detectron2/", weights):
+                return facts | {
+                    NORM: "FrozenBN",
+                    "MODEL.PIXEL_STD": CAFFE_PIXELS["MODEL.PIXEL_STD"],
+                }
+            return dict(facts)
+    return {}
+
+
+def describe_file(path: Path) -> Facts:
+    """What a file tells: all that gn_det wrote into its own, else architecture and norm.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    file = read_weights(path, device="meta")
+    if file.facts:
+        return file.facts
+    try:
+        source = find_source(file.tensors)
+    except InputError:
+        return {}  # another backbone's
+    renamed = rename(file.tensors, SOURCES[source])
+    return architecture(renamed.tensors) | ({NORM: renamed.norm} if renamed.norm else {})
+
+
+def architecture(tensors: Mapping[str, Tensor]) -> Facts:
+    """The ResNet that tensors under Detectron2's names and of these shapes are of.
+
+    Nothing, if no ResNet of Detectron2's has so many blocks.
+    """
+    blocks = tuple(
+        len({name.split(".")[1] for name in tensors if name.startswith(f"{stage}.")})
+        for stage in ("res2", "res3", "res4", "res5")
+    )
+    basic = "res2.0.conv3.weight" not in tensors
+    depth = 34 if basic and blocks == (3, 4, 6, 3) else BLOCKS.get(blocks)
+    if depth is None or basic != (depth in (18, 34)):
+        return {}
+    facts: Facts = {"MODEL.RESNETS.DEPTH": depth}
+    last = f"res2.0.conv{2 if basic else 3}.weight"
+    facts["MODEL.RESNETS.STEM_OUT_CHANNELS"] = len(tensors["stem.conv1.weight"])
+    facts["MODEL.RESNETS.RES2_OUT_CHANNELS"] = len(tensors[last])
+    if not basic:
+        width, per_group = tensors["res2.0.conv2.weight"].shape[:2]
+        facts["MODEL.RESNETS.NUM_GROUPS"] = width // per_group
+        facts["MODEL.RESNETS.WIDTH_PER_GROUP"] = per_group
+    return facts
+
+
+def needs_conversion(weights: str) -> str | None:
+    """The source of a file on this machine whose names or format Detectron2 does not load.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    path = Path(weights.partition("?")[0])
+    if not path.is_file():
+        return None
+    try:
+        source = find_source(read_weights(path, device="meta").tensors)
+    except InputError:
+        return None
+    return None if (source, path.suffix) in NATIVE else source

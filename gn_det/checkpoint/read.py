@@ -1,0 +1,124 @@
+"""Reading weights of every format without running anything that a file brings along."""
+
+import argparse
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import InputError
+
+# Where trainers keep the weights, beside optimizer and counters
+NESTS = ("model", "state_dict", "model_state_dict", "model_state", "blobs")
+# How files of `torch.save` begin that are no zip archives (PyTorch before 1.6)
+_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """The tensors of a file, by name, and the facts that gn_det wrote beside them, if it did."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def read_weights(path: Path, device: str = "cpu") -> WeightsFile:
+    """Read a `.pth`, `.pkl`, `.npz` or `.safetensors` file; its content tells which it is.
+
+    Nothing but tensors, arrays and plain values is built, whatever the file asks for.
+
+    Args:
+        device: "meta" for names, shapes and dtypes alone.
+
+    Raises:
+        InputError: if it cannot be read, or holds no tensors by name; the message names it.
+    """
+    try:
+        content = _read(path, device)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} cannot be read as weights: {_reason(error)}") from None
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path} cannot be read as weights: {error}") from None
+    facts = {}
+    if isinstance(content, Mapping):
+        facts = content.get("gn_det", {})
+        for nest in NESTS:
+            if isinstance(content.get(nest), Mapping):
+                content = content[nest]
+                break
+        content = {k: _tensor(v, device) for k, v in content.items() if _is_tensor(v)}
+    if not content or not isinstance(content, dict):
+        raise InputError(f"{path} cannot be read as weights: it holds no tensors by name")
+    return WeightsFile(content, facts)
+
+
+def _read(path: Path, device: str) -> Any:
+    with path.open("rb") as file:
+        begin = file.read(16)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            arrays = all(name.endswith(".npy") for name in archive.namelist())
+        if arrays:
+            with np.load(path, allow_pickle=False) as archive:
+                return dict(archive)
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if zipfile.is_zipfile(path) or begin.startswith(_OLD_TORCH):
+        # The reference scripts of torchvision and timm keep their command line beside the weights
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location=device, weights_only=True)
+    with path.open("rb") as file:
+        return _ArrayUnpickler(file, encoding="latin1").load()
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
+
+
+def _tensor(value: Any, device: str) -> Tensor:
+    tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    return tensor.to(device)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in a few words; PyTorch takes a page for it."""
+    text = str(error)
+    _, asked, name = text.partition("Unsupported global: GLOBAL ")
+    if asked:
+        return f"it asks for {name.split()[0]}, which is no tensor"
+    return text.partition("\n")[0] or type(error).__name__
+
+
+# What pickled arrays are built with; NumPy has kept the names, but in modules that move
+_ARRAY_PARTS = {
+    "_reconstruct": np.empty(0).__reduce__()[0],
+    "scalar": np.float32(0).__reduce__()[0],
+    "ndarray": np.ndarray,
+    "dtype": np.dtype,
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles NumPy arrays and plain values, and refuses everything that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] == "numpy" and name in _ARRAY_PARTS:
+            return _ARRAY_PARTS[name]
+        if (module, name) == ("_codecs", "encode"):
+            return _encode  # how older pickles hold bytes
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no tensor")
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    return text.encode("latin1")

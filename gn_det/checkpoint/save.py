@@ -1,0 +1,74 @@
+"""A backbone's file: tensors under Detectron2's names, with the config keys that must agree."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+from torch import Tensor
+
+from .facts import GROUP_NORM, NORM, Facts
+
+KEYS = (
+    *(NORM, "MODEL.RESNETS.DEPTH", "MODEL.RESNETS.NUM_GROUPS", "MODEL.RESNETS.WIDTH_PER_GROUP"),
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "MODEL.RESNETS.RES2_OUT_CHANNELS"),
+    *("MODEL.RESNETS.STRIDE_IN_1X1", "MODEL.RESNETS.WEIGHT_STANDARDIZATION"),
+    *("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"),
+)
+
+
+def save_backbone(tensors: Mapping[str, Tensor], cfg: CfgNode, path: Path) -> None:
+    """Write a backbone for `MODEL.WEIGHTS`, and what must agree with it as YAML beside it.
+
+    Either both files are written or none, and what they replace stays until then.
+
+    Args:
+        tensors: under Detectron2's names, without the prefix of a detector.
+        cfg: the config that they were trained by.
+    """
+    facts = facts_of(cfg)
+    content = {
+        "model": {name: tensor.detach().cpu() for name, tensor in tensors.items()},
+        "__author__": "gn_det",
+        # Detectron2 then finds `backbone.bottom_up.` and the like by itself
+        "matching_heuristics": True,
+        "gn_det": facts,
+    }
+    partial = path.with_name(f"{path.name}.partial")
+    snippet = path.with_suffix(".yaml")
+    partial_snippet = snippet.with_name(f"{snippet.name}.partial")
+    torch.save(content, partial)
+    partial_snippet.write_text(keys_as_yaml(facts, path))
+    os.replace(partial, path)
+    os.replace(partial_snippet, snippet)
+
+
+def facts_of(cfg: CfgNode) -> Facts:
+    """The keys of a config that weights trained by it have to be used with."""
+    facts = {key: _value(cfg, key) for key in KEYS}
+    if facts[NORM] == "SyncBN":
+        facts[NORM] = "BN"
+    if facts[NORM] == "GN":
+        facts |= {key: _value(cfg, key) for key in GROUP_NORM}
+    return facts
+
+
+def keys_as_yaml(facts: Facts, weights: Path) -> str:
+    """The facts as they stand in a config file that takes these weights."""
+    tree: dict = {"MODEL": {"WEIGHTS": str(weights)}}
+    for key, value in facts.items():
+        node = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        # Of all that BN's tensors fit, what detectors are fine-tuned with
+        node[last] = "FrozenBN" if (key, value) == (NORM, "BN") else value
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
+
+
+def _value(cfg: CfgNode, key: str) -> object:
+    for part in key.split("."):
+        cfg = cfg[part]
+    return list(cfg) if isinstance(cfg, tuple) else cfg

@@ -1,0 +1,145 @@
+"""Bring a pretrained ResNet into Detectron2, and a BN one to Group Normalization if wanted.
+
+INPUT is a file of torchvision, timm, Detectron, GroupNorm-reproduce, MMDetection, tensorpack or
+Detectron2: .pth, .pkl, .npz or .safetensors. OUTPUT is for MODEL.WEIGHTS; beside it, OUTPUT with
+the ending .yaml has the config keys that must agree with it.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.logger import setup_logger
+from torch import Tensor
+
+from ..checkpoint.convert import Conversion, build_resnet, convert, fold_input
+from ..checkpoint.names import SOURCES
+from ..checkpoint.read import read_weights
+from ..checkpoint.save import facts_of, keys_as_yaml, save_backbone
+from ..data.pictures import load_pictures
+from ..errors import InputError, exit_on_input_error
+from ..modeling.calibrate import calibrate, measured_moments
+from ..modeling.norm import is_group_norm
+from .distill import distill, feature_errors
+
+# Of the pictures that gamma and beta are measured on
+NUM_PICTURES = 128
+SIDE = 256
+
+
+def to_group_norm(
+    conversion: Conversion, opts: Sequence[str], folder: Path, count: int, distill_steps: int = 0
+) -> None:
+    """Make a GN network of a converted one, in place, by measurement on unlabelled pictures.
+
+    Args:
+        conversion: BN, frozen or not, or GN of another division into groups.
+        opts: `KEY VALUE` pairs; `MODEL.GROUP_NORM` tells the new division.
+        folder: pictures, best of those that the detector will be trained on.
+        count: how many of them are taken.
+        distill_steps: of the training that follows, without labels.
+
+    Raises:
+        InputError: for groups that do not divide a layer's channels, and pictures that are none.
+    """
+    cfg = conversion.cfg.clone()
+    cfg.MODEL.RESNETS.NORM = "GN"
+    cfg.merge_from_list(list(opts))
+    network = build_resnet(cfg, conversion.tensors)
+    reference = build_resnet(conversion.cfg, conversion.tensors)
+    pictures = normalise(load_pictures(folder, count, SIDE, cfg.INPUT.FORMAT), cfg)
+    calibrate(network, reference, pictures, measured_moments(reference, pictures))
+    if distill_steps:
+        distill(network, reference, pictures, distill_steps)
+    with torch.no_grad():
+        few = pictures[:32]
+        errors = feature_errors(network(few), reference(few))
+    told = ", ".join(f"{name} {100 * error.item():.0f}%" for name, error in errors.items())
+    logging.getLogger(__name__).info(
+        f"GN on {len(pictures)} pictures; features differ from {conversion.source}'s by {told} of "
+        "their variance"
+    )
+    conversion.cfg, conversion.tensors = cfg, dict(network.state_dict())
+
+
+def normalise(pictures: Tensor, cfg: CfgNode) -> Tensor:
+    """Pictures (N, 3, H, W) of `INPUT.FORMAT` as the network takes them, on its device."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
+    return ((pictures - mean) / std).to(cfg.MODEL.DEVICE)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("input", type=Path, metavar="INPUT")
+    add("output", type=Path, metavar="OUTPUT.pth")
+    add("--source", choices=["auto", *SOURCES], default="auto", help="whose names the file has")
+    add("--norm", choices=["FrozenBN", "GN"], help="of the output; as in INPUT by default")
+    add("--calibrate", type=Path, metavar="PICTURES", help="folder that gamma and beta are set on")
+    add("--num-pictures", type=int, default=NUM_PICTURES, metavar="N", help="how many to take")
+    add("--distill", type=int, default=0, metavar="STEPS", help="then train towards INPUT's output")
+    add("--fold-input", action="store_true", help="for BGR pictures with pixel std 1")
+    help_ = "a tensor's name or pattern that may be "
+    add("--allow-missing", action="append", default=[], metavar="NAME", help=f"{help_}absent")
+    add("--allow-unknown", action="append", default=[], metavar="NAME", help=f"{help_}left out")
+    help_ = "KEY VALUE pairs that INPUT's names cannot tell, as INPUT.FORMAT BGR"
+    add("opts", nargs="*", help=help_)
+    return parser.parse_intermixed_args(argv)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse arguments that contradict each other.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    if args.output.suffix != ".pth":
+        raise InputError(f"{args.output} has to end in .pth, by which Detectron2 knows the format")
+    if args.output.exists() and args.output.samefile(args.input):
+        raise InputError(f"{args.output} is INPUT itself: give OUTPUT another name")
+    if not args.output.parent.is_dir():
+        raise InputError(f"{args.output.parent} is no folder: make it, or name another OUTPUT")
+    if args.distill and not args.calibrate:
+        raise InputError("--distill needs the pictures of --calibrate")
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """The whole of `tools/convert_backbone.py`."""
+    args = parse(argv)
+    setup_logger(name="gn_det")
+    torch.manual_seed(0)
+    with exit_on_input_error():
+        check_arguments(args)
+        groups = [
+            word
+            for pair in zip(args.opts[::2], args.opts[1::2], strict=True)
+            for word in pair
+            if pair[0].startswith("MODEL.GROUP_NORM") and args.calibrate
+        ]
+        others = args.opts if not groups else [w for w in args.opts if w not in groups]
+        conversion = convert(read_weights(args.input), args.source, others)
+        print("\n".join(conversion.account()))
+        conversion.refuse_gaps(args.allow_missing, args.allow_unknown)
+        if args.fold_input:
+            fold_input(conversion)
+        has_gn = is_group_norm(conversion.cfg.MODEL.RESNETS.NORM)
+        if args.norm == "FrozenBN" and has_gn:
+            raise InputError(f"{args.input} has GN, which cannot become FrozenBN: leave --norm out")
+        if args.norm == "GN" and not has_gn and not args.calibrate:
+            raise InputError(
+                "--norm GN needs --calibrate PICTURES: BN's gamma and beta would give other "
+                "features under GN's statistics"
+            )
+        if args.calibrate:
+            if args.norm == "FrozenBN" or (args.norm is None and not has_gn):
+                raise InputError("--calibrate sets GN's gamma and beta: add --norm GN")
+            to_group_norm(conversion, groups, args.calibrate, args.num_pictures, args.distill)
+        save_backbone(conversion.tensors, conversion.cfg, args.output)
+        print(f"\n{args.output} is for this config:\n")
+        print(keys_as_yaml(facts_of(conversion.cfg), args.output))

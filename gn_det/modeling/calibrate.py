@@ -1,0 +1,93 @@
+"""From a BN network to a GN one that computes nearly the same: gamma and beta set by measurement.
+
+BN's gamma and beta belong to BN's statistics. Under GN's, the same values give other features, and
+every layer adds to the error. Here each GN layer in turn gets the gamma and beta that bring its
+output, channel by channel, to the mean and the standard deviation that the BN layer's output has.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import GroupNorm
+
+# Below this a normalised channel (of variance 1 in its group) is taken to carry no signal
+SILENT = 1e-3
+
+Moments = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def promised_moments(network: nn.Module) -> Moments:
+    """Mean and standard deviation, by layer, that BN's beta and gamma stand for on its own data.
+
+    Returns:
+        name of the norm layer -> (mean, standard deviation), each of shape (C,).
+    """
+    return {name: (norm.bias, norm.weight.abs()) for name, norm in _norms(network).items()}
+
+
+@torch.no_grad()
+def measured_moments(network: nn.Module, pictures: Tensor) -> Moments:
+    """Mean and standard deviation, by layer, of what a network's norms put out on `pictures`.
+
+    Args:
+        network: a BN or FrozenBN ResNet, in evaluation mode.
+        pictures: (N, 3, H, W), normalised as the network takes them.
+
+    Returns:
+        as `promised_moments`.
+    """
+    moments = {}
+
+    def measure(name: str):
+        def hook(_: nn.Module, __: object, output: Tensor) -> None:
+            moments[name] = _channel_moments(output)
+
+        return hook
+
+    hooks = [norm.register_forward_hook(measure(name)) for name, norm in _norms(network).items()]
+    network(pictures)
+    for handle in hooks:
+        handle.remove()
+    return moments
+
+
+@torch.no_grad()
+def calibrate(network: nn.Module, reference: nn.Module, pictures: Tensor, moments: Moments) -> None:
+    """Set gamma and beta of every `GroupNorm`, from the first layer on, in one forward pass.
+
+    Args:
+        network: a GN ResNet, changed in place; its convolutions are `reference`'s.
+        reference: the BN network, whose layers go by the same names. A channel keeps its gamma's
+            sign, which decides which of its values the ReLU lets through.
+        pictures: (N, 3, H, W), about 100 unlabelled ones.
+        moments: those to reach, by layer, from `measured_moments` or `promised_moments`.
+    """
+    signs = {name: norm.weight.sign() for name, norm in _norms(reference).items()}
+
+    def fit(name: str):
+        def hook(norm: GroupNorm, inputs: tuple[Tensor]) -> None:
+            normalised = F.group_norm(inputs[0], norm.num_groups, eps=norm.eps)
+            mean, std = _channel_moments(normalised)
+            wanted_mean, wanted_std = moments[name]
+            gain = torch.where(std > SILENT, wanted_std / std, torch.zeros_like(std))
+            norm.weight.copy_(signs[name] * gain)
+            norm.bias.copy_(wanted_mean - norm.weight * mean)
+
+        return hook
+
+    hooks = [n.register_forward_pre_hook(fit(name)) for name, n in _norms(network).items()]
+    network(pictures)
+    for handle in hooks:
+        handle.remove()
+
+
+def _norms(network: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in network.named_modules() if name.endswith("norm")}
+
+
+def _channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    std, mean = torch.std_mean(x, dim=(0, 2, 3))
+    return mean, std
