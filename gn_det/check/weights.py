@@ -60,7 +60,7 @@ def group_mismatch(cfg: CfgNode) -> str | None:
 
 def _norm_conflict(cfg: CfgNode, facts: Facts) -> Problem | None:
     """Why the trunk's norm cannot take these weights."""
-    norm, own, weights = cfg.MODEL.RESNETS.NORM, facts.get(NORM), cfg.MODEL.WEIGHTS
+    norm, own, weights = cfg.MODEL.RESNETS.NORM, facts.get(NORM, ""), cfg.MODEL.WEIGHTS
     mend = "give weights that were trained with this norm, or change the norm"
     why = None
     if own in ("BN", "FrozenBN") and (is_group_norm(norm) or norm == ""):

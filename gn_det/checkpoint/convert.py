@@ -95,7 +95,7 @@ def convert(file: WeightsFile, source: str = "auto", opts: Sequence[str] = ()) -
             "its blocks are not those of ResNet-18, 34, 50, 101 or 152; their names begin with "
             f"{min(renamed.tensors, default=min(file.tensors))}"
         )
-    facts = SOURCES[source].facts | shape | {NORM: renamed.norm} | file.facts
+    facts = dict(SOURCES[source].facts) | shape | {NORM: renamed.norm} | file.facts
     if "MODEL.RESNETS.STRIDE_IN_1X1" not in facts:
         # MSRA's and Detectron's BN models alone; every GN one has it on the 3x3
         wide = facts.get("MODEL.RESNETS.NUM_GROUPS", 1) > 1

@@ -18,7 +18,12 @@ Facts = dict[str, Any]
 
 NORM = "MODEL.RESNETS.NORM"
 GROUP_NORM = ("MODEL.GROUP_NORM.NUM_GROUPS", "MODEL.GROUP_NORM.DIM_PER_GP")
-BLOCKS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+BLOCKS: dict[tuple[int, ...], int] = {
+    (2, 2, 2, 2): 18,
+    (3, 4, 6, 3): 50,
+    (3, 4, 23, 3): 101,
+    (3, 8, 36, 3): 152,
+}
 
 # What Detectron2 loads by itself
 NATIVE = (("detectron2", ".pth"), ("detectron2", ".pkl"), ("detectron", ".pkl"))

@@ -1,5 +1,6 @@
 """Unlabelled pictures from a folder, for measuring what a network makes of them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,22 @@ from ..errors import InputError
 SUFFIXES = frozenset(Image.registered_extensions())
 
 
-def load_pictures(folder: Path, count: int, side: int, image_format: str, seed: int = 0) -> Tensor:
-    """A random choice of the pictures below a folder, their middles cut square.
+def choose_pictures(folder: Path, count: int, seed: int = 0) -> list[Path]:
+    """A random choice of the pictures below a folder; all of them, where there are fewer.
+
+    Raises:
+        InputError: if the folder is none or holds no pictures.
+    """
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not paths:
+        raise InputError(f"{folder} holds no pictures: name a folder of about 100, of any names")
+    return [paths[i] for i in np.random.default_rng(seed).permutation(len(paths))[:count]]
+
+
+def load_pictures(paths: Iterable[Path], side: int, image_format: str) -> Tensor:
+    """Pictures of any sizes as one batch, their middles cut square.
 
     Args:
-        count: how many; all of them, where there are fewer.
         side: length in pixels that the shorter side is brought to, and of the square.
         image_format: "RGB" or "BGR".
 
@@ -24,14 +36,10 @@ def load_pictures(folder: Path, count: int, side: int, image_format: str, seed: 
         uint8 of shape (N, 3, side, side).
 
     Raises:
-        InputError: if the folder is none or holds no pictures, or one of them cannot be read.
+        InputError: if one cannot be read.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not paths:
-        raise InputError(f"{folder} holds no pictures: name a folder of about 100, of any names")
-    chosen = np.random.default_rng(seed).permutation(len(paths))[:count]
     pictures = []
-    for path in (paths[i] for i in chosen):
+    for path in paths:
         try:
             with Image.open(path) as file:
                 picture = ImageOps.exif_transpose(file).convert("RGB")

@@ -7,7 +7,7 @@ the ending .yaml has the config keys that must agree with it.
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from ..checkpoint.convert import Conversion, build_resnet, convert, fold_input
 from ..checkpoint.names import SOURCES
 from ..checkpoint.read import read_weights
 from ..checkpoint.save import facts_of, keys_as_yaml, save_backbone
-from ..data.pictures import load_pictures
+from ..data.pictures import choose_pictures, load_pictures
 from ..errors import InputError, exit_on_input_error
 from ..modeling.calibrate import calibrate, measured_moments
 from ..modeling.norm import is_group_norm
@@ -31,35 +31,33 @@ SIDE = 256
 
 
 def to_group_norm(
-    conversion: Conversion, opts: Sequence[str], folder: Path, count: int, distill_steps: int = 0
+    conversion: Conversion, opts: Sequence[str], pictures: Iterable[Path], distill_steps: int = 0
 ) -> None:
     """Make a GN network of a converted one, in place, by measurement on unlabelled pictures.
 
     Args:
         conversion: BN, frozen or not, or GN of another division into groups.
         opts: `KEY VALUE` pairs; `MODEL.GROUP_NORM` tells the new division.
-        folder: pictures, best of those that the detector will be trained on.
-        count: how many of them are taken.
+        pictures: about 100 files, best of those that the detector will be trained on.
         distill_steps: of the training that follows, without labels.
 
     Raises:
-        InputError: for groups that do not divide a layer's channels, and pictures that are none.
+        InputError: for groups that do not divide a layer's channels, and unreadable pictures.
     """
     cfg = conversion.cfg.clone()
     cfg.MODEL.RESNETS.NORM = "GN"
     cfg.merge_from_list(list(opts))
     network = build_resnet(cfg, conversion.tensors)
     reference = build_resnet(conversion.cfg, conversion.tensors)
-    pictures = normalise(load_pictures(folder, count, SIDE, cfg.INPUT.FORMAT), cfg)
-    calibrate(network, reference, pictures, measured_moments(reference, pictures))
+    x = normalise(load_pictures(pictures, SIDE, cfg.INPUT.FORMAT), cfg)
+    calibrate(network, reference, x, measured_moments(reference, x))
     if distill_steps:
-        distill(network, reference, pictures, distill_steps)
+        distill(network, reference, x, distill_steps)
     with torch.no_grad():
-        few = pictures[:32]
-        errors = feature_errors(network(few), reference(few))
+        errors = feature_errors(network(x[:32]), reference(x[:32]))
     told = ", ".join(f"{name} {100 * error.item():.0f}%" for name, error in errors.items())
     logging.getLogger(__name__).info(
-        f"GN on {len(pictures)} pictures; features differ from {conversion.source}'s by {told} of "
+        f"GN on {len(x)} pictures; features differ from {conversion.source}'s by {told} of "
         "their variance"
     )
     conversion.cfg, conversion.tensors = cfg, dict(network.state_dict())
@@ -113,7 +111,6 @@ def run(argv: Sequence[str] | None = None) -> None:
     """The whole of `tools/convert_backbone.py`."""
     args = parse(argv)
     setup_logger(name="gn_det")
-    torch.manual_seed(0)
     with exit_on_input_error():
         check_arguments(args)
         groups = [
@@ -139,7 +136,9 @@ def run(argv: Sequence[str] | None = None) -> None:
         if args.calibrate:
             if args.norm == "FrozenBN" or (args.norm is None and not has_gn):
                 raise InputError("--calibrate sets GN's gamma and beta: add --norm GN")
-            to_group_norm(conversion, groups, args.calibrate, args.num_pictures, args.distill)
+            torch.manual_seed(0)
+            pictures = choose_pictures(args.calibrate, args.num_pictures)
+            to_group_norm(conversion, groups, pictures, args.distill)
         save_backbone(conversion.tensors, conversion.cfg, args.output)
         print(f"\n{args.output} is for this config:\n")
         print(keys_as_yaml(facts_of(conversion.cfg), args.output))

@@ -5,7 +5,10 @@ every layer adds to the error. Here each GN layer in turn gets the gamma and bet
 output, channel by channel, to the mean and the standard deviation that the BN layer's output has.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +28,7 @@ def promised_moments(network: nn.Module) -> Moments:
     Returns:
         name of the norm layer -> (mean, standard deviation), each of shape (C,).
     """
-    return {name: (norm.bias, norm.weight.abs()) for name, norm in _norms(network).items()}
+    return {name: (norm.bias.detach(), norm.weight.abs()) for name, norm in _norms(network).items()}
 
 
 @torch.no_grad()
@@ -33,24 +36,19 @@ def measured_moments(network: nn.Module, pictures: Tensor) -> Moments:
     """Mean and standard deviation, by layer, of what a network's norms put out on `pictures`.
 
     Args:
-        network: a BN or FrozenBN ResNet, in evaluation mode.
+        network: a ResNet in evaluation mode.
         pictures: (N, 3, H, W), normalised as the network takes them.
 
     Returns:
         as `promised_moments`.
     """
-    moments = {}
+    moments: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def measure(name: str):
-        def hook(_: nn.Module, __: object, output: Tensor) -> None:
-            moments[name] = _channel_moments(output)
+    def measure(name: str, _: nn.Module, __: object, output: Tensor) -> None:
+        moments[name] = _channel_moments(output)
 
-        return hook
-
-    hooks = [norm.register_forward_hook(measure(name)) for name, norm in _norms(network).items()]
-    network(pictures)
-    for handle in hooks:
-        handle.remove()
+    with _hooks(network, nn.Module.register_forward_hook, measure):
+        network(pictures)
     return moments
 
 
@@ -60,31 +58,36 @@ def calibrate(network: nn.Module, reference: nn.Module, pictures: Tensor, moment
 
     Args:
         network: a GN ResNet, changed in place; its convolutions are `reference`'s.
-        reference: the BN network, whose layers go by the same names. A channel keeps its gamma's
-            sign, which decides which of its values the ReLU lets through.
+        reference: the network it comes from, whose layers go by the same names. A channel keeps its
+            gamma's sign, which decides which of its values the ReLU lets through.
         pictures: (N, 3, H, W), about 100 unlabelled ones.
         moments: those to reach, by layer, from `measured_moments` or `promised_moments`.
     """
     signs = {name: norm.weight.sign() for name, norm in _norms(reference).items()}
 
-    def fit(name: str):
-        def hook(norm: GroupNorm, inputs: tuple[Tensor]) -> None:
-            normalised = F.group_norm(inputs[0], norm.num_groups, eps=norm.eps)
-            mean, std = _channel_moments(normalised)
-            wanted_mean, wanted_std = moments[name]
-            gain = torch.where(std > SILENT, wanted_std / std, torch.zeros_like(std))
-            norm.weight.copy_(signs[name] * gain)
-            norm.bias.copy_(wanted_mean - norm.weight * mean)
+    def fit(name: str, norm: GroupNorm, inputs: tuple[Tensor]) -> None:
+        mean, std = _channel_moments(F.group_norm(inputs[0], norm.num_groups, eps=norm.eps))
+        wanted_mean, wanted_std = moments[name]
+        gain = torch.where(std > SILENT, wanted_std / std, torch.zeros_like(std))
+        norm.weight.copy_(signs[name] * gain)
+        norm.bias.copy_(wanted_mean - norm.weight * mean)
 
-        return hook
-
-    hooks = [n.register_forward_pre_hook(fit(name)) for name, n in _norms(network).items()]
-    network(pictures)
-    for handle in hooks:
-        handle.remove()
+    with _hooks(network, nn.Module.register_forward_pre_hook, fit):
+        network(pictures)
 
 
-def _norms(network: nn.Module) -> dict[str, nn.Module]:
+@contextmanager
+def _hooks(network: nn.Module, register: Callable, hook: Callable) -> Iterator[None]:
+    """The hook on every norm, with the norm's name as its first argument."""
+    handles = [register(norm, partial(hook, name)) for name, norm in _norms(network).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _norms(network: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in network.named_modules() if name.endswith("norm")}
 
 

@@ -1,0 +1,116 @@
+"""Files of every format are read, and none of them runs anything."""
+
+import argparse
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from gn_det.checkpoint.read import read_weights
+from gn_det.errors import InputError
+
+STATE = {
+    "conv1.weight": torch.arange(12.0).view(1, 3, 2, 2),
+    "bn1.bias": torch.tensor([0.5], dtype=torch.float16),
+}
+ARRAYS = {name: tensor.numpy() for name, tensor in STATE.items()}
+
+WRITERS = {
+    "state.pth": lambda path: torch.save(STATE, path),
+    "old.pth": lambda path: torch.save(STATE, path, _use_new_zipfile_serialization=False),
+    "trainer.pth.tar": lambda path: torch.save(
+        {
+            "state_dict": OrderedDict(STATE),
+            "epoch": 3,
+            "args": argparse.Namespace(lr=0.1),
+            "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}},
+        },
+        path,
+    ),
+    "blobs.pkl": lambda path: path.write_bytes(pickle.dumps({"blobs": ARRAYS}, protocol=2)),
+    "ordered.pkl": lambda path: path.write_bytes(pickle.dumps(OrderedDict(ARRAYS))),
+    "arrays.npz": lambda path: np.savez_compressed(path, **ARRAYS),
+    "model.safetensors": lambda path: save_file(STATE, path),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_formats(name, device, tmp_path):
+    path = tmp_path / name
+    WRITERS[name](path)
+    tensors = read_weights(path, device).tensors
+    assert tensors.keys() == STATE.keys()
+    for key, tensor in STATE.items():
+        assert tensors[key].device.type == device
+        if device == "cpu":
+            assert_close(tensors[key], tensor, rtol=0, atol=0)
+        else:
+            assert tensors[key].shape == tensor.shape
+
+
+class Malicious:
+    """What unpickling would run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def malicious_npz(evil: Malicious, path: Path) -> None:
+    np.savez(path, **{"conv0/W": np.array([evil], dtype=object)})
+
+
+EVIL = {
+    "evil.pkl": lambda evil, path: path.write_bytes(pickle.dumps({"conv1_w": evil})),
+    "nested.pkl": lambda evil, path: path.write_bytes(
+        pickle.dumps({"blobs": {"conv1_w": np.array([evil], dtype=object)}})
+    ),
+    "evil.pth": lambda evil, path: torch.save({"model": evil}, path),
+    "old.pth": lambda evil, path: torch.save(
+        {"model": evil}, path, _use_new_zipfile_serialization=False
+    ),
+    "pickle.pth": lambda evil, path: path.write_bytes(pickle.dumps({"model": evil})),
+    "evil.npz": malicious_npz,
+    "evil.safetensors": lambda evil, path: path.write_bytes(pickle.dumps({"model": evil})),
+}
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_nothing_is_run(name, tmp_path):
+    path, touched = tmp_path / name, tmp_path / "touched"
+    EVIL[name](Malicious(touched), path)
+    with pytest.raises(InputError, match=f"{name} cannot be read as weights: ") as error:
+        read_weights(path)
+    assert "\n" not in str(error.value) and not touched.exists()
+    if not name.endswith(("npz", "safetensors")):
+        assert "which is no tensor" in str(error.value)
+
+
+def test_the_malice_is_real(tmp_path):
+    """Python's own unpickler would run it."""
+    path = tmp_path / "evil.pkl"
+    EVIL["evil.pkl"](Malicious(tmp_path / "touched"), path)
+    pickle.loads(path.read_bytes())
+    assert (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not weights", pickle.dumps([1, 2])])
+@pytest.mark.parametrize("suffix", [".pth", ".pkl", ".npz", ".safetensors"])
+def test_no_weights(suffix, content, tmp_path):
+    path = tmp_path / f"broken{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"broken{suffix} cannot be read as weights"):
+        read_weights(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match="No such file"):
+        read_weights(tmp_path / "absent.pth")

@@ -1,0 +1,297 @@
+#!/usr/bin/env python3
+"""Ways from a BN backbone to a GN one, compared: by a linear probe and by fine-tuned detectors.
+
+Every backbone is made from one BN file: gamma and beta copied, reset, calibrated, or calibrated and
+distilled. A run is one backbone, data set and seed. Finished runs are kept in OUTPUT/results.json,
+and the command goes on from there.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from detectron2.data.datasets import register_coco_instances
+from detectron2.utils.env import seed_all_rng
+from torch import Tensor
+
+from gn_det.checkpoint.convert import Conversion, build_resnet, convert
+from gn_det.checkpoint.read import read_weights
+from gn_det.checkpoint.save import facts_of, save_backbone
+from gn_det.data.pictures import load_pictures
+from gn_det.engine.convert import SIDE, normalise, to_group_norm
+from gn_det.engine.train import Trainer, read_config
+from gn_det.evaluation.linear_probe import mean_auc
+
+SEEDS = (0, 1, 2)
+ITERATIONS = 250
+DISTILL_STEPS = 300
+
+
+@dataclass(frozen=True)
+class Model:
+    """A way to a backbone, and how it is fine-tuned."""
+
+    name: str
+    how: str
+    division: tuple[str, int] = ("NUM_GROUPS", 32)
+    pictures: int = 128
+    foreign: bool = False
+    freeze_at: int = 2
+
+
+CORE = (
+    Model("BN*", "bn"),
+    Model("BN*, stem and res2 trained", "bn", freeze_at=0),
+    Model("GN, gamma and beta copied", "copied"),
+    Model("GN, gamma 1 and beta 0", "reset"),
+    Model("GN calibrated", "calibrated"),
+    Model("GN distilled", "distilled"),
+    Model("GN calibrated, stem and res2 trained", "calibrated", freeze_at=0),
+    Model("GN distilled, stem and res2 trained", "distilled", freeze_at=0),
+)
+MORE = (
+    Model("GN calibrated, 16 groups", "calibrated", ("NUM_GROUPS", 16)),
+    Model("GN calibrated, 1 group", "calibrated", ("NUM_GROUPS", 1)),
+    Model("GN calibrated, 16 channels per group", "calibrated", ("DIM_PER_GP", 16)),
+    Model("GN calibrated, 8 pictures", "calibrated", pictures=8),
+    Model("GN calibrated, 32 pictures", "calibrated", pictures=32),
+    Model("GN calibrated, foreign pictures", "calibrated", foreign=True),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One backbone on one data set; `folder` has images/ and instances_{train,val}.json."""
+
+    model: Model
+    data: str
+    folder: str
+    foreign: str
+    seed: int
+    probe: bool
+    backbone: str
+    output: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.data}, {'probe' if self.probe else 'AP'}, {self.model.name}, {self.seed}"
+
+    def pictures(self) -> list[Path]:
+        """A choice of the training pictures, without their labels."""
+        folder = Path(self.foreign if self.model.foreign else self.folder)
+        images = json.loads((folder / "instances_train.json").read_text())["images"]
+        chosen = random.Random(self.seed).sample(images, min(self.model.pictures, len(images)))
+        return [folder / "images" / image["file_name"] for image in chosen]
+
+    def convert(self) -> Conversion:
+        """The backbone that the model's name promises."""
+        conversion = convert(read_weights(Path(self.backbone)))
+        key, number = self.model.division
+        keys = [f"MODEL.GROUP_NORM.{key}", str(number)]
+        if self.model.how in ("calibrated", "distilled"):
+            steps = DISTILL_STEPS if self.model.how == "distilled" else 0
+            to_group_norm(conversion, keys, self.pictures(), steps)
+        elif self.model.how in ("copied", "reset"):
+            conversion.cfg.MODEL.RESNETS.NORM = "GN"
+            tensors = {k: v for k, v in conversion.tensors.items() if "running" not in k}
+            if self.model.how == "reset":
+                tensors |= {k: torch.ones_like(v) for k, v in tensors.items() if "norm.w" in k}
+                tensors |= {k: torch.zeros_like(v) for k, v in tensors.items() if "norm.b" in k}
+            conversion.tensors = tensors
+        return conversion
+
+    def execute(self) -> dict[str, float]:
+        torch.set_num_threads(1)
+        seed_all_rng(self.seed)
+        conversion = self.convert()
+        return self.probe_features(conversion) if self.probe else self.fine_tune(conversion)
+
+    def fine_tune(self, conversion: Conversion) -> dict[str, float]:
+        """Box and mask AP of a small Mask R-CNN with GN in FPN and heads, at 2 images a batch."""
+        folder = Path(self.output) / self.key.replace(", ", "_").replace(" ", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_backbone(conversion.tensors, conversion.cfg, folder / "backbone.pth")
+        names = {split: f"{self.data}_{split}_study" for split in ("train", "val")}
+        for split, name in names.items():
+            annotations = f"{self.folder}/instances_{split}.json"
+            register_coco_instances(name, {}, annotations, f"{self.folder}/images")
+        facts = facts_of(conversion.cfg)
+        if self.model.how == "bn":
+            facts["MODEL.RESNETS.NORM"] = "FrozenBN"
+        categories = json.loads(Path(annotations).read_text())["categories"]
+        keys = {
+            **facts,
+            "MODEL.WEIGHTS": str(folder / "backbone.pth"),
+            "MODEL.BACKBONE.FREEZE_AT": self.model.freeze_at,
+            "MODEL.DEVICE": "cuda" if torch.cuda.is_available() else "cpu",
+            "MODEL.ROI_HEADS.NUM_CLASSES": len(categories),
+            "DATASETS.TRAIN": (names["train"],),
+            "DATASETS.TEST": (names["val"],),
+            "INPUT.MIN_SIZE_TRAIN": (256,),
+            "INPUT.MIN_SIZE_TEST": 256,
+            "SOLVER.BASE_LR": 0.005,
+            "SOLVER.MAX_ITER": ITERATIONS,
+            "SOLVER.STEPS": (ITERATIONS * 3 // 4, ITERATIONS * 9 // 10),
+            "TEST.DETECTIONS_PER_IMAGE": 100,
+            "TEST.EVAL_PERIOD": 0,
+            "SOLVER.CHECKPOINT_PERIOD": ITERATIONS * 2,
+            "SEED": self.seed,
+            "OUTPUT_DIR": str(folder),
+        }
+        opts = [str(word) for pair in keys.items() for word in pair]
+        config = "Shapes/mask_rcnn_R_18_FPN_gn.yaml"
+        trainer = Trainer(read_config(argparse.Namespace(config_file=config, opts=opts)))
+        trainer.resume_or_load(resume=False)
+        results = trainer.train()
+        for file in folder.glob("*.pth"):
+            file.unlink()
+        return {"box AP": results["bbox"]["AP"], "mask AP": results["segm"]["AP"]}
+
+    @torch.no_grad()
+    def probe_features(self, conversion: Conversion) -> dict[str, float]:
+        """Mean AUC of a linear probe of pooled res4 and res5, and how near these are to BN's."""
+        contents: dict[str, set[int]] = {}
+        for split in ("train", "val"):
+            truth = json.loads(Path(self.folder, f"instances_{split}.json").read_text())
+            files = {image["id"]: image["file_name"] for image in truth["images"]}
+            contents |= {name: set() for name in files.values()}
+            for annotation in truth["annotations"]:
+                contents[files[annotation["image_id"]]].add(annotation["category_id"])
+        classes = sorted(set().union(*contents.values()))
+        labels = torch.tensor([[c in found for c in classes] for found in contents.values()])
+        paths = [Path(self.folder, "images", name) for name in contents]
+        original = convert(read_weights(Path(self.backbone)))
+        features, reference = (pooled_features(c, paths) for c in (conversion, original))
+        correlation = torch.corrcoef(torch.stack([features.flatten(), reference.flatten()]))[0, 1]
+        return {"AUC": mean_auc(features, labels, self.seed), "correlation": correlation.item()}
+
+
+def pooled_features(conversion: Conversion, paths: list[Path]) -> Tensor:
+    """res4 and res5 averaged over each picture, (N, channels)."""
+    resnet = build_resnet(conversion.cfg, conversion.tensors)
+    pictures = load_pictures(paths, SIDE, conversion.cfg.INPUT.FORMAT)
+    parts = [resnet(part) for part in normalise(pictures, conversion.cfg).split(16)]
+    pooled = [[part[stage].mean((2, 3)) for stage in ("res4", "res5")] for part in parts]
+    return torch.cat([torch.cat(stages, dim=1) for stages in pooled])
+
+
+def all_runs(args: argparse.Namespace) -> list[Run]:
+    """Every run, the most telling first."""
+    first = args.data[0]
+    probed = [("probe", args.probe, first[1], True)] if args.probe else []
+    tuned = [(name, folder, args.probe or folder, False) for name, folder in args.data]
+    runs = []
+    for models, sets in ((CORE, [*probed, *tuned]), (MORE, [*probed, tuned[0]])):
+        for seed in SEEDS:
+            for name, folder, foreign, probe in sets:
+                for model in models:
+                    # What is frozen makes no difference to a probe, nor is there a foreign set
+                    if (probe and model.freeze_at == 0) or (model.foreign and folder == foreign):
+                        continue
+                    where = str(args.output_dir)
+                    runs.append(
+                        Run(model, name, folder, foreign, seed, probe, args.backbone, where)
+                    )
+    return runs
+
+
+def execute(run: Run) -> tuple[str, dict[str, float]]:
+    """In a process of its own."""
+    return run.key, run.execute()
+
+
+def tabulate(runs: list[Run], results: dict[str, dict[str, float]]) -> str:
+    """Mean and standard deviation over seeds, as Markdown."""
+    columns = list(dict.fromkeys((r.data, m) for r in runs for m in results.get(r.key, ())))
+    lines = ["| model | " + " | ".join(f"{data}, {m}" for data, m in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for model in (*CORE, *MORE):
+        cells = []
+        for column in columns:
+            values = values_of(runs, results, model, *column)
+            digits = 1 if "AP" in column[1] else 3
+            cells.append(spread(values, digits) if values else "")
+        lines.append(f"| {model.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def values_of(
+    runs: list[Run], results: dict[str, dict[str, float]], model: Model, data: str, measure: str
+) -> list[float]:
+    """One measure of a model on one data set, seed by seed."""
+    mine = [results[r.key] for r in runs if (r.model, r.data) == (model, data) and r.key in results]
+    return [result[measure] for result in mine if measure in result]
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean ± standard deviation, and the number of seeds where it is not all of them."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    note = "" if len(values) == len(SEEDS) else f" ({len(values)} seeds)"
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}{note}"
+
+
+def plot(runs: list[Run], results: dict[str, dict[str, float]], path: Path) -> None:
+    """Box AP of every model, a panel for each data set, a dot for each seed."""
+    sets = list(dict.fromkeys(r.data for r in runs if not r.probe))
+    figure, axes = plt.subplots(1, len(sets), figsize=(5 * len(sets) + 2, 5), squeeze=False)
+    for axis, data in zip(axes[0], sets, strict=True):
+        found = [(m, values_of(runs, results, m, data, "box AP")) for m in (*CORE, *MORE)]
+        found = [(model, values) for model, values in found if values][::-1]
+        for y, (model, values) in enumerate(found):
+            colour = "tab:gray" if model.how == "bn" else "tab:blue"
+            axis.barh(y, statistics.mean(values), color=colour, alpha=0.4)
+            axis.plot(values, [y] * len(values), "o", color=colour, markersize=4)
+        axis.set_yticks(range(len(found)), [model.name for model, _ in found])
+        axis.set_title(data)
+        axis.set_xlabel("box AP")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    add = parser.add_argument
+    pair = "NAME=FOLDER"
+    add("backbone", help="a BN ResNet, as tools/convert_backbone.py takes it")
+    help_ = "COCO-format data that detectors are fine-tuned on: images/, instances_{train,val}.json"
+    add("--data", nargs="+", required=True, metavar=pair, help=help_)
+    help_ = "photographs in the same format, for the probe, and as foreign pictures"
+    add("--probe", metavar="FOLDER", help=help_)
+    add("--output-dir", type=Path, default=Path("output/study_calibration"), metavar="FOLDER")
+    add("--processes", type=int, default=2, help="runs side by side, one thread each")
+    args = parser.parse_args()
+    args.data = [tuple(word.split("=", 1)) for word in args.data]
+    return args
+
+
+def main() -> None:
+    """Run what is not in OUTPUT/results.json yet, and write table and plot."""
+    args = parse()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    runs = all_runs(args)
+    left = [run for run in runs if run.key not in results]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(args.processes, maxtasksperchild=1) as pool:
+        for key, result in pool.imap_unordered(execute, left):
+            print(key, result, flush=True)
+            results[key] = result
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(results, indent=1) + "\n")
+            os.replace(partial, path)
+    (args.output_dir / "table.md").write_text(tabulate(runs, results))
+    plot(runs, results, args.output_dir / "plot.png")
+    print(tabulate(runs, results))
+
+
+if __name__ == "__main__":
+    main()
