@@ -92,11 +92,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse arguments that contradict each other.
+    """Refuse arguments that contradict each other or name impossible places.
 
     Raises:
-        InputError: naming the flag.
+        InputError: naming the flag or file.
     """
+    if not args.input.is_file():
+        raise InputError(f"{args.input} does not exist")
     if args.output.suffix != ".pth":
         raise InputError(f"{args.output} has to end in .pth, by which Detectron2 knows the format")
     if args.output.exists() and args.output.samefile(args.input):
@@ -105,6 +107,26 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"{args.output.parent} is no folder: make it, or name another OUTPUT")
     if args.distill and not args.calibrate:
         raise InputError("--distill needs the pictures of --calibrate")
+    if len(args.opts) % 2:
+        raise InputError(f"{args.opts[-1]} has no value: give KEY VALUE pairs")
+
+
+def check_norm(args: argparse.Namespace, norm: str) -> None:
+    """Refuse a norm that a backbone of `norm` cannot be brought to.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    of_group = is_group_norm(norm)
+    if args.norm == "FrozenBN" and of_group:
+        raise InputError(f"{args.input} has GN, which cannot become FrozenBN: leave --norm out")
+    if args.norm == "GN" and not of_group and not args.calibrate:
+        raise InputError(
+            "--norm GN needs --calibrate PICTURES: BN's gamma and beta would give other features "
+            "under GN's statistics"
+        )
+    if args.calibrate and args.norm != "GN" and not of_group:
+        raise InputError("--calibrate sets GN's gamma and beta: add --norm GN")
 
 
 def run(argv: Sequence[str] | None = None) -> None:
@@ -113,32 +135,20 @@ def run(argv: Sequence[str] | None = None) -> None:
     setup_logger(name="gn_det")
     with exit_on_input_error():
         check_arguments(args)
-        groups = [
-            word
-            for pair in zip(args.opts[::2], args.opts[1::2], strict=True)
-            for word in pair
-            if pair[0].startswith("MODEL.GROUP_NORM") and args.calibrate
-        ]
-        others = args.opts if not groups else [w for w in args.opts if w not in groups]
-        conversion = convert(read_weights(args.input), args.source, others)
-        print("\n".join(conversion.account()))
+        pairs = list(zip(args.opts[::2], args.opts[1::2], strict=True))
+        # What is measured anew is the output's, and no fact of INPUT
+        new = [p for p in pairs if args.calibrate and p[0].startswith("MODEL.GROUP_NORM.")]
+        known = [word for pair in pairs if pair not in new for word in pair]
+        conversion = convert(read_weights(args.input), args.source, known)
+        print("\n".join(conversion.account()), flush=True)
         conversion.refuse_gaps(args.allow_missing, args.allow_unknown)
+        check_norm(args, conversion.cfg.MODEL.RESNETS.NORM)
         if args.fold_input:
             fold_input(conversion)
-        has_gn = is_group_norm(conversion.cfg.MODEL.RESNETS.NORM)
-        if args.norm == "FrozenBN" and has_gn:
-            raise InputError(f"{args.input} has GN, which cannot become FrozenBN: leave --norm out")
-        if args.norm == "GN" and not has_gn and not args.calibrate:
-            raise InputError(
-                "--norm GN needs --calibrate PICTURES: BN's gamma and beta would give other "
-                "features under GN's statistics"
-            )
         if args.calibrate:
-            if args.norm == "FrozenBN" or (args.norm is None and not has_gn):
-                raise InputError("--calibrate sets GN's gamma and beta: add --norm GN")
             torch.manual_seed(0)
             pictures = choose_pictures(args.calibrate, args.num_pictures)
-            to_group_norm(conversion, groups, pictures, args.distill)
+            to_group_norm(conversion, [word for p in new for word in p], pictures, args.distill)
         save_backbone(conversion.tensors, conversion.cfg, args.output)
         print(f"\n{args.output} is for this config:\n")
         print(keys_as_yaml(facts_of(conversion.cfg), args.output))

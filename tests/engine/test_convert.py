@@ -1,0 +1,192 @@
+"""`tools/convert_backbone.py`: from anybody's file to one that a config is checked against."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+import yaml
+from conftest import command, shapes_config
+from torch import nn
+
+from gn_det.check import ConfigError, check_config
+from gn_det.checkpoint.load import StrictCheckpointer
+from gn_det.checkpoint.read import read_weights
+from gn_det.engine.convert import run
+from gn_det.modeling import build_without_memory
+
+GN, FROZEN = "mask_rcnn_R_18_FPN_gn", "mask_rcnn_R_18_FPN_frozenbn"
+
+
+@pytest.fixture(scope="module")
+def bn_file(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("torchvision") / "resnet18.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    return path
+
+
+def keys_of(output: Path) -> list:
+    """The pairs that the YAML beside a converted backbone holds."""
+
+    def pairs(node: dict, prefix: str = ""):
+        for key, value in node.items():
+            if isinstance(value, dict):
+                yield from pairs(value, f"{prefix}{key}.")
+            else:
+                yield from (f"{prefix}{key}", value)
+
+    return list(pairs(yaml.safe_load(output.with_suffix(".yaml").read_text())))
+
+
+@pytest.fixture(scope="module")
+def converted(bn_file, tmp_path_factory) -> dict[str, Path]:
+    """As BN*, and as GN of 16 groups."""
+    folder = tmp_path_factory.mktemp("converted")
+    outputs = {FROZEN: folder / "bn.pth", GN: folder / "gn.pth"}
+    run([str(bn_file), str(outputs[FROZEN]), "--fold-input"])
+    pictures = ["--calibrate", str(folder / "pictures"), "--num-pictures", "6"]
+    (folder / "pictures" / "deeper").mkdir(parents=True)
+    for i in range(8):
+        picture = torch.randint(256, (3, 90, 120 + i), dtype=torch.uint8)
+        torchvision.io.write_jpeg(picture, str(folder / "pictures" / "deeper" / f"{i}.jpg"))
+    words = [str(bn_file), str(outputs[GN]), "--norm", "GN", *pictures, "--distill", "2"]
+    run([*words, "MODEL.GROUP_NORM.NUM_GROUPS", "16", "MODEL.GROUP_NORM.DIM_PER_GP", "-1"])
+    return outputs
+
+
+@pytest.mark.parametrize("name", [FROZEN, GN])
+def test_the_yaml_fits_and_fills_the_trunk(name, converted):
+    cfg = shapes_config(name, *keys_of(converted[name]))
+    check_config(cfg)
+    checkpointer = StrictCheckpointer(build_without_memory(cfg))
+    checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
+    filled = {*checkpointer.loaded.model} - checkpointer.loaded.fresh
+    assert len(filled) == {FROZEN: 100, GN: 60}[name]
+    assert not checkpointer.loaded.unused
+
+
+CONTRADICTIONS = {
+    "MODEL.RESNETS.DEPTH": 34,
+    "MODEL.RESNETS.STRIDE_IN_1X1": True,
+    "INPUT.FORMAT": "BGR",
+    "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
+    "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
+    "MODEL.RESNETS.WEIGHT_STANDARDIZATION": True,
+}
+
+
+@pytest.mark.parametrize("key", CONTRADICTIONS)
+def test_configs_that_contradict_the_file(key, converted):
+    """Colour order, mean and deviation, stride: each travels with the weights."""
+    cfg = shapes_config(GN, *keys_of(converted[GN]), key, CONTRADICTIONS[key])
+    with pytest.raises(ConfigError) as error:
+        check_config(cfg)
+    assert [problem.key for problem in error.value.problems] == [key]
+
+
+@pytest.mark.parametrize("norm", ["LN", "FrozenBN"])
+def test_another_norm_than_the_file_s(norm, converted):
+    cfg = shapes_config(GN, *keys_of(converted[GN]), "MODEL.RESNETS.NORM", norm)
+    with pytest.raises(ConfigError, match="trained with Group Normalization"):
+        check_config(cfg)
+
+
+def test_another_division_than_the_file_s(converted, caplog):
+    keys = [*keys_of(converted[GN]), "MODEL.GROUP_NORM.NUM_GROUPS", 32]
+    check_config(shapes_config(GN, *keys))
+    assert "was trained with 16 groups" in caplog.text
+
+
+def test_the_mends_that_are_named(bn_file, converted):
+    """torchvision's names, and BN in a GN model, are told with the command to run."""
+    for weights, norm, words in (
+        (bn_file, GN, f"run `python tools/convert_backbone.py {bn_file} "),
+        (converted[FROZEN], GN, f"{converted[FROZEN].with_suffix('')}_gn.pth --norm GN --calib"),
+    ):
+        cfg = shapes_config(norm, "MODEL.WEIGHTS", weights)
+        with pytest.raises(ConfigError) as error:
+            check_config(cfg)
+        assert words in str(error.value)
+
+
+def test_from_one_division_to_another(converted, tmp_path):
+    """GN weights too are brought to other groups by measurement."""
+    output = tmp_path / "gn8.pth"
+    pictures = str(converted[GN].parent / "pictures")
+    keys = ["MODEL.GROUP_NORM.NUM_GROUPS", "8"]
+    run([str(converted[GN]), str(output), "--calibrate", pictures, *keys])
+    before, after = (read_weights(path) for path in (converted[GN], output))
+    assert after.facts == {**before.facts, "MODEL.GROUP_NORM.NUM_GROUPS": 8}
+    name = "res4.0.conv1"
+    assert torch.equal(after.tensors[f"{name}.weight"], before.tensors[f"{name}.weight"])
+    assert not torch.equal(
+        after.tensors[f"{name}.norm.weight"], before.tensors[f"{name}.norm.weight"]
+    )
+
+
+def test_the_account(bn_file, tmp_path, capsys):
+    run([str(bn_file), str(tmp_path / "out.pth")])
+    printed = capsys.readouterr().out
+    assert re.search(r"taken +100 tensors, named by torchvision\n", printed)
+    assert re.search(r"dropped +22\n", printed)
+    assert "2 the classifier: fc.weight, ..." in printed
+    assert "20 counters of training: bn1.num_batches_tracked, ..." in printed
+    assert re.search(r"missing +0\nunknown +0\n", printed)
+    assert (tmp_path / "out.yaml").read_text() in printed
+
+
+MISTAKES = {
+    "copied": ([*("--norm", "GN")], "--norm GN needs --calibrate PICTURES"),
+    "no pictures": (["--norm", "GN", "--calibrate", "{folder}"], "holds no pictures"),
+    "calibrated BN": (["--calibrate", "{folder}"], "--calibrate sets GN's gamma and beta"),
+    "only distilled": (["--norm", "GN", "--distill", "3"], "--distill needs the pictures"),
+    "groups": (
+        ["--norm", "GN", "--calibrate", "{pictures}", "MODEL.GROUP_NORM.NUM_GROUPS", "24"],
+        "64 channels do not divide into 24 groups",
+    ),
+    "no such key": (["MODEL.NO_KEY", "3"], "MODEL.NO_KEY"),
+    "half a pair": (["INPUT.FORMAT"], "INPUT.FORMAT has no value"),
+    "another source": (["--source", "tensorpack"], "not those of ResNet"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake, bn_file, converted, tmp_path):
+    """One sentence, and a file that was there stays as it was."""
+    words, told = MISTAKES[mistake]
+    pictures = converted[GN].parent / "pictures"
+    words = [word.format(folder=tmp_path, pictures=pictures) for word in words]
+    output = tmp_path / "out.pth"
+    output.write_text("mine")
+    with pytest.raises(SystemExit, match=f"error: .*{re.escape(told)}"):
+        run([str(bn_file), str(output), *words])
+    assert output.read_text() == "mine" and list(tmp_path.iterdir()) == [output]
+
+
+def test_places_that_cannot_be(bn_file, converted, tmp_path):
+    for source, output, told in (
+        (bn_file, tmp_path / "out.pkl", "has to end in .pth"),
+        (bn_file, bn_file, "is INPUT itself"),
+        (bn_file, tmp_path / "no" / "out.pth", "is no folder"),
+        (tmp_path / "absent.pth", tmp_path / "out.pth", "absent.pth does not exist"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: .*{re.escape(told)}"):
+            run([str(source), str(output)])
+
+
+def test_gn_cannot_be_frozen(converted, tmp_path):
+    with pytest.raises(SystemExit, match="GN, which cannot become FrozenBN"):
+        run([str(converted[GN]), str(tmp_path / "out.pth"), "--norm", "FrozenBN"])
+
+
+def test_the_command(bn_file, tmp_path):
+    output = tmp_path / "out.pth"
+    done = command("tools/convert_backbone.py", bn_file, output)
+    assert done.returncode == 0 and output.exists(), done.stderr
+    state = {"features.0.weight": nn.Linear(2, 2).weight.data}
+    torch.save(state, tmp_path / "vgg.pth")
+    done = command("tools/convert_backbone.py", tmp_path / "vgg.pth", tmp_path / "o.pth")
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .*no ResNet that .*features\.0\.weight\n", done.stderr)
