@@ -307,7 +307,8 @@ def test_classes_of_a_data_set_of_ones_own(tmp_path):
 def caffe2(kind: str, folder: Path) -> str:
     """A file as Detectron's: arrays under Caffe2 names, pickled."""
     array = np.zeros(4, dtype=np.float32)
-    blobs = {"conv1_w": array, f"res_conv1_{kind}_s": array, f"res_conv1_{kind}_b": array}
+    branch = "res2_0_branch2a"
+    blobs = {f"{branch}_w": array, f"{branch}_{kind}_s": array, f"{branch}_{kind}_b": array}
     path = folder / f"{kind}.pkl"
     path.write_bytes(pickle.dumps({"blobs": blobs}, protocol=2))
     return str(path)
@@ -316,7 +317,9 @@ def caffe2(kind: str, folder: Path) -> str:
 def torch_file(kind: str, folder: Path) -> str:
     norm = {"bn": nn.BatchNorm2d(4), "gn": nn.GroupNorm(2, 4)}[kind]
     path = folder / f"{kind}.pth"
-    state = {f"stem.conv1.norm.{key}": value for key, value in norm.state_dict().items()}
+    layer = "res2.0.conv1"
+    state = {f"{layer}.norm.{key}": value for key, value in norm.state_dict().items()}
+    state[f"{layer}.weight"] = torch.zeros(4)
     torch.save({"model": state, "matching_heuristics": True}, path)
     return str(path)
 

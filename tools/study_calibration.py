@@ -149,10 +149,11 @@ class Run:
         config = "Shapes/mask_rcnn_R_18_FPN_gn.yaml"
         trainer = Trainer(read_config(argparse.Namespace(config_file=config, opts=opts)))
         trainer.resume_or_load(resume=False)
-        results = trainer.train()
+        trainer.train()
+        latest = trainer.storage.latest()
         for file in folder.glob("*.pth"):
             file.unlink()
-        return {"box AP": results["bbox"]["AP"], "mask AP": results["segm"]["AP"]}
+        return {"box AP": latest["bbox/AP"][0], "mask AP": latest["segm/AP"][0]}
 
     @torch.no_grad()
     def probe_features(self, conversion: Conversion) -> dict[str, float]:
