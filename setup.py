@@ -15,6 +15,9 @@ setup(
     package_dir={"gn_det.configs": "configs"},
     package_data={"gn_det.configs": ["**/*.yaml", "**/*.py"], "gn_det.evaluation": ["templates/*"]},
     # Detectron2, torch and torchvision are left to the user: see README
-    install_requires=["jinja2", "matplotlib", "numpy", "pillow", "pycocotools", "shapely>=2"],
-    extras_require={"dev": ["mypy", "pytest", "ruff"]},
+    install_requires=[
+        *("jinja2", "matplotlib", "numpy", "pillow", "pycocotools", "safetensors", "shapely>=2"),
+    ],
+    # timm is what conversions are compared with
+    extras_require={"dev": ["mypy", "pytest", "ruff", "timm"]},
 )

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 from conftest import ROOT, SCRATCH, TINY, command
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
@@ -127,6 +129,23 @@ def test_the_demo_step_by_step(checkout):
     (train,) = commands("python tools/train_net.py --config-file configs/Shapes")
     run(train, checkout, *SHORT)
     assert (checkout / "output/gn/model_final.pth").exists()
+
+
+def test_backbones(checkout):
+    """BN* and GN from one file, and the study that compares ways from one to the other."""
+    torch.manual_seed(0)
+    # A smaller one, under README's name
+    torch.save(torchvision.models.resnet18().state_dict(), checkout / "resnet50.pth")
+    as_bn, as_gn = commands("python tools/convert_backbone.py")
+    assert re.search(r"taken +100 ", run(as_bn, checkout))
+    run(as_gn, checkout, "--num-pictures", "4", "--distill", "1")
+    assert "NORM: GN" in (checkout / "R-50-GN.yaml").read_text()
+    (study,) = commands("python tools/study_calibration.py")
+    make_shapes(checkout / "datasets/mine", num_train=6, num_val=2)
+    few = ("--seeds", "0", "--models", "BN*", "GN calibrated", "--opts", *SHORT)
+    printed = run(study, checkout, *few)
+    assert re.search(r"\| GN calibrated \| \S+ ± 0\.0 \(1 seeds\) \|", printed)
+    assert (checkout / "output/study_calibration/plot.png").exists()
 
 
 def test_group_divisions(checkout):

@@ -29,7 +29,6 @@ from gn_det.engine.convert import SIDE, normalise, to_group_norm
 from gn_det.engine.train import Trainer, read_config
 from gn_det.evaluation.linear_probe import mean_auc
 
-SEEDS = (0, 1, 2)
 ITERATIONS = 250
 DISTILL_STEPS = 300
 
@@ -78,6 +77,7 @@ class Run:
     probe: bool
     backbone: str
     output: str
+    opts: tuple[str, ...]
 
     @property
     def key(self) -> str:
@@ -145,7 +145,7 @@ class Run:
             "SEED": self.seed,
             "OUTPUT_DIR": str(folder),
         }
-        opts = [str(word) for pair in keys.items() for word in pair]
+        opts = [*(str(word) for pair in keys.items() for word in pair), *self.opts]
         config = "Shapes/mask_rcnn_R_18_FPN_gn.yaml"
         trainer = Trainer(read_config(argparse.Namespace(config_file=config, opts=opts)))
         trainer.resume_or_load(resume=False)
@@ -190,16 +190,14 @@ def all_runs(args: argparse.Namespace) -> list[Run]:
     tuned = [(name, folder, args.probe or folder, False) for name, folder in args.data]
     runs = []
     for models, sets in ((CORE, [*probed, *tuned]), (MORE, [*probed, tuned[0]])):
-        for seed in SEEDS:
+        for seed in args.seeds:
             for name, folder, foreign, probe in sets:
-                for model in models:
-                    # What is frozen makes no difference to a probe, nor is there a foreign set
+                for model in [m for m in models if m.name in (args.models or [m.name])]:
+                    # A probe trains nothing, and foreign pictures need a second folder
                     if (probe and model.freeze_at == 0) or (model.foreign and folder == foreign):
                         continue
-                    where = str(args.output_dir)
-                    runs.append(
-                        Run(model, name, folder, foreign, seed, probe, args.backbone, where)
-                    )
+                    where = (args.backbone, str(args.output_dir), tuple(args.opts))
+                    runs.append(Run(model, name, folder, foreign, seed, probe, *where))
     return runs
 
 
@@ -219,7 +217,8 @@ def tabulate(runs: list[Run], results: dict[str, dict[str, float]]) -> str:
             values = values_of(runs, results, model, *column)
             digits = 1 if "AP" in column[1] else 3
             cells.append(spread(values, digits) if values else "")
-        lines.append(f"| {model.name} | " + " | ".join(cells) + " |")
+        if any(cells):
+            lines.append(f"| {model.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -234,7 +233,7 @@ def values_of(
 def spread(values: list[float], digits: int) -> str:
     """Mean ± standard deviation, and the number of seeds where it is not all of them."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    note = "" if len(values) == len(SEEDS) else f" ({len(values)} seeds)"
+    note = "" if len(values) == 3 else f" ({len(values)} seeds)"
     return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}{note}"
 
 
@@ -267,7 +266,10 @@ def parse() -> argparse.Namespace:
     help_ = "photographs in the same format, for the probe, and as foreign pictures"
     add("--probe", metavar="FOLDER", help=help_)
     add("--output-dir", type=Path, default=Path("output/study_calibration"), metavar="FOLDER")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--models", nargs="+", choices=[m.name for m in (*CORE, *MORE)], help="all by default")
     add("--processes", type=int, default=2, help="runs side by side, one thread each")
+    add("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs, for fine-tuning")
     args = parser.parse_args()
     args.data = [tuple(word.split("=", 1)) for word in args.data]
     return args

@@ -10,10 +10,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..modeling.parts import PREDICTORS, SETTINGS, TRUNK, count_parts, part_of, weight_names
-from .names import norm_of
-
-# What a classification network has beside its trunk, whoever wrote the file
-CLASSIFIERS = r"(^|\.)(fc|fc1000|linear|classifier|pred)\.(weight|bias)$|^stem\.(conv1|fc)\.bias$"
+from .names import CLASSIFIER, STEM_BIAS, norm_of
 
 
 @dataclass
@@ -63,7 +60,7 @@ class Loaded:
         stages = {_stage(name) for name in self.model}
         for name in sorted(self.unused):
             part = part_of(name)
-            known = re.search(f"{CLASSIFIERS}|{SETTINGS}", name) or part in PREDICTORS
+            known = re.search(f"{CLASSIFIER}|{STEM_BIAS}|{SETTINGS}", name) or part in PREDICTORS
             # A trunk's file has no prefix: its parts are stages, and a model may stop before res5
             belongs = _stage(name) in stages if part not in parts else True
             if belongs and not known:

@@ -125,19 +125,20 @@ _UNFIT = {
     ),
 }
 
-# Why a tensor of the file is left out, by what it is called once renamed
+# What a classification network has beside its trunk
+CLASSIFIER = (
+    r"(^|\.)(fc|fc1000|linear|classifier|head\.fc|pred|last_linear)[./](weight|bias|W|b)(:0)?$"
+)
+# As in Detectron and Detectron2, whose stems have none
+STEM_BIAS = r"^stem\.conv1\.bias$"
+# Why a tensor of the file is left out, by its name in the file or Detectron2's
 _DROPPED = {
-    r"(^|\.)(fc|fc1000|linear|classifier|head\.fc|pred|last_linear)[./](weight|bias|W|b)(:0)?$": (
-        "the classifier"
-    ),
+    CLASSIFIER: "the classifier",
+    STEM_BIAS: "a bias that Detectron does not use either",
     r"num_batches_tracked$": "counters of training",
     r"_momentum$|(^|/)(learning_rate|global_step)": "the optimizer's",
-    # As in Detectron and Detectron2, whose stems have none
-    r"^stem\.conv1\.bias$": "a bias that Detectron does not use either",
-    r"^(proposal_generator|roi_heads|mask_head|fpn|rpn_head|neck|bbox_head|pixel_|head)": (
-        "parts of a detector"
-    ),
-    r"^(fpn_|conv_rpn|rpn_|bbox_pred|cls_score|fc[67]|head_conv|_|mask_|conv5_mask)": (
+    r"^(proposal_generator|roi_heads|mask_head|fpn|rpn_head|neck|bbox_head|pixel_|head)"
+    r"|^(conv_rpn|rpn_|bbox_pred|cls_score|fc[67]|head_conv|_|mask_|conv5_mask)": (
         "parts of a detector"
     ),
 }
