@@ -49,7 +49,8 @@ class Loaded:
         if not filled:
             return "none of its tensors belongs to this model"
         # Detectron2 takes absent statistics for mean 0 and variance 1, without a word
-        if self.norm == "GN" and any(name.endswith("norm.running_mean") for name in self.model):
+        statistics = [name for name in self.model if name.endswith("norm.running_mean")]
+        if self.norm == "GN" and any(part_of(name) in TRUNK for name in statistics):
             return "it was trained with Group Normalization, and this model has BatchNorm"
         for name in sorted(self.fresh):
             part = part_of(name)
