@@ -50,7 +50,7 @@ def read_folder(name: str) -> ImageFolder:
         folder = ImageFolder(str(path), allow_empty=True)
     except OSError as error:
         raise InputError(
-            f"{path} cannot be used ({error}): it must hold one sub-folder of pictures for each class"
+            f"{path} cannot be used ({error}): it must hold a folder of pictures for each class"
         ) from None
     if not folder.samples:
         raise InputError(f"the class folders of {path} hold no pictures")

@@ -84,7 +84,7 @@ def save_backbone(backbone: nn.Module, path: Path) -> None:
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """The whole of `tools/pretrain_net.py`: flags and launcher are those of `tools/train_net.py`."""
+    """The whole of `tools/pretrain_net.py`, with the flags of `tools/train_net.py`."""
     train.run(argv, PretrainTrainer)
 
 
