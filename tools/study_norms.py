@@ -107,7 +107,8 @@ def study(output: Path, seeds: int, opts: list[str]) -> dict[str, Any]:
     """Train what `results.json` does not hold yet, two runs at a time, and keep it up to date."""
     path = output / "results.json"
     settings = {"config": CONFIG, "opts": opts, "pictures": list(PICTURES)}
-    results = {"settings": settings, "versions": versions(), "git_commit": git_commit(), "runs": []}
+    results: dict[str, Any] = {"settings": settings, "versions": versions()}
+    results |= {"git_commit": git_commit(), "runs": []}
     if path.exists():
         results = json.loads(path.read_text())
     if results["settings"] != settings:
@@ -126,7 +127,8 @@ def study(output: Path, seeds: int, opts: list[str]) -> dict[str, Any]:
                 partial = path.with_suffix(".partial")
                 partial.write_text(json.dumps(results, indent=1) + "\n")
                 partial.replace(path)
-                print(f"{i}/{len(todo)} {run['model']} seed {run['seed']}: {run['error']:.1f}%")
+                name = " ".join(map(str, run["model"].values()))
+                print(f"{i}/{len(todo)} {name}, seed {run['seed']}: {run['error']:.1f}%")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -134,6 +136,7 @@ def study(output: Path, seeds: int, opts: list[str]) -> dict[str, Any]:
 
 
 def errors(results: dict[str, Any], model: Model) -> list[float]:
+    """Errors of all of a model's runs, in percent."""
     return [run["error"] for run in results["runs"] if Model(**run["model"]) == model]
 
 
@@ -141,7 +144,8 @@ def markdown(results: dict[str, Any]) -> str:
     """The three tables: means over seeds, and the range that the seeds lie in."""
     lines = ["Errors in percent on validation crops: mean over seeds (lowest to highest).", ""]
     for title, (columns, rows) in TABLES.items():
-        lines += [title, "", f"| | {' | '.join(map(str, columns))} |", "|---" * (len(columns) + 1) + "|"]
+        head = ["", *map(str, columns)]
+        lines += [title, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for name, models in rows.items():
             found = [errors(results, model) for model in models]
             cells = [f"{mean(e):.1f} ({min(e):.1f}–{max(e):.1f})" for e in found]

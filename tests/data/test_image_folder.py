@@ -10,8 +10,12 @@ import torch
 from detectron2.config import CfgNode
 from PIL import Image
 
-from gn_det.data.image_folder import PictureMapper, build_test_loader, build_train_loader
-from gn_det.data.image_folder import read_folder
+from gn_det.data.image_folder import (
+    PictureMapper,
+    build_test_loader,
+    build_train_loader,
+    read_folder,
+)
 from gn_det.engine.train import read_config
 from gn_det.errors import InputError
 
