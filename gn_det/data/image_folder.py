@@ -21,7 +21,7 @@ from torchvision.datasets.folder import pil_loader
 from ..errors import InputError
 
 
-class UnreadablePicture(InputError):
+class UnreadablePictureError(InputError):
     """A picture that cannot be decoded, told in one sentence."""
 
     def __init__(self, text: str) -> None:
@@ -79,13 +79,13 @@ class PictureMapper:
         """A record: "file_name", "label", and "image", uint8 (3, side, side) in `INPUT.FORMAT`.
 
         Raises:
-            UnreadablePicture: for a file that is no picture.
+            UnreadablePictureError: for a file that is no picture.
         """
         path, label = sample
         try:
             picture = pil_loader(path)
         except (OSError, SyntaxError, ValueError) as error:
-            raise UnreadablePicture(f"{path} cannot be read as a picture ({error})") from None
+            raise UnreadablePictureError(f"{path} cannot be read as a picture ({error})") from None
         image = self._transform(picture)
         return {"file_name": path, "label": label, "image": image.flip(0) if self._bgr else image}
 
