@@ -13,6 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import AMPTrainer
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
 from torch.testing import assert_close
 
 from gn_det.engine import pretrain, train
@@ -22,7 +23,7 @@ GN = "configs/Shapes/pretrain_R_18_gn.yaml"
 # 12 training pictures have some 40 crops: 2 to 3 iterations an epoch
 SMALL = {
     "SOLVER.IMS_PER_BATCH": 16,
-    "SOLVER.BASE_LR": 0.02,
+    "SOLVER.BASE_LR": 0.01,
     "SOLVER.WARMUP_ITERS": 5,
     "PRETRAIN.REFERENCE_BATCH_SIZE": 16,
     "PRETRAIN.IMAGE_SIZE": 32,
@@ -44,10 +45,11 @@ def lines(output: Path) -> list[dict]:
 def pretrained(request, tmp_path_factory) -> tuple[str, Path, pretrain.PretrainTrainer]:
     output = tmp_path_factory.mktemp(request.param)
     # GN is to learn, and BN to gather statistics
-    schedule = {"bn": (2, "()"), "gn": (30, "(24,)")}[request.param]
-    words = opts(output, PRETRAIN__EPOCHS=schedule[0], PRETRAIN__STEPS=schedule[1])
+    schedule = {"bn": (2, "()"), "gn": (30, "(25,)")}[request.param]
+    easy = {"PRETRAIN__MIN_CROP_AREA": 0.9}
+    words = opts(output, PRETRAIN__EPOCHS=schedule[0], PRETRAIN__STEPS=schedule[1], **easy)
     config = f"configs/Shapes/pretrain_R_18_{request.param}.yaml"
-    torch.manual_seed(0)
+    seed_all_rng(0)
     cfg = train.read_config(Namespace(config_file=config, opts=words))
     trainer = pretrain.PretrainTrainer(cfg)
     trainer.resume_or_load(resume=False)
@@ -59,9 +61,9 @@ def pretrained(request, tmp_path_factory) -> tuple[str, Path, pretrain.PretrainT
 def test_it_learns(pretrained):
     _, output, _ = pretrained
     losses = [line["total_loss"] for line in lines(output) if "total_loss" in line]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
     last = lines(output)[-1]
-    assert last["accuracy/top1"] > 2 * 100 / 6, "on the crops that it has seen"
+    assert last["accuracy/top1"] > 60, "on the crops that it has seen, 6 classes"
     assert last["accuracy/top1"] <= last["accuracy/top5"] <= 100
 
 
