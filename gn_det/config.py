@@ -25,3 +25,20 @@ def add_gn_config(cfg: CfgNode) -> None:
     # Each training batch of IMS_PER_BATCH images goes through the model in so many parts, and their
     # gradients are added up: memory for one part, the step of the whole batch
     cfg.SOLVER.ACCUMULATE_ITERS = 1
+
+    cfg.PRETRAIN = CfgNode()
+    # Passes over the training folder, and after how many of them the learning rate is divided by
+    # 10 (SOLVER.GAMMA); SOLVER.MAX_ITER and SOLVER.STEPS follow from these
+    cfg.PRETRAIN.EPOCHS = 100
+    cfg.PRETRAIN.STEPS = (30, 60, 90)
+    # The IMS_PER_BATCH that SOLVER.BASE_LR is meant for; at another it is scaled in proportion
+    cfg.PRETRAIN.REFERENCE_BATCH_SIZE = 256
+    # Side in pixels of the square pictures that the classifier sees
+    cfg.PRETRAIN.IMAGE_SIZE = 224
+    # Least share of a training picture's area that it may see of it
+    cfg.PRETRAIN.MIN_CROP_AREA = 0.08
+
+
+def is_pretraining(cfg: CfgNode) -> bool:
+    """Whether a config is for `tools/pretrain_net.py`, that is, trains a classifier."""
+    return cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"

@@ -1,4 +1,4 @@
-"""Weight decay of norm parameters: gamma and beta get `SOLVER.WEIGHT_DECAY_NORM`, always."""
+"""Weight decay of norm parameters: gamma and beta get one of their own, always."""
 
 import logging
 
@@ -6,6 +6,8 @@ from detectron2 import solver
 from detectron2.config import CfgNode
 from torch import nn
 from torch.optim import Optimizer
+
+from .config import is_pretraining
 
 NORM_TYPES = (
     nn.modules.batchnorm._BatchNorm,
@@ -16,10 +18,14 @@ NORM_TYPES = (
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
-    """Detectron2's optimizer, with `SOLVER.WEIGHT_DECAY_NORM` on every norm parameter."""
-    return set_norm_weight_decay(
-        solver.build_optimizer(cfg, model), model, cfg.SOLVER.WEIGHT_DECAY_NORM
-    )
+    """Detectron2's optimizer, with the paper's weight decay on every norm parameter.
+
+    That is `SOLVER.WEIGHT_DECAY_NORM` in a detector (Section 4.2), and in pretraining
+    `SOLVER.WEIGHT_DECAY`, as on all weights (Section 4.1).
+    """
+    keys = cfg.SOLVER
+    decay = keys.WEIGHT_DECAY if is_pretraining(cfg) else keys.WEIGHT_DECAY_NORM
+    return set_norm_weight_decay(solver.build_optimizer(cfg, model), model, decay)
 
 
 def images_per_pass(cfg: CfgNode, num_gpus: int) -> float:

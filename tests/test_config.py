@@ -17,7 +17,7 @@ from gn_det.errors import InputError
 
 LEAVES = sorted(str(p.relative_to(ROOT / "configs")) for p in (ROOT / "configs").glob("*/*.yaml"))
 DETECTORS = [name for name in LEAVES if "mask_rcnn" in name]
-PRETRAININGS = [name for name in LEAVES if "/pretrain" in name]
+PRETRAININGS = [name for name in LEAVES if "/pretrain" in name or "ImageNet" in name]
 
 
 def leaves(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -39,6 +39,11 @@ def test_adds_its_keys_to_the_given_config_alone():
         "MODEL.RESNETS.ZERO_INIT_RESIDUAL": False,
         "MODEL.RESNETS.WEIGHT_STANDARDIZATION": False,
         "SOLVER.ACCUMULATE_ITERS": 1,
+        "PRETRAIN.EPOCHS": 100,
+        "PRETRAIN.STEPS": (30, 60, 90),
+        "PRETRAIN.REFERENCE_BATCH_SIZE": 256,
+        "PRETRAIN.IMAGE_SIZE": 224,
+        "PRETRAIN.MIN_CROP_AREA": 0.08,
     }
     assert "GROUP_NORM" not in get_cfg().MODEL
 
@@ -51,7 +56,7 @@ def test_composes_with_another_plugin():
 
 
 def test_configs_are_found():
-    assert len(DETECTORS) > 10 and len(PRETRAININGS) == 2
+    assert len(DETECTORS) > 10 and len(PRETRAININGS) > 10
     for name in LEAVES:
         assert gn_det.get_config_file(name).endswith(name)
 
@@ -94,7 +99,8 @@ def test_every_model_trains(name):
     model = build_model(cfg)
     if name in PRETRAININGS:
         expected: tuple[str, ...] = ("loss_cls",)
-        batch = (torch.randint(256, (2, 3, 64, 64)), torch.tensor([0, 1]))
+        pictures = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+        batch = [{"image": picture, "label": i} for i, picture in enumerate(pictures)]
     else:
         expected = ("loss_cls", "loss_mask", "loss_rpn_cls")
         batch = batch_for(cfg)
@@ -125,6 +131,9 @@ def pairs() -> Iterator[tuple[str, str]]:
     yield "Shapes/mask_rcnn_R_18_FPN_frozenbn", "Shapes/mask_rcnn_R_18_FPN_gn"
     yield "Shapes/mask_rcnn_R_18_FPN_frozenbn", "Shapes/mask_rcnn_R_18_FPN_bn"
     yield "Shapes/pretrain_R_18_bn", "Shapes/pretrain_R_18_gn"
+    for norm in ("gn", "ln", "in", "syncbn"):
+        yield "ImageNet-Classification/R_50_bn", f"ImageNet-Classification/R_50_{norm}"
+    yield "ImageNet-Classification/R_101_bn", "ImageNet-Classification/R_101_gn"
     for schedule in ("1x", "2x", "3x"):
         for folder, tag in (
             ("COCO-InstanceSegmentation", ""),

@@ -1,5 +1,6 @@
 """README's commands and Python lines, run as they stand there, on small data."""
 
+import importlib.util
 import json
 import os
 import re
@@ -27,6 +28,10 @@ SHORT = [
     *TINY[2 * 2 :],
     *("SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "(1,)", "TEST.EVAL_PERIOD", "0"),
 ]
+SHORT_PRETRAINING = [
+    *("PRETRAIN.EPOCHS", "1", "PRETRAIN.STEPS", "()", "PRETRAIN.IMAGE_SIZE", "32"),
+    *("SOLVER.IMS_PER_BATCH", "4"),
+]
 
 
 def commands(start: str) -> list[str]:
@@ -37,9 +42,11 @@ def commands(start: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory, shapes) -> Path:
-    """A folder as a user has it: the repository's tools and configs, and COCO below datasets/.
+    """A folder as a user has it: the repository's tools and configs, and COCO and ImageNet below
+    datasets/.
 
-    COCO is played by `shapes`, whose categories go by the names and ids of COCO's first ones.
+    COCO is played by `shapes`, whose categories go by the names and ids of COCO's first ones, and
+    ImageNet by its crops.
     """
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("tools", "configs"):
@@ -52,6 +59,7 @@ def checkout(tmp_path_factory, shapes) -> Path:
         content["categories"] = [{"id": c["id"], "name": c["name"]} for c in things]
         path = folder / f"datasets/coco/annotations/instances_{split}2017.json"
         path.write_text(json.dumps(content))
+    (folder / "datasets/imagenet").symlink_to(shapes / "crops")
     return folder
 
 
@@ -124,8 +132,8 @@ def test_the_demo_step_by_step(checkout):
     (make,) = commands("python tools/make_shapes.py")
     small = re.sub(r"--num-train \d+ --num-val \d+", "--num-train 6 --num-val 2", make)
     run(small, checkout)
-    (pretrain,) = commands("python tools/pretrain.py")
-    run(pretrain, checkout, *SHORT)
+    (pretrain,) = commands("python tools/pretrain_net.py --config-file configs/Shapes")
+    run(pretrain, checkout, *SHORT, *SHORT_PRETRAINING)
     (train,) = commands("python tools/train_net.py --config-file configs/Shapes")
     run(train, checkout, *SHORT)
     assert (checkout / "output/gn/model_final.pth").exists()
@@ -146,6 +154,51 @@ def test_backbones(checkout):
     printed = run(study, checkout, *few)
     assert re.search(r"\| GN calibrated \| \S+ ± 0\.0 \(1 seeds\) \|", printed)
     assert (checkout / "output/study_calibration/plot.png").exists()
+
+
+def test_pretraining(checkout):
+    """In README's order; then a detector takes the backbone, as the text says."""
+    train, evaluate = commands("python tools/pretrain_net.py --config-file configs/ImageNet")
+    cpu = ("MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", "0", *SHORT_PRETRAINING)
+    run(train.replace("--num-gpus 8", ""), checkout, *cpu)
+    assert "top1" in run(evaluate, checkout, *cpu)
+    (weights,) = re.findall(r"`(MODEL.WEIGHTS \S+/backbone.pth)`", README)
+    start = "python tools/train_net.py --check --config-file configs/COCO-InstanceSegmentation"
+    printed = run(f"{start}/mask_rcnn_R_50_FPN_2x_gn.yaml {weights}", checkout)
+    assert re.search(r"filled: 159 of 223 tensors \(ResNet 159\)", printed)
+
+
+def test_study(checkout):
+    """Of a study that was interrupted only the rest is trained, and all of it is told."""
+    (command,) = commands("python tools/study_norms.py")
+    spec = importlib.util.spec_from_file_location("study_norms", ROOT / "tools/study_norms.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    folder = checkout / "output/study"
+    make_shapes(folder / "shapes", num_train=12, num_val=2)
+    opts = ["PRETRAIN.EPOCHS", "1", "PRETRAIN.STEPS", "()", "PRETRAIN.IMAGE_SIZE", "33"]
+    settings = {"config": study.CONFIG, "opts": opts, "pictures": list(study.PICTURES)}
+    left = [study.GN, study.Model("BN", batch=2)]
+    done = [m for m in study.MODELS if m not in left]
+    assert len(done) == 21
+    runs = [{"model": m._asdict(), "seed": 0, "error": 12.5} for m in done]
+    (folder / "results.json").write_text(json.dumps({"settings": settings, "runs": runs}))
+    run(f"{command} --seeds 1", checkout, *opts)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["runs"][:21] == runs and len(results["runs"]) == 23
+    new = {(r["model"]["norm"], r["model"]["batch"]): r for r in results["runs"][21:]}
+    crops = len(list((folder / "shapes/crops/train").glob("*/*.png")))
+    for (_, batch), one in new.items():
+        assert one["iterations"] == round(crops / batch) and 0 <= one["error"] <= 100
+        assert one["learning_rate"] == pytest.approx(0.01 * batch / 32)
+    text = (folder / "results.md").read_text()
+    gn, bn = (f"{new[key]['error']:.1f} (" for key in (("GN", 32), ("BN", 2)))
+    table = re.findall(r"^\| (\S.*?) \| (.*) \|$", text, re.MULTILINE)
+    rows = {name: cells.split(" | ") for name, cells in table}
+    assert rows["error"][3].startswith(gn) and rows["GN"][0].startswith(gn)
+    assert rows["groups"][1].startswith(gn) and rows["BN"][4].startswith(bn)
+    assert rows["error"][0] == "12.5 (12.5–12.5)" and len(rows["channels per group"]) == 7
+    assert (folder / "results.png").stat().st_size > 10_000
 
 
 def test_group_divisions(checkout):

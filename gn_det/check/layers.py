@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from detectron2.config import CfgNode
 from torch import nn
 
+from ..config import is_pretraining
 from ..errors import InputError
 from ..modeling import build_without_memory
 from ..solver import images_per_pass, is_norm
@@ -52,7 +53,7 @@ def check_layers(cfg: CfgNode, num_gpus: int) -> Iterator[Problem]:
         if is_norm(module) and any(p.requires_grad for p in module.parameters(recurse=False))
     ]
     decay = cfg.SOLVER.WEIGHT_DECAY_NORM
-    if trained and decay:
+    if trained and decay and not is_pretraining(cfg):
         why = f"gamma and beta of {len(trained)} norm layers would be decayed, which costs AP"
         yield Problem("SOLVER.WEIGHT_DECAY_NORM", decay, why, "set SOLVER.WEIGHT_DECAY_NORM 0.0")
     for name, module in model.named_modules():

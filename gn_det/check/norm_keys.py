@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from detectron2.config import CfgNode
 
+from ..config import is_pretraining
 from .problem import Problem
 
 # Detectron2's builders and heads that gn_det has its own of
@@ -58,7 +59,8 @@ def check_builders(cfg: CfgNode) -> Iterator[Problem]:
         "ROI_BOX_HEAD": (keys.ROI_BOX_HEAD.NORM,),
         "ROI_MASK_HEAD": (keys.ROI_MASK_HEAD.NORM,),
     }
-    for part in norms:
+    # A classifier is a backbone and nothing else
+    for part in ["BACKBONE"] if is_pretraining(cfg) else norms:
         name = keys[part].NAME
         ignored = ["GROUP_NORM"] if division and "GN" in norms[part] else []
         ignored += resnet if part in ("BACKBONE", "ROI_HEADS") else []

@@ -5,23 +5,26 @@ from itertools import pairwise
 
 from detectron2.config import CfgNode
 
+from ..config import is_pretraining
 from ..data.coco import count_categories
 from .problem import Problem
 
 
 def check_steps(cfg: CfgNode) -> Iterator[Problem]:
     """Steps of the learning rate that are out of order, or never reached."""
-    keys = cfg.SOLVER
-    if keys.LR_SCHEDULER_NAME != "WarmupMultiStepLR":
+    if cfg.SOLVER.LR_SCHEDULER_NAME != "WarmupMultiStepLR":
         return
-    if any(one >= two for one, two in pairwise(keys.STEPS)):
-        yield Problem("SOLVER.STEPS", keys.STEPS, "they do not increase", "put them in order")
-    if late := [step for step in keys.STEPS if step > keys.MAX_ITER]:
+    # Pretraining counts in epochs, and its iterations follow from them
+    section, last = ("PRETRAIN", "EPOCHS") if is_pretraining(cfg) else ("SOLVER", "MAX_ITER")
+    key, steps, end = f"{section}.STEPS", cfg[section].STEPS, cfg[section][last]
+    if any(one >= two for one, two in pairwise(steps)):
+        yield Problem(key, steps, "they do not increase", "put them in order")
+    if late := [step for step in steps if step > end]:
         yield Problem(
-            "SOLVER.STEPS",
-            keys.STEPS,
-            f"the learning rate would never fall at {late}, past SOLVER.MAX_ITER {keys.MAX_ITER}",
-            'scale them with MAX_ITER, or set SOLVER.STEPS "()"',
+            key,
+            steps,
+            f"the learning rate would never fall at {late}, past {section}.{last} {end}",
+            f'scale them with {last}, or set {key} "()"',
         )
 
 
@@ -44,7 +47,7 @@ def check_batch(cfg: CfgNode, num_gpus: int) -> Iterator[Problem]:
 def check_classes(cfg: CfgNode) -> Iterator[Problem]:
     """A number of classes that is not that of the data sets."""
     classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if cfg.MODEL.META_ARCHITECTURE not in ("GeneralizedRCNN", "CropClassifier"):
+    if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
         return  # others count their classes under keys of their own
     names = dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     counts = {name: count_categories(name) for name in names}

@@ -17,6 +17,7 @@ from shapely import Point, Polygon, affinity, box
 from shapely.geometry.base import BaseGeometry
 
 from ..errors import InputError
+from .crops import write_crops
 from .textures import paint_background, paint_object
 
 CATEGORIES = ("disc", "square", "triangle", "star", "cross", "ring")
@@ -166,7 +167,7 @@ def draw_picture(rng: Generator) -> tuple[np.ndarray, list[dict[str, Any]]]:
 
 
 def make_shapes(root: Path, num_train: int = 600, num_val: int = 100, seed: int = 0) -> None:
-    """Write `images/*.png` and `instances_{train,val}.json` below `root`.
+    """Write `images/*.png`, `instances_{train,val}.json` and `crops/{train,val}/` below `root`.
 
     The same seed gives the same bytes, and a larger split begins with the pictures of a smaller
     one. Everything is written beside `root` first and moved there when it is whole.
@@ -200,4 +201,6 @@ def make_shapes(root: Path, num_train: int = 600, num_val: int = 100, seed: int 
         (partial / f"instances_{split}.json").write_text(
             json.dumps({**content, "categories": categories})
         )
+        crops = partial / "crops" / split
+        write_crops(partial / f"instances_{split}.json", partial / "images", crops)
     partial.rename(root)

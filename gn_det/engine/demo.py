@@ -98,8 +98,7 @@ class Demo:
         if (folder / product).exists():
             return self.say(f"{config} is finished already")
         self.say(config)
-        flags = ["--resume"] if module == "train" else []
-        command = ["--config-file", arguments.config_file, *flags, *arguments.opts]
+        command = ["--config-file", arguments.config_file, "--resume", *arguments.opts]
         self.launch(module, command, folder)
 
     def check_same(self, folder: Path, cfg: CfgNode) -> None:
@@ -150,7 +149,8 @@ class Demo:
         )
         for name in PRETRAININGS:
             last = (self.output / name / "metrics.json").read_text().splitlines()[-1]
-            facts[name] = f"{json.loads(last)['top1']:.1f}% top-1 on validation crops"
+            top1 = json.loads(last)["accuracy/top1"]
+            facts[name] = f"{top1:.1f}% top-1 on validation crops"
         return facts
 
     def report(self, runs: list[Run]) -> None:

@@ -1,4 +1,4 @@
-"""A recipe as a person reads it: what `tools/train_net.py --check` prints."""
+"""A recipe as a person reads it: what `--check` prints."""
 
 import logging
 import os
@@ -17,9 +17,13 @@ from torch.optim import Optimizer
 from ..check.weights import group_mismatch
 from ..checkpoint.facts import describe
 from ..checkpoint.load import StrictCheckpointer
+from ..config import is_pretraining
+from ..data.image_folder import read_folder
+from ..errors import InputError
 from ..modeling import build_without_memory
 from ..modeling.parts import TRUNK, count_parts, part_of, weight_names
 from ..solver import build_optimizer, describe_groups, images_per_pass, is_norm
+from .epochs import resolve_config
 from .run_record import count_parameters
 
 
@@ -31,7 +35,7 @@ def describe_recipe(cfg: CfgNode, num_gpus: int = 1) -> str:
         num_gpus: how many it would be trained on, in all; batch and schedule are those that
             Detectron2 scales to.
     """
-    cfg = DefaultTrainer.auto_scale_workers(cfg, num_gpus)
+    cfg = DefaultTrainer.auto_scale_workers(_resolved(cfg), num_gpus)
     model = build_without_memory(cfg)
     optimizer = build_optimizer(cfg, model)
     sections = {
@@ -48,6 +52,20 @@ def describe_recipe(cfg: CfgNode, num_gpus: int = 1) -> str:
         for title, lines in sections.items()
         for i, line in enumerate(lines)
     )
+
+
+def _resolved(cfg: CfgNode) -> CfgNode:
+    """The config that the trainer would use; without the training folder, of one step an epoch."""
+    if not is_pretraining(cfg):
+        return cfg
+    try:
+        folder = read_folder(cfg.DATASETS.TRAIN[0])
+    except InputError:
+        cfg = resolve_config(cfg, cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        cfg.defrost()
+        cfg.SOLVER.WARMUP_ITERS = 0
+        return cfg
+    return resolve_config(cfg, len(folder), len(folder.classes))
 
 
 def _norm_layers(cfg: CfgNode, model: nn.Module) -> Iterator[str]:
@@ -107,6 +125,16 @@ def _batch(cfg: CfgNode, num_gpus: int) -> Iterator[str]:
 def _data(cfg: CfgNode) -> Iterator[str]:
     """The training set and its epochs, or where it was looked for."""
     names = list(cfg.DATASETS.TRAIN)
+    if is_pretraining(cfg):
+        epochs = f"{cfg.PRETRAIN.EPOCHS} epochs"
+        try:
+            folder = read_folder(names[0])
+        except InputError:
+            yield f"{names[0]} IS NOT HERE: training would stop; {epochs}"
+            return
+        pictures = f"{len(folder):,} pictures of {len(folder.classes):,} classes"
+        yield f"{names[0]}: {pictures}, {epochs} in {cfg.SOLVER.MAX_ITER:,} steps"
+        return
     seen = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH
     for name in names:
         path = MetadataCatalog.get(name).get("json_file")
@@ -133,7 +161,10 @@ def _learning_rates(cfg: CfgNode, optimizer: Optimizer) -> Iterator[str]:
         }
     for step in sorted(turns):
         scheduler.last_epoch = step
-        yield f"step {step:,}: " + ("the end" if step == end else f"{min(scheduler.get_lr()):.4g}")
+        when = f"step {step:,}"
+        if is_pretraining(cfg):
+            when = f"epoch {step / end * cfg.PRETRAIN.EPOCHS:.4g}"
+        yield f"{when}: " + ("the end" if step == end else f"{min(scheduler.get_lr()):.4g}")
 
 
 def _initial_weights(cfg: CfgNode, model: nn.Module) -> Iterator[str]:

@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from yaml import YAMLError
 
 from ..check import check_config
 from ..checkpoint.load import StrictCheckpointer
-from ..config import add_gn_config
+from ..config import add_gn_config, is_pretraining
 from ..data import check_dataset
 from ..errors import InputError, exit_on_input_error
 from ..model_zoo import get_config_file
@@ -43,6 +43,7 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        self.check_architecture(cfg)
         check_config(cfg)
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
         # As Detectron2 does for its own logger, where `setup` was not called
@@ -53,6 +54,42 @@ class Trainer(DefaultTrainer):
         self.checkpointer = StrictCheckpointer(
             self._trainer.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
+
+    @classmethod
+    def check_architecture(cls, cfg: CfgNode) -> None:
+        """Refuse a config that another trainer is for.
+
+        Raises:
+            InputError: naming the tool that takes it.
+        """
+        if is_pretraining(cfg):
+            raise InputError("this config pretrains a classifier: run tools/pretrain_net.py")
+
+    @classmethod
+    def check_inputs(cls, cfg: CfgNode, eval_only: bool) -> None:
+        """Check what can be checked before anything is written or built.
+
+        Raises:
+            InputError: for a device, data set, weights file or output folder that cannot be used.
+        """
+        for name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
+            # Other architectures count their classes under keys of their own
+            is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+            classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES if is_rcnn else None
+            check_dataset(name, classes, annotated=not eval_only)
+        check_machine(cfg)
+
+    @classmethod
+    def evaluate(cls, cfg: CfgNode, resume: bool) -> dict:
+        """Test the model of `MODEL.WEIGHTS`, or of the last checkpoint with `resume`."""
+        model = cls.build_model(cfg)
+        StrictCheckpointer(model, cfg.OUTPUT_DIR, whole=True).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=resume
+        )
+        results = cls.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
@@ -110,22 +147,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def check_inputs(cfg: CfgNode, datasets: Iterable[str], annotated: bool = True) -> None:
-    """Check what can be checked before anything is written or built.
-
-    Args:
-        datasets: names of the data sets that will be used.
-        annotated: whether these need annotations.
-
-    Raises:
-        InputError: for a device, data set, weights file or output folder that cannot be used.
-    """
+def check_machine(cfg: CfgNode) -> None:
+    """Raise an `InputError` for a device, weights file or output folder that cannot be used."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("MODEL.DEVICE is cuda, but PyTorch sees no GPU: add MODEL.DEVICE cpu")
-    for name in datasets:
-        # Other architectures count their classes under keys of their own
-        is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
-        check_dataset(name, cfg.MODEL.ROI_HEADS.NUM_CLASSES if is_rcnn else None, annotated)
     weights = cfg.MODEL.WEIGHTS.partition("?")[0]
     if weights and "://" not in weights and not os.path.isfile(weights):
         raise InputError(
@@ -140,7 +165,7 @@ def check_inputs(cfg: CfgNode, datasets: Iterable[str], annotated: bool = True) 
         raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written to")
 
 
-def main(args: argparse.Namespace) -> dict | None:
+def main(args: argparse.Namespace, trainer_class: type[Trainer]) -> dict | None:
     """Train, or evaluate with `--eval-only`, in this process; one call a GPU, after `run`'s checks.
 
     Returns:
@@ -148,20 +173,13 @@ def main(args: argparse.Namespace) -> dict | None:
     """
     cfg = setup(args)
     if args.eval_only:
-        model = Trainer.build_model(cfg)
-        StrictCheckpointer(model, cfg.OUTPUT_DIR, whole=True).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=args.resume
-        )
-        results = Trainer.test(cfg, model)
-        if comm.is_main_process():
-            verify_results(cfg, results)
-        return results
-    trainer = Trainer(cfg)
+        return trainer_class.evaluate(cfg, args.resume)
+    trainer = trainer_class(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
 
-def run(argv: Sequence[str] | None = None) -> None:
+def run(argv: Sequence[str] | None = None, trainer_class: type[Trainer] = Trainer) -> None:
     """The whole of `tools/train_net.py`: Detectron2's flags, launcher and `KEY VALUE` overrides."""
     parser = default_argument_parser()
     parser.add_argument(
@@ -173,21 +191,23 @@ def run(argv: Sequence[str] | None = None) -> None:
     with exit_on_input_error():
         # Before any worker process starts
         cfg = read_config(args)
+        trainer_class.check_architecture(cfg)
         num_gpus = max(args.num_gpus * args.num_machines, 1)
         if not args.eval_only:
             check_config(cfg, num_gpus)
         if args.check:
             print(f"{args.config_file}\n\n{describe_recipe(cfg, num_gpus)}")
             return
-        train = () if args.eval_only else cfg.DATASETS.TRAIN
-        check_inputs(cfg, [*train, *cfg.DATASETS.TEST], annotated=not args.eval_only)
+        if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
+            raise InputError("--eval-only would evaluate random weights: give MODEL.WEIGHTS")
+        trainer_class.check_inputs(cfg, args.eval_only)
         launch(
             main,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(args,),
+            args=(args, trainer_class),
         )
 
 

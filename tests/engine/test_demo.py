@@ -24,6 +24,9 @@ KEYS = {
     "TEST.EVAL_PERIOD": 3,
     "INPUT.MIN_SIZE_TRAIN": "(64,)",
     "INPUT.MIN_SIZE_TEST": 64,
+    "PRETRAIN.EPOCHS": 1,
+    "PRETRAIN.STEPS": "()",
+    "PRETRAIN.IMAGE_SIZE": 32,
 }
 OPTS = [str(word) for pair in KEYS.items() for word in pair]
 MODELS = ("mask_rcnn_R_18_FPN_frozenbn", "mask_rcnn_R_18_FPN_gn", "mask_rcnn_R_18_FPN_bn")

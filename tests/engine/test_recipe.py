@@ -10,16 +10,16 @@ import torch
 from conftest import ROOT, SCRATCH, TINY, command, shapes_config
 from detectron2.modeling import build_model
 
-from gn_det.engine import train
+from gn_det.engine import pretrain, train
 
 PAPER = "configs/Detectron1-Comparisons"
 SHAPES = "configs/Shapes/mask_rcnn_R_18_FPN_gn.yaml"
 
 
-def check(config: str, *words: object) -> str:
+def check(config: str, *words: object, tool=train) -> str:
     printed = io.StringIO()
     with redirect_stdout(printed):
-        train.run(["--config-file", str(ROOT / config), "--check", *map(str, words)])
+        tool.run(["--config-file", str(ROOT / config), "--check", *map(str, words)])
     return printed.getvalue()
 
 
@@ -94,6 +94,30 @@ def test_weights_of_ones_own_and_data(tmp_path, shapes):
     (data,) = section(printed, "training set")
     count = len(annotated)
     assert data == f"shapes_train: {count} images with annotations, {120 / count:.1f} epochs"
+
+
+def test_pretraining():
+    """The schedule in epochs, and gamma and beta decayed, without the folder of pictures."""
+    path = "configs/ImageNet-Classification/R_50_gn.yaml"
+    printed = check(path, "--num-gpus", 8, tool=pretrain)
+    assert section(printed, "norm layers")[0] == "ResNet: 53 GN (32 groups)"
+    assert section(printed, "training set")[0].startswith("imagenet/train IS NOT HERE")
+    rates = ["epoch 0: 0.1", "epoch 30: 0.01", "epoch 60: 0.001", "epoch 90: 0.0001"]
+    assert section(printed, "learning rate") == [*rates, "epoch 100: the end"]
+    assert "106 norm tensors, learning rate 0.1, weight decay 0.0001" in printed
+    assert section(printed, "batch") == ["256 images a step: 32 a pass on 8 GPUs"]
+
+
+def test_pretraining_on_a_folder(shapes):
+    crops = len(list((shapes / "crops/train").glob("*/*.png")))
+    keys = ("SOLVER.IMS_PER_BATCH", 8, "PRETRAIN.STEPS", "(2,)", "SOLVER.WARMUP_ITERS", 0)
+    printed = check("configs/Shapes/pretrain_R_18_bn.yaml", *TINY, *keys, tool=pretrain)
+    (data,) = section(printed, "training set")
+    steps = round(4 * crops / 8)
+    assert data == f"shapes/crops/train: {crops} pictures of 6 classes, 4 epochs in {steps} steps"
+    first, second, _ = section(printed, "learning rate")
+    assert first == "epoch 0: 0.0025" and second.endswith(": 0.00025"), "0.01 is for 32"
+    assert float(second.split()[1][:-1]) == pytest.approx(2, abs=0.2)
 
 
 def test_what_is_missing_is_told():

@@ -135,7 +135,7 @@ def test_batch_norm_weights_for_a_gn_model(tmp_path):
     assert re.search(r"bn.pth.*trained with BatchNorm, but MODEL.RESNETS.NORM is .GN", done.stderr)
 
 
-@pytest.mark.parametrize("tool", ["train_net", "pretrain", "demo", "make_shapes"])
+@pytest.mark.parametrize("tool", ["train_net", "pretrain_net", "demo", "make_shapes"])
 def test_without_detectron2(tool, tmp_path):
     """A Python that does not see Detectron2 gets one sentence from every tool."""
     blocker = "import sys\nsys.modules['detectron2'] = None\n"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Pretrain a backbone on a data set's object crops: see --help."""
+"""Pretrain a backbone on folders of pictures, with Detectron2's flags: see --help."""
 
 try:
     from gn_det.engine import pretrain

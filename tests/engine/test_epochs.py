@@ -1,0 +1,88 @@
+"""The paper's ImageNet recipe in the iterations that Detectron2 counts in."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import ROOT
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
+
+from gn_det.engine.epochs import resolve_config
+from gn_det.engine.train import read_config
+from gn_det.errors import InputError
+
+IMAGENET = (1_281_167, 1000)
+LEAVES = sorted((ROOT / "configs/ImageNet-Classification").glob("*.yaml"))
+
+
+def config(name: str, *opts: object) -> CfgNode:
+    path = f"ImageNet-Classification/{name}.yaml"
+    return read_config(Namespace(config_file=path, opts=list(map(str, opts))))
+
+
+def rate(cfg: CfgNode, iteration: int) -> float:
+    """What Detectron2's own scheduler makes of the config."""
+    scheduler = build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], cfg.SOLVER.BASE_LR))
+    scheduler.last_epoch = iteration
+    return scheduler.get_lr()[0]
+
+
+@pytest.mark.parametrize("leaf", LEAVES, ids=lambda path: path.stem)
+def test_section_4_1(leaf):
+    """100 epochs; 0.1 for 256 images, divided by 10 at epochs 30, 60 and 90; decay 1e-4."""
+    cfg = resolve_config(config(leaf.stem), *IMAGENET)
+    solver, keys = cfg.SOLVER, cfg.MODEL
+    assert solver.IMS_PER_BATCH == 256 and solver.MAX_ITER == 500_456
+    for epoch, before, after in ((30, 0.1, 0.01), (60, 0.01, 0.001), (90, 0.001, 0.0001)):
+        drop = round(epoch * 1_281_167 / 256)
+        assert rate(cfg, drop - 1) == pytest.approx(before)
+        assert rate(cfg, drop) == pytest.approx(after)
+    assert rate(cfg, 0) == pytest.approx(0.1), "no warm-up"
+    assert rate(cfg, 500_455) == pytest.approx(0.0001)
+    assert (solver.MOMENTUM, solver.NESTEROV, solver.WEIGHT_DECAY) == (0.9, False, 1e-4)
+    assert keys.ROI_HEADS.NUM_CLASSES == 1000 and cfg.PRETRAIN.IMAGE_SIZE == 224
+    assert cfg.TEST.EVAL_PERIOD == solver.CHECKPOINT_PERIOD == 5005, "an epoch, 5004.6"
+    # What the shipped detection configs expect of a backbone
+    assert keys.PIXEL_STD == [1.0, 1.0, 1.0] and keys.PIXEL_MEAN == [103.53, 116.28, 123.675]
+    assert cfg.INPUT.FORMAT == "BGR" and not keys.RESNETS.STRIDE_IN_1X1
+    name = f"R_{keys.RESNETS.DEPTH}_{keys.RESNETS.NORM.lower()}"
+    assert leaf.stem == name and cfg.OUTPUT_DIR == f"output/{name}"
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(512, 0.2), (64, 0.025), (2, 0.1 / 128)])
+def test_the_rate_is_linear_in_the_batch(batch, expected):
+    """And the epochs stay the same; given by hand or not, nothing is scaled a second time."""
+    cfg = resolve_config(config("R_50_bn", "SOLVER.IMS_PER_BATCH", batch), *IMAGENET)
+    assert cfg.SOLVER.BASE_LR == pytest.approx(expected)
+    assert cfg.SOLVER.MAX_ITER == round(100 * 1_281_167 / batch)
+    assert DefaultTrainer.auto_scale_workers(cfg, 2).SOLVER == cfg.SOLVER
+    assert DefaultTrainer.auto_scale_workers(config("R_50_bn"), 2).SOLVER.IMS_PER_BATCH == 256
+
+
+def test_periods_of_ones_own():
+    cfg = config("R_50_gn", "TEST.EVAL_PERIOD", 0, "SOLVER.CHECKPOINT_PERIOD", 700)
+    resolved = resolve_config(cfg, *IMAGENET)
+    assert (resolved.TEST.EVAL_PERIOD, resolved.SOLVER.CHECKPOINT_PERIOD) == (0, 700)
+    assert cfg.SOLVER.BASE_LR == 0.1 and cfg.is_frozen(), "the config that was given stays"
+
+
+def test_steps_that_no_iteration_lies_between():
+    epochs = ("PRETRAIN.EPOCHS", 2, "PRETRAIN.STEPS", "(0.9,1.1)")
+    cfg = config("R_50_gn", "SOLVER.IMS_PER_BATCH", 100, *epochs)
+    with pytest.raises(InputError, match=r"PRETRAIN.STEPS .* iterations \[1, 1\] of 2"):
+        resolve_config(cfg, 100, 10)
+
+
+@pytest.mark.parametrize("name", ["R_50_gn", "R_18_gn", "R_50_bn"])
+def test_gamma_starts_at_zero_in_each_last_norm(name):
+    """And so every residual branch at nothing; all other gammas start at 1."""
+    model = build_model(config(name, "MODEL.DEVICE", "cpu"))
+    last = "conv2" if "18" in name else "conv3"
+    gammas = {n: p for n, p in model.named_parameters() if n.endswith("norm.weight")}
+    zero = {n for n, gamma in gammas.items() if not gamma.any()}
+    assert zero == {n for n in gammas if f".{last}.norm" in n}
+    assert len(zero) == (8 if "18" in name else 16)
+    assert all((gammas[n] == 1).all() for n in set(gammas) - zero)

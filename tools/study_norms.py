@@ -1,0 +1,194 @@
+#!/usr/bin/env python3
+"""The paper's Tables 1 to 3 in miniature: the error of ResNet-18 on crops of `shapes`.
+
+BN, LN, IN and GN at batch 32; BN against GN at batch 32 to 2, the learning rate scaled with it; GN
+by number of groups, and by channels per group. All models see the same number of crops. Runs that
+are finished are kept, so an interrupted study goes on where it was.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+try:
+    import torch
+    from detectron2.utils.env import seed_all_rng
+    from matplotlib.figure import Figure
+
+    from gn_det.data import make_shapes
+    from gn_det.engine.pretrain import PretrainTrainer
+    from gn_det.engine.run_record import git_commit, versions
+    from gn_det.engine.train import read_config
+    from gn_det.errors import InputError, exit_on_input_error
+    from gn_det.evaluation.figures import COLOURS
+except ImportError as error:
+    raise SystemExit(f"error: {error}") from None
+
+CONFIG = "Shapes/study_R_18.yaml"
+PICTURES = (600, 300)  # for training and validation, that crops are cut from
+
+
+class Model(NamedTuple):
+    """What one table's cell is trained with."""
+
+    norm: str
+    batch: int = 32
+    groups: int = 32
+    width: int = -1
+
+    def keys(self, seed: int) -> list[str]:
+        keys = {
+            "MODEL.RESNETS.NORM": self.norm,
+            "MODEL.GROUP_NORM.NUM_GROUPS": self.groups,
+            "MODEL.GROUP_NORM.DIM_PER_GP": self.width,
+            "SOLVER.IMS_PER_BATCH": self.batch,
+            "SEED": seed,
+        }
+        return [str(word) for pair in keys.items() for word in pair]
+
+
+BN, LN, IN, GN = Model("BN"), Model("LN"), Model("IN"), Model("GN")
+BATCHES, DIVISIONS = (32, 16, 8, 4, 2), (64, 32, 16, 8, 4, 2, 1)
+# Table: its rows, each of models under the same columns. LN is one group, IN one channel a group
+TABLES: dict[str, tuple[tuple[Any, ...], dict[str, list[Model]]]] = {
+    "Table 1: error at batch 32": (("BN", "LN", "IN", "GN"), {"error": [BN, LN, IN, GN]}),
+    "Table 2: error by batch": (
+        BATCHES,
+        {norm: [Model(norm, batch) for batch in BATCHES] for norm in ("BN", "GN")},
+    ),
+    "Table 3: error of GN by its division": (
+        DIVISIONS,
+        {
+            "groups": [LN if n == 1 else Model("GN", groups=n) for n in DIVISIONS],
+            "channels per group": [IN if n == 1 else Model("GN", width=n) for n in DIVISIONS],
+        },
+    ),
+}
+MODELS = list(dict.fromkeys(m for _, rows in TABLES.values() for row in rows.values() for m in row))
+
+
+def train(model: Model, seed: int, output: Path, opts: list[str]) -> dict[str, Any]:
+    """One run, in a process of its own: its error on the validation crops, in percent."""
+    torch.set_num_threads(1)
+    logging.disable(logging.INFO)
+    folder = output / "running" / "-".join(map(str, (*model, seed)))
+    shutil.rmtree(folder, ignore_errors=True)
+    crops = output / "shapes" / "crops"
+    keys = {
+        "MODEL.DEVICE": "cpu",
+        "OUTPUT_DIR": folder,
+        "DATASETS.TRAIN": (f"{crops}/train",),
+        "DATASETS.TEST": (f"{crops}/val",),
+    }
+    words = [str(word) for pair in keys.items() for word in pair]
+    args = argparse.Namespace(config_file=CONFIG, opts=[*words, *model.keys(seed), *opts])
+    cfg = read_config(args)
+    seed_all_rng(seed)
+    trainer = PretrainTrainer(cfg)
+    trainer.train()
+    last = json.loads((folder / "metrics.json").read_text().splitlines()[-1])
+    shutil.rmtree(folder)
+    return {
+        "model": model._asdict(),
+        "seed": seed,
+        "error": 100 - last["accuracy/top1"],
+        "iterations": trainer.max_iter,
+        "learning_rate": trainer.cfg.SOLVER.BASE_LR,
+    }
+
+
+def study(output: Path, seeds: int, opts: list[str]) -> dict[str, Any]:
+    """Train what `results.json` does not hold yet, two runs at a time, and keep it up to date."""
+    path = output / "results.json"
+    settings = {"config": CONFIG, "opts": opts, "pictures": list(PICTURES)}
+    results: dict[str, Any] = {"settings": settings, "versions": versions()}
+    results |= {"git_commit": git_commit(), "runs": []}
+    if path.exists():
+        results = json.loads(path.read_text())
+    if results["settings"] != settings:
+        raise InputError(f"{output} holds a study with other settings: name another --output-dir")
+    if not (output / "shapes").exists():
+        output.mkdir(parents=True, exist_ok=True)
+        make_shapes(output / "shapes", *PICTURES)
+    done = {(Model(**run["model"]), run["seed"]) for run in results["runs"]}
+    todo = [(m, seed) for seed in range(seeds) for m in MODELS if (m, seed) not in done]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(train, model, seed, output, opts) for model, seed in todo]
+        try:
+            for i, job in enumerate(as_completed(jobs), start=1):
+                run = job.result()
+                results["runs"].append(run)
+                partial = path.with_suffix(".partial")
+                partial.write_text(json.dumps(results, indent=1) + "\n")
+                partial.replace(path)
+                name = " ".join(map(str, run["model"].values()))
+                print(f"{i}/{len(todo)} {name}, seed {run['seed']}: {run['error']:.1f}%")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return results
+
+
+def errors(results: dict[str, Any], model: Model) -> list[float]:
+    """Errors of all of a model's runs, in percent."""
+    return [run["error"] for run in results["runs"] if Model(**run["model"]) == model]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The three tables: means over seeds, and the range that the seeds lie in."""
+    lines = ["Errors in percent on validation crops: mean over seeds (lowest to highest).", ""]
+    for title, (columns, rows) in TABLES.items():
+        head = ["", *map(str, columns)]
+        lines += [title, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for name, models in rows.items():
+            found = [errors(results, model) for model in models]
+            cells = [f"{mean(e):.1f} ({min(e):.1f}–{max(e):.1f})" for e in found]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Any]) -> Figure:
+    """One panel a table; bars and dots are means, and the lines through them all the seeds."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, (title, (columns, rows)) in zip(figure.subplots(1, 3), TABLES.items(), strict=True):
+        for (name, models), colour in zip(rows.items(), COLOURS, strict=False):
+            found = [errors(results, model) for model in models]
+            means = [mean(e) for e in found]
+            spread = [[m - min(e) for m, e in zip(means, found, strict=True)]]
+            spread.append([max(e) - m for m, e in zip(means, found, strict=True)])
+            style = "o" if len(rows) == 1 else "o-"
+            labels = list(map(str, columns))
+            axes.errorbar(labels, means, spread, fmt=style, label=name, color=colour, capsize=3)
+        axes.set_title(title)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(rows) > 1:
+            axes.legend(frameon=False)
+    figure.axes[0].set_ylabel("error, %")
+    return figure
+
+
+def main() -> None:
+    """Parse the command line, train, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output-dir", type=Path, default=Path("output/study"), metavar="FOLDER")
+    parser.add_argument("--seeds", type=int, default=2, metavar="N", help="runs of each model")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, for every run")
+    args = parser.parse_args()
+    with exit_on_input_error():
+        results = study(args.output_dir, args.seeds, args.opts)
+        (args.output_dir / "results.md").write_text(markdown(results))
+        plot(results).savefig(args.output_dir / "results.png", dpi=120)
+        print(f"done: {args.output_dir / 'results.md'}")
+
+
+if __name__ == "__main__":
+    main()
