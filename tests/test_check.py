@@ -334,6 +334,18 @@ def test_files_are_known_by_their_tensors(write, tmp_path):
         assert problems(config(FPN, "MODEL.WEIGHTS", gn, "MODEL.RESNETS.NORM", norm)) == {}
 
 
+def test_the_stride_travels_with_a_file(tmp_path):
+    """Of two ResNet-50 whose tensors have the same names and shapes."""
+    path = tmp_path / "backbone.pth"
+    state = {"res2.0.conv1.weight": torch.zeros(4)}
+    for right in (True, False):
+        facts = {"MODEL.RESNETS.STRIDE_IN_1X1": right}
+        torch.save({"model": state, "gn_det": facts}, path)
+        for stride in (True, False):
+            cfg = config(FPN, "MODEL.WEIGHTS", path, "MODEL.RESNETS.STRIDE_IN_1X1", stride)
+            assert set(problems(cfg)) == (set() if stride is right else {*facts})
+
+
 class Malicious:
     """What unpickling would run."""
 

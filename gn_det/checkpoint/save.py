@@ -17,6 +17,9 @@ KEYS = (
     *("MODEL.RESNETS.STRIDE_IN_1X1", "MODEL.RESNETS.WEIGHT_STANDARDIZATION"),
     *("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"),
 )
+BOTTLENECK = (
+    *("MODEL.RESNETS.STRIDE_IN_1X1", "MODEL.RESNETS.NUM_GROUPS", "MODEL.RESNETS.WIDTH_PER_GROUP"),
+)
 
 
 def save_backbone(tensors: Mapping[str, Tensor], cfg: CfgNode, path: Path) -> None:
@@ -47,7 +50,9 @@ def save_backbone(tensors: Mapping[str, Tensor], cfg: CfgNode, path: Path) -> No
 
 def facts_of(cfg: CfgNode) -> Facts:
     """The keys of a config that weights trained by it have to be used with."""
-    facts = {key: _value(cfg, key) for key in KEYS}
+    # The blocks of ResNet-18 and 34 know neither 1x1 strides nor groups
+    basic = cfg.MODEL.RESNETS.DEPTH in (18, 34)
+    facts = {key: _value(cfg, key) for key in KEYS if not (basic and key in BOTTLENECK)}
     if facts[NORM] == "SyncBN":
         facts[NORM] = "BN"
     if facts[NORM] == "GN":

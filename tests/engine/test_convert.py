@@ -69,7 +69,6 @@ def test_the_yaml_fits_and_fills_the_trunk(name, converted):
 
 CONTRADICTIONS = {
     "MODEL.RESNETS.DEPTH": 34,
-    "MODEL.RESNETS.STRIDE_IN_1X1": True,
     "INPUT.FORMAT": "BGR",
     "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
     "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
