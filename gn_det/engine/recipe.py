@@ -68,7 +68,7 @@ def describe_recipe(cfg: CfgNode, num_gpus: int = 1) -> str:
 
 
 def _resolved(cfg: CfgNode) -> CfgNode:
-    """The config that the trainer would use; without the training folder, of 1000 steps an epoch."""
+    """The config that the trainer would use; without the folder, one of 1000 steps an epoch."""
     if not is_pretraining(cfg):
         return cfg
     try:
