@@ -55,13 +55,14 @@ def describe_recipe(cfg: CfgNode, num_gpus: int = 1) -> str:
 
 
 def _resolved(cfg: CfgNode) -> CfgNode:
-    """The config that the trainer would use; without the training folder, of one step an epoch."""
+    """The config that the trainer would use; without the folder, one of 1000 steps an epoch."""
     if not is_pretraining(cfg):
         return cfg
     try:
         folder = read_folder(cfg.DATASETS.TRAIN[0])
     except InputError:
-        cfg = resolve_config(cfg, cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        cfg = resolve_config(cfg, 1000 * cfg.SOLVER.IMS_PER_BATCH, classes)
         cfg.defrost()
         cfg.SOLVER.WARMUP_ITERS = 0
         return cfg

@@ -14,6 +14,7 @@ from detectron2.engine import AMPTrainer
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
 from gn_det.engine import pretrain, train
@@ -117,7 +118,7 @@ def test_resumes_where_it_was(resumed):
     assert list(resumed.glob("events.out.tfevents.*"))
 
 
-def test_evaluation_alone(resumed, tmp_path, capsys):
+def test_evaluation_alone(resumed, tmp_path):
     """What the training's own evaluation found, from the folder of pictures to test on alone."""
     weights = resumed / "model_final.pth"
     words = opts(tmp_path, MODEL__WEIGHTS=weights, DATASETS__TRAIN="('none',)")
@@ -127,15 +128,29 @@ def test_evaluation_alone(resumed, tmp_path, capsys):
     assert results["accuracy"]["top1"] == pytest.approx(expected["accuracy/top1"])
 
 
-def amp_trainer(cfg) -> type:
-    return type(pretrain.PretrainTrainer(cfg)._trainer)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="AMP needs a GPU")
 def test_mixed_precision(tmp_path):
-    words = [*opts(tmp_path, MODEL__DEVICE="cuda", SOLVER__AMP__ENABLED=True)]
-    cfg = train.read_config(Namespace(config_file=GN, opts=words))
-    assert amp_trainer(cfg) is AMPTrainer
+    words = opts(tmp_path, MODEL__DEVICE="cuda", SOLVER__AMP__ENABLED=True, PRETRAIN__STEPS="()")
+    trainer = pretrain.PretrainTrainer(train.read_config(Namespace(config_file=GN, opts=words)))
+    assert isinstance(trainer._trainer, AMPTrainer)
+    trainer.train()
+    assert (tmp_path / "backbone.pth").exists()
+
+
+def test_a_batch_in_parts(tmp_path):
+    """The gradients of GN are those of the batch in one piece."""
+    pictures = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    batch = [{"image": picture, "label": i} for i, picture in enumerate(pictures)]
+    found = []
+    for parts in (1, 2):
+        words = opts(tmp_path, SOLVER__ACCUMULATE_ITERS=parts)
+        cfg = train.read_config(Namespace(config_file=GN, opts=words))
+        torch.manual_seed(0)
+        model = pretrain.PretrainTrainer.build_model(cfg)
+        with EventStorage():
+            sum(model(batch).values()).backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
 
 
 def refusal(tmp_path: Path, *flags: str, run: Callable = pretrain.run, **more: object) -> str:
@@ -148,7 +163,7 @@ def refusal(tmp_path: Path, *flags: str, run: Callable = pretrain.run, **more: o
 
 
 def folders(root: Path, **classes: int) -> str:
-    """A folder of that many pictures (copies of one) for each class."""
+    """A folder of that many files, none of them a picture, for each class."""
     for name, count in classes.items():
         (root / name).mkdir(parents=True)
         for i in range(count):

@@ -106,6 +106,8 @@ def test_pretraining():
     assert section(printed, "learning rate") == [*rates, "epoch 100: the end"]
     assert "106 norm tensors, learning rate 0.1, weight decay 0.0001" in printed
     assert section(printed, "batch") == ["256 images a step: 32 a pass on 8 GPUs"]
+    halves = check(path, "PRETRAIN.EPOCHS", 2, "PRETRAIN.STEPS", "(0.5,1.5)", tool=pretrain)
+    assert section(halves, "learning rate")[1:3] == ["epoch 0.5: 0.01", "epoch 1.5: 0.001"]
 
 
 def test_pretraining_on_a_folder(shapes):
