@@ -2,9 +2,9 @@
 """Bring a pretrained backbone into Detectron2, as BN* or as GN: see --help."""
 
 try:
-    from gn_det.engine import convert
+    from gn_det.engine import convert_backbone
 except ImportError as error:
     raise SystemExit(f"error: {error}") from None
 
 if __name__ == "__main__":
-    convert.run()
+    convert_backbone.run()

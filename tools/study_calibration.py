@@ -25,7 +25,7 @@ from gn_det.checkpoint.convert import Conversion, build_resnet, convert
 from gn_det.checkpoint.read import read_weights
 from gn_det.checkpoint.save import facts_of, save_backbone
 from gn_det.data.pictures import load_pictures
-from gn_det.engine.convert import SIDE, normalise, to_group_norm
+from gn_det.engine.convert_backbone import SIDE, normalise, to_group_norm
 from gn_det.engine.train import Trainer, read_config
 from gn_det.evaluation.linear_probe import mean_auc
 

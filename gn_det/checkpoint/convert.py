@@ -13,11 +13,10 @@ from torch import Tensor
 
 from ..config import add_gn_config
 from ..errors import InputError
-from .facts import NORM, Facts, architecture
+from .facts import NORM, PIXELS, STANDARDIZATION, STRIDE, Facts, architecture, written_facts
 from .names import CAFFE_PIXELS, SOURCES, find_source, rename
 from .read import WeightsFile
 
-STANDARDIZATION = "MODEL.RESNETS.WEIGHT_STANDARDIZATION"
 # Median |mean| / (std / sqrt(n)) of filters of n weights: 0.67 for random ones, and above it for
 # trained ones. Under weight standardisation no gradient reaches the mean, which only decays
 STANDARDIZED_BELOW = 0.35
@@ -41,6 +40,8 @@ class Conversion:
     unknown: list[str]
     # that the file has no need of, under Detectron2's names
     made: list[str]
+    # config keys that the file does not tell, as they mostly are with its source
+    assumed: Facts
 
     def account(self) -> Iterator[str]:
         """Lines for people: tensors taken, made, dropped and why, missing, unknown."""
@@ -53,6 +54,9 @@ class Conversion:
             yield f"         {count:4} {why}: {first}{', ...' * (count > 1)}"
         for title, names in (("missing", self.missing), ("unknown", self.unknown)):
             yield f"{title}  {len(names):4}" + "".join(f"\n              {n}" for n in names[:8])
+        if self.assumed:
+            told = ", ".join(f"{key} {value}" for key, value in self.assumed.items())
+            yield f"assumed  {told}, as usual with {self.source}; KEY VALUE pairs change it"
 
     def refuse_gaps(self, missing: Sequence[str] = (), unknown: Sequence[str] = ()) -> None:
         """Stop unless everything missing or unknown was foreseen.
@@ -95,32 +99,26 @@ def convert(file: WeightsFile, source: str = "auto", opts: Sequence[str] = ()) -
             "its blocks are not those of ResNet-18, 34, 50, 101 or 152; their names begin with "
             f"{min(renamed.tensors, default=min(file.tensors))}"
         )
-    facts = dict(SOURCES[source].facts) | shape | {NORM: renamed.norm} | file.facts
-    if "MODEL.RESNETS.STRIDE_IN_1X1" not in facts:
+    written = written_facts(file)
+    facts = dict(SOURCES[source].facts) | shape | {NORM: renamed.norm} | written
+    if STRIDE not in facts:
         # MSRA's and Detectron's BN models alone; every GN one has it on the 3x3
         wide = facts.get("MODEL.RESNETS.NUM_GROUPS", 1) > 1
-        facts["MODEL.RESNETS.STRIDE_IN_1X1"] = renamed.norm != "GN" and not wide
+        facts[STRIDE] = renamed.norm != "GN" and not wide
     cfg = backbone_config(facts, opts)
-    if STANDARDIZATION not in {*opts, *file.facts} and looks_standardized(renamed.tensors):
+    told = {*opts, *written}
+    assumed = {key: facts[key] for key in (STRIDE, *PIXELS) if key not in told}
+    if STANDARDIZATION not in told and looks_standardized(renamed.tensors):
         raise InputError(
             "its filters have no mean, as after training with weight standardisation, and plain "
             f"convolutions would compute something else: add {STANDARDIZATION} True for "
             "standardised convolutions, or False if they were trained plain"
         )
     made = _make_statistics(renamed.tensors) if renamed.norm == "FrozenBN" else []
-    expected = {name: tensor.shape for name, tensor in build_resnet(cfg).state_dict().items()}
-    tensors, missing, unknown = {}, [], list(renamed.unknown)
-    for name, wanted in expected.items():
-        tensor = renamed.tensors.pop(name, None)
-        if tensor is not None and tensor.shape == wanted:
-            tensors[name] = tensor.float()
-        elif name.endswith("num_batches_tracked"):
-            continue
-        else:
-            there = "" if tensor is None else f" of shape {(*wanted,)}: it is {(*tensor.shape,)}"
-            missing.append(name + there)
-    unknown += renamed.tensors
-    return Conversion(tensors, cfg, source, renamed.dropped, missing, unknown, made)
+    tensors, missing = _take(renamed.tensors, build_resnet(cfg))
+    unknown = [*renamed.unknown, *(name for name in renamed.tensors if name not in tensors)]
+    unknown = [name for name in unknown if name not in {m.split(" ")[0] for m in missing}]
+    return Conversion(tensors, cfg, source, renamed.dropped, missing, unknown, made, assumed)
 
 
 def backbone_config(facts: Facts, opts: Sequence[str] = ()) -> CfgNode:
@@ -192,6 +190,20 @@ def looks_standardized(tensors: dict[str, Tensor]) -> bool:
             std, mean = torch.std_mean(weight.float().flatten(1), dim=1)
             ratios.append(mean.abs() * weight[0].numel() ** 0.5 / std.clamp(min=1e-12))
     return bool(torch.cat(ratios).median() < STANDARDIZED_BELOW)
+
+
+def _take(tensors: dict[str, Tensor], resnet: ResNet) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors that a ResNet has, and the names of those that are not there or do not fit."""
+    taken, missing = {}, []
+    for name, wanted in resnet.state_dict().items():
+        tensor = tensors.get(name)
+        if tensor is not None and tensor.shape == wanted.shape:
+            taken[name] = tensor.float()
+        elif tensor is not None:
+            missing.append(f"{name} of shape {(*wanted.shape,)}: it is {(*tensor.shape,)}")
+        elif not name.endswith("num_batches_tracked"):
+            missing.append(name)
+    return taken, missing
 
 
 def _make_statistics(tensors: dict[str, Tensor]) -> list[str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .names import CAFFE_PIXELS, SOURCES, TORCH_PIXELS, find_source, rename
-from .read import read_weights
+from .read import WeightsFile, read_weights
 
 # Config key -> the value it must have. Of MODEL.RESNETS.NORM, "BN" stands for every norm that takes
 # BN's tensors, and "FrozenBN" for BN that is fused into its affine map and can be nothing else. An
@@ -18,6 +18,15 @@ Facts = dict[str, Any]
 
 NORM = "MODEL.RESNETS.NORM"
 GROUP_NORM = ("MODEL.GROUP_NORM.NUM_GROUPS", "MODEL.GROUP_NORM.DIM_PER_GP")
+PIXELS = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
+STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
+STANDARDIZATION = "MODEL.RESNETS.WEIGHT_STANDARDIZATION"
+# All that ever travels with weights
+KEYS = (
+    *(NORM, "MODEL.RESNETS.DEPTH", "MODEL.RESNETS.NUM_GROUPS", "MODEL.RESNETS.WIDTH_PER_GROUP"),
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "MODEL.RESNETS.RES2_OUT_CHANNELS"),
+    *(STRIDE, STANDARDIZATION, *PIXELS, *GROUP_NORM),
+)
 BLOCKS: dict[tuple[int, ...], int] = {
     (2, 2, 2, 2): 18,
     (3, 4, 6, 3): 50,
@@ -28,16 +37,16 @@ BLOCKS: dict[tuple[int, ...], int] = {
 # What Detectron2 loads by itself
 NATIVE = (("detectron2", ".pth"), ("detectron2", ".pkl"), ("detectron", ".pkl"))
 
-_MSRA: Facts = {NORM: "BN", "MODEL.RESNETS.STRIDE_IN_1X1": True, **CAFFE_PIXELS}
+_MSRA: Facts = {NORM: "BN", STRIDE: True, **CAFFE_PIXELS}
 _GN: Facts = {
-    **(_MSRA | {NORM: "GN", "MODEL.RESNETS.STRIDE_IN_1X1": False}),
+    **(_MSRA | {NORM: "GN", STRIDE: False}),
     **{"MODEL.GROUP_NORM.NUM_GROUPS": 32, "MODEL.GROUP_NORM.DIM_PER_GP": -1},
 }
-_TORCHVISION: Facts = {NORM: "BN", "MODEL.RESNETS.STRIDE_IN_1X1": False, **TORCH_PIXELS}
+_TORCHVISION: Facts = {NORM: "BN", STRIDE: False, **TORCH_PIXELS}
 _RESNEXT_STD = {"MODEL.PIXEL_STD": [57.375, 57.120, 58.395]}
 # Detectron2's ImageNetPretrained/, after its MODEL_ZOO.md, catalog.py and the configs that use them
 PUBLISHED: dict[str, Facts] = {
-    name: {"MODEL.RESNETS.DEPTH": depth, "MODEL.RESNETS.WEIGHT_STANDARDIZATION": False, **facts}
+    name: {"MODEL.RESNETS.DEPTH": depth, STANDARDIZATION: False, **facts}
     for name, depth, facts in (
         ("MSRA/R-50", 50, _MSRA),
         ("MSRA/R-101", 101, _MSRA),
@@ -46,7 +55,7 @@ PUBLISHED: dict[str, Facts] = {
         (
             "FAIR/X-101-32x8d",
             101,
-            _MSRA | {"MODEL.RESNETS.STRIDE_IN_1X1": False} | _RESNEXT_STD,
+            _MSRA | {STRIDE: False} | _RESNEXT_STD,
         ),
         ("torchvision/R-50", 50, _TORCHVISION),
     )
@@ -85,14 +94,19 @@ def describe_file(path: Path) -> Facts:
         InputError: if it cannot be read.
     """
     file = read_weights(path, device="meta")
-    if file.facts:
-        return file.facts
+    if facts := written_facts(file):
+        return facts
     try:
         source = find_source(file.tensors)
     except InputError:
         return {}  # another backbone's
     renamed = rename(file.tensors, SOURCES[source])
     return architecture(renamed.tensors) | ({NORM: renamed.norm} if renamed.norm else {})
+
+
+def written_facts(file: WeightsFile) -> Facts:
+    """What gn_det wrote into a file; nothing, if it did not."""
+    return {key: value for key, value in file.facts.items() if key in KEYS}
 
 
 def architecture(tensors: Mapping[str, Tensor]) -> Facts:
@@ -106,10 +120,11 @@ def architecture(tensors: Mapping[str, Tensor]) -> Facts:
     )
     basic = "res2.0.conv3.weight" not in tensors
     depth = 34 if basic and blocks == (3, 4, 6, 3) else BLOCKS.get(blocks)
-    if depth is None or basic != (depth in (18, 34)):
+    last = f"res2.0.conv{2 if basic else 3}.weight"
+    telling = {"stem.conv1.weight", "res2.0.conv2.weight", last}
+    if depth is None or basic != (depth in (18, 34)) or not telling <= tensors.keys():
         return {}
     facts: Facts = {"MODEL.RESNETS.DEPTH": depth}
-    last = f"res2.0.conv{2 if basic else 3}.weight"
     facts["MODEL.RESNETS.STEM_OUT_CHANNELS"] = len(tensors["stem.conv1.weight"])
     facts["MODEL.RESNETS.RES2_OUT_CHANNELS"] = len(tensors[last])
     if not basic:

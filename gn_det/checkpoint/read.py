@@ -48,9 +48,10 @@ def read_weights(path: Path, device: str = "cpu") -> WeightsFile:
         raise InputError(f"{path} cannot be read as weights: {_reason(error)}") from None
     except safetensors.SafetensorError as error:
         raise InputError(f"{path} cannot be read as weights: {error}") from None
-    facts = {}
+    facts: dict[str, Any] = {}
     if isinstance(content, Mapping):
-        facts = content.get("gn_det", {})
+        written = content.get("gn_det")
+        facts = dict(written) if isinstance(written, Mapping) else {}
         for nest in NESTS:
             if isinstance(content.get(nest), Mapping):
                 content = content[nest]

@@ -9,17 +9,9 @@ import yaml
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from .facts import GROUP_NORM, NORM, Facts
+from .facts import GROUP_NORM, KEYS, NORM, STRIDE, Facts
 
-KEYS = (
-    *(NORM, "MODEL.RESNETS.DEPTH", "MODEL.RESNETS.NUM_GROUPS", "MODEL.RESNETS.WIDTH_PER_GROUP"),
-    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "MODEL.RESNETS.RES2_OUT_CHANNELS"),
-    *("MODEL.RESNETS.STRIDE_IN_1X1", "MODEL.RESNETS.WEIGHT_STANDARDIZATION"),
-    *("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"),
-)
-BOTTLENECK = (
-    *("MODEL.RESNETS.STRIDE_IN_1X1", "MODEL.RESNETS.NUM_GROUPS", "MODEL.RESNETS.WIDTH_PER_GROUP"),
-)
+BOTTLENECK = (STRIDE, "MODEL.RESNETS.NUM_GROUPS", "MODEL.RESNETS.WIDTH_PER_GROUP")
 
 
 def save_backbone(tensors: Mapping[str, Tensor], cfg: CfgNode, path: Path) -> None:
@@ -52,11 +44,10 @@ def facts_of(cfg: CfgNode) -> Facts:
     """The keys of a config that weights trained by it have to be used with."""
     # The blocks of ResNet-18 and 34 know neither 1x1 strides nor groups
     basic = cfg.MODEL.RESNETS.DEPTH in (18, 34)
-    facts = {key: _value(cfg, key) for key in KEYS if not (basic and key in BOTTLENECK)}
+    left_out = BOTTLENECK * basic + GROUP_NORM * (cfg.MODEL.RESNETS.NORM != "GN")
+    facts = {key: _value(cfg, key) for key in KEYS if key not in left_out}
     if facts[NORM] == "SyncBN":
         facts[NORM] = "BN"
-    if facts[NORM] == "GN":
-        facts |= {key: _value(cfg, key) for key in GROUP_NORM}
     return facts
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from gn_det.check import ConfigError, check_config
 from gn_det.checkpoint.load import StrictCheckpointer
 from gn_det.checkpoint.read import read_weights
-from gn_det.engine.convert import run
+from gn_det.engine.convert_backbone import run
 from gn_det.modeling import build_without_memory
 
 GN, FROZEN = "mask_rcnn_R_18_FPN_gn", "mask_rcnn_R_18_FPN_frozenbn"
