@@ -104,7 +104,9 @@ class Demo:
     def check_same(self, folder: Path, cfg: CfgNode) -> None:
         """Refuse to go on from a step that was run with another config."""
         written = folder / "config.yaml"
-        if written.exists() and written.read_text() != cfg.dump():
+        # A step that was stopped while it wrote its config has measured nothing yet
+        started = written.exists() and (folder / "metrics.json").exists()
+        if started and written.read_text() != cfg.dump():
             raise InputError(
                 f"{self.output} holds a demo with other settings ({written} differs): "
                 "remove that folder or name another with --output-dir"
