@@ -42,3 +42,10 @@ def add_gn_config(cfg: CfgNode) -> None:
 def is_pretraining(cfg: CfgNode) -> bool:
     """Whether a config is for `tools/pretrain_net.py`, that is, trains a classifier."""
     return cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
+
+
+def value_of(cfg: CfgNode, key: str) -> object:
+    """The value of a key such as "MODEL.RESNETS.NORM"; a tuple comes as a list."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return list(cfg) if isinstance(cfg, tuple) else cfg

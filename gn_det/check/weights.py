@@ -6,6 +6,7 @@ from detectron2.config import CfgNode
 
 from ..checkpoint.facts import GROUP_NORM, NORM, Facts, describe, needs_conversion
 from ..checkpoint.load import conversion_command
+from ..config import value_of
 from ..errors import InputError
 from ..modeling.norm import is_group_norm
 from .problem import Problem
@@ -32,7 +33,7 @@ def check_weights(cfg: CfgNode) -> Iterator[Problem]:
     if problem := _norm_conflict(cfg, facts):
         yield problem
     for key, right in facts.items():
-        value = _value(cfg, key)
+        value = value_of(cfg, key)
         if key in (NORM, *GROUP_NORM) or _same(value, right):
             continue
         why = f"{weights} was trained with {right}"
@@ -86,12 +87,6 @@ def _takes(norm: str, facts: Facts) -> bool:
         # The names of a file's tensors tell BN from GN, but not GN from LN or IN
         return is_group_norm(norm)
     return norm == facts[NORM]
-
-
-def _value(cfg: CfgNode, key: str) -> object:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
 
 
 def _same(value: object, right: object) -> bool:

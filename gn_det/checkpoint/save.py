@@ -9,6 +9,7 @@ import yaml
 from detectron2.config import CfgNode
 from torch import Tensor
 
+from ..config import value_of
 from .facts import GROUP_NORM, KEYS, NORM, STRIDE, Facts
 
 BOTTLENECK = (STRIDE, "MODEL.RESNETS.NUM_GROUPS", "MODEL.RESNETS.WIDTH_PER_GROUP")
@@ -45,7 +46,7 @@ def facts_of(cfg: CfgNode) -> Facts:
     # The blocks of ResNet-18 and 34 know neither 1x1 strides nor groups
     basic = cfg.MODEL.RESNETS.DEPTH in (18, 34)
     left_out = BOTTLENECK * basic + GROUP_NORM * (cfg.MODEL.RESNETS.NORM != "GN")
-    facts = {key: _value(cfg, key) for key in KEYS if key not in left_out}
+    facts = {key: value_of(cfg, key) for key in KEYS if key not in left_out}
     if facts[NORM] == "SyncBN":
         facts[NORM] = "BN"
     return facts
@@ -62,9 +63,3 @@ def keys_as_yaml(facts: Facts, weights: Path) -> str:
         # Of all that BN's tensors fit, what detectors are fine-tuned with
         node[last] = "FrozenBN" if (key, value) == (NORM, "BN") else value
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
-
-
-def _value(cfg: CfgNode, key: str) -> object:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return list(cfg) if isinstance(cfg, tuple) else cfg
