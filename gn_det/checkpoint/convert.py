@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config import add_gn_config
 from ..errors import InputError
 from .facts import NORM, PIXELS, STANDARDIZATION, STRIDE, Facts, architecture, written_facts
-from .names import CAFFE_PIXELS, SOURCES, find_source, rename
+from .names import AUTHORS, CAFFE_PIXELS, SOURCES, TORCH_PIXELS, find_source, rename
 from .read import WeightsFile
 
 # Median |mean| / (std / sqrt(n)) of filters of n weights: 0.67 for random ones, and above it for
@@ -100,7 +100,8 @@ def convert(file: WeightsFile, source: str = "auto", opts: Sequence[str] = ()) -
             f"{min(renamed.tensors, default=min(file.tensors))}"
         )
     written = written_facts(file)
-    facts = dict(SOURCES[source].facts) | shape | {NORM: renamed.norm} | written
+    usual = usual_facts(file, source, renamed.norm, shape, opts)
+    facts = usual | shape | {NORM: renamed.norm} | written
     if STRIDE not in facts:
         # MSRA's and Detectron's BN models alone; every GN one has it on the 3x3
         wide = facts.get("MODEL.RESNETS.NUM_GROUPS", 1) > 1
@@ -121,6 +122,20 @@ def convert(file: WeightsFile, source: str = "auto", opts: Sequence[str] = ()) -
     return Conversion(tensors, cfg, source, renamed.dropped, missing, unknown, made, assumed)
 
 
+def usual_facts(
+    file: WeightsFile, source: str, norm: str | None, shape: Facts, opts: Sequence[str]
+) -> Facts:
+    """What mostly holds for files of a source, where the file does not tell itself."""
+    facts = dict(SOURCES[source].facts)
+    if source == "detectron2":
+        facts |= AUTHORS.get(file.author, {})
+    if source == "mmdetection" and STANDARDIZATION in opts:
+        facts |= TORCH_PIXELS  # those of GN+WS come from PyTorch, those of GN from Detectron
+    if source == "detectron" and norm == "BN" and shape.get("MODEL.RESNETS.NUM_GROUPS", 1) > 1:
+        facts["MODEL.PIXEL_STD"] = TORCH_PIXELS["MODEL.PIXEL_STD"][::-1]  # X-101-32x8d
+    return facts
+
+
 def backbone_config(facts: Facts, opts: Sequence[str] = ()) -> CfgNode:
     """The config of a whole ResNet on the CPU, with nothing frozen.
 
@@ -133,12 +148,21 @@ def backbone_config(facts: Facts, opts: Sequence[str] = ()) -> CfgNode:
     cfg.MODEL.BACKBONE.NAME = "build_gn_resnet_backbone"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    try:
-        cfg.merge_from_list([word for pair in facts.items() for word in pair])
-        cfg.merge_from_list(list(opts))
-    except (AssertionError, KeyError, ValueError) as error:
-        raise InputError(f"{' '.join(map(str, opts))}: {error}") from None
+    merge_pairs(cfg, [word for pair in facts.items() for word in pair])
+    merge_pairs(cfg, opts)
     return cfg
+
+
+def merge_pairs(cfg: CfgNode, pairs: Sequence[str]) -> None:
+    """Set config keys, in place.
+
+    Raises:
+        InputError: for keys or values that do not fit.
+    """
+    try:
+        cfg.merge_from_list(list(pairs))
+    except (AssertionError, KeyError, ValueError) as error:
+        raise InputError(f"{' '.join(map(str, pairs))}: {error}") from None
 
 
 def build_resnet(cfg: CfgNode, tensors: Mapping[str, Tensor] | None = None) -> ResNet:
@@ -168,8 +192,13 @@ def fold_input(conversion: Conversion) -> None:
 
     With PyTorch's mean that makes Detectron2's defaults. The mean stays, in BGR order: after zero
     padding, no change of weights would make up for another one.
+
+    Raises:
+        InputError: for standardised filters, which do not keep a scale.
     """
     keys, weight = conversion.cfg, conversion.tensors["stem.conv1.weight"]
+    if keys.MODEL.RESNETS.WEIGHT_STANDARDIZATION:
+        raise InputError("--fold-input would change standardised filters: leave it out")
     std = torch.tensor(keys.MODEL.PIXEL_STD, dtype=torch.float64).view(1, 3, 1, 1)
     weight = weight.double() / std
     if keys.INPUT.FORMAT == "RGB":

@@ -12,6 +12,9 @@ from ..errors import InputError
 from ..modeling.parts import PREDICTORS, SETTINGS, TRUNK, count_parts, part_of, weight_names
 from .names import CLASSIFIER, STEM_BIAS, norm_of
 
+# Start at 0 by design, and are in no file that was trained without them
+DEFORMABLE = r"\.conv2_offset\."
+
 
 @dataclass
 class Loaded:
@@ -36,6 +39,25 @@ class Loaded:
             for title, names in lines
         )
 
+    def norm_conflict(self) -> str | None:
+        """Why the trunk's norm cannot take the file's, though Detectron2 might load it."""
+        trunk = [name for name in self.model if part_of(name) in TRUNK]
+        statistics = any(name.endswith("norm.running_mean") for name in trunk)
+        if self.norm == "GN" and statistics:
+            return "it was trained with Group Normalization, and this model has BatchNorm"
+        has_norm = any(name.endswith("norm.weight") for name in trunk)
+        if self.norm in ("BN", "FrozenBN") and has_norm and not statistics:
+            return "it was trained with BatchNorm, and this model has Group Normalization"
+        return None
+
+    def mend(self, weights: str) -> str:
+        """The command that makes a file which this model takes, if there is one."""
+        conflict = self.norm_conflict()
+        if conflict is None:
+            return f"; run `{conversion_command(weights)}` for its trunk"
+        to_gn = self.norm != "GN"
+        return f"; run `{conversion_command(weights, 'GN')}`" if to_gn else "; change the norm"
+
     def mistake(self, whole: bool) -> str | None:
         """Why this must not be trained on, or None.
 
@@ -48,20 +70,20 @@ class Loaded:
         filled = count_parts(n for n in self.model if n not in self.fresh)
         if not filled:
             return "none of its tensors belongs to this model"
-        # Detectron2 takes absent statistics for mean 0 and variance 1, without a word
-        statistics = [name for name in self.model if name.endswith("norm.running_mean")]
-        if self.norm == "GN" and any(part_of(name) in TRUNK for name in statistics):
-            return "it was trained with Group Normalization, and this model has BatchNorm"
+        if why := self.norm_conflict():
+            return why
         for name in sorted(self.fresh):
             part = part_of(name)
-            if whole or part in TRUNK or (part in filled and part not in PREDICTORS):
+            if not whole and name not in self.misshapen and re.search(DEFORMABLE, name):
+                continue
+            if whole or part in TRUNK or (part in filled and not re.search(PREDICTORS, name)):
                 how = "has another shape there" if name in self.misshapen else "is not in it"
                 return f"it fills this model in part only: {name} {how}"
         parts = count_parts(self.model)
         stages = {_stage(name) for name in self.model}
         for name in sorted(self.unused):
             part = part_of(name)
-            known = re.search(f"{CLASSIFIER}|{STEM_BIAS}|{SETTINGS}", name) or part in PREDICTORS
+            known = re.search(f"{CLASSIFIER}|{STEM_BIAS}|{SETTINGS}|{PREDICTORS}", name)
             # A trunk's file has no prefix: its parts are stages, and a model may stop before res5
             belongs = _stage(name) in stages if part not in parts else True
             if belongs and not known:
@@ -110,14 +132,16 @@ class StrictCheckpointer(DetectionCheckpointer):
         self.loaded = Loaded(model, fresh, misshapen, unused, norm)
         logging.getLogger(__name__).info(f"Weights of {self._path}\n{self.loaded.block()}")
         if why := self.loaded.mistake(self._whole):
-            mend = "" if self._whole else f"; run `{conversion_command(self._path)}` for its trunk"
+            mend = "" if self._whole else self.loaded.mend(self._path)
             raise InputError(f"MODEL.WEIGHTS {self._path}: {why}{mend}")
 
 
 def conversion_command(weights: str, norm: str | None = None) -> str:
     """The command that makes Detectron2's file of another one."""
     path = weights.partition("?")[0]
-    stem = re.sub(r"(\.\w{2,11})?$", "", path, count=1)
+    stem = re.sub(
+        r"(\.\w{2,11})?$", "", path.rpartition("/")[2] if "://" in path else path, count=1
+    )
     calibrate = f" --norm {norm} --calibrate PICTURES" if norm else ""
     ending = f"_{norm.lower()}" if norm else "_detectron2"
     return f"python tools/convert_backbone.py {path} {stem}{ending}.pth{calibrate}"

@@ -39,6 +39,8 @@ class Source:
     rename: Callable[[str], str]
     # Config keys that must agree with the weights
     facts: Mapping[str, Any] = field(default_factory=dict)
+    # Whether the stem may have a bias that no network uses
+    unused_stem_bias: bool = False
     # Whether convolutions are (height, width, in, out), as in TensorFlow
     channels_last: bool = False
 
@@ -98,7 +100,10 @@ SOURCES = {
     "timm": _TORCH,
     "groupnorm-reproduce": _TORCH,
     "detectron": Source(
-        r"^res2_0_branch2a_w$", lambda name: convert_basic_c2_names([name])[0], CAFFE_PIXELS
+        r"^res2_0_branch2a_w$",
+        lambda name: convert_basic_c2_names([name])[0],
+        CAFFE_PIXELS,
+        unused_stem_bias=True,
     ),
     "tensorpack": Source(
         r"^group0/block0/conv1/W(:0)?$",
@@ -111,8 +116,11 @@ SOURCES = {
         },
         channels_last=True,
     ),
-    "detectron2": Source(r"^([\w.]+\.)?res2\.0\.conv1\.weight$", _OWN_NAMES, CAFFE_PIXELS),
+    "detectron2": Source(r"^([\w.]+\.)?res2\.0\.conv1\.weight$", _OWN_NAMES, CAFFE_PIXELS, True),
 }
+
+# Facts of files in Detectron2's own format, by the `__author__` that stands in them
+AUTHORS = {"torchvision": TORCH_PIXELS | _STRIDE_3X3, "MOCO": TORCH_PIXELS | _STRIDE_3X3}
 
 # Networks that look like ResNets and cannot be computed by Detectron2's
 _UNFIT = {
@@ -127,20 +135,19 @@ _UNFIT = {
 
 # What a classification network has beside its trunk
 CLASSIFIER = (
-    r"(^|\.)(fc|fc1000|linear|classifier|head\.fc|pred|last_linear)[./](weight|bias|W|b)(:0)?$"
+    r"(^|\.)(fc|fc1000|linear|classifier|head\.fc|pred|last_linear)(\.\d)?"
+    r"[./](weight|bias|W|b)(:0)?$"
 )
-# As in Detectron and Detectron2, whose stems have none
 STEM_BIAS = r"^stem\.conv1\.bias$"
 # Why a tensor of the file is left out, by its name in the file or Detectron2's
 _DROPPED = {
     CLASSIFIER: "the classifier",
-    STEM_BIAS: "a bias that Detectron does not use either",
     r"num_batches_tracked$": "counters of training",
     r"_momentum$|(^|/)(learning_rate|global_step)": "the optimizer's",
-    r"^(proposal_generator|roi_heads|mask_head|fpn|rpn_head|neck|bbox_head|pixel_|head)"
-    r"|^(conv_rpn|rpn_|bbox_pred|cls_score|fc[67]|head_conv|_|mask_|conv5_mask)": (
-        "parts of a detector"
-    ),
+    r"^(proposal_generator|roi_heads?|mask_head|top_block|anchor_generator|sem_seg_head|rpn_head"
+    r"|neck|bbox_head|data_preprocessor|rpn|fastrcnn|maskrcnn|head)[./]|^(fpn|pixel_)"
+    r"|^(conv_rpn|rpn_|bbox_pred|cls_score|fc[67]_|head_conv|_?\[mask\]|_mask_|mask_fcn|conv5_mask"
+    r"|conv_fcn|kps_score|retnet_)": "parts of a detector",
 }
 
 
@@ -178,10 +185,16 @@ def rename(tensors: Mapping[str, Tensor], source: Source) -> Renamed:
     result = Renamed({}, {}, [])
     for name, tensor in tensors.items():
         new = source.rename(name)
+        if TRUNK.fullmatch(new) and new in result.tensors:
+            result.unknown.append(name)  # a second network in the same file
+            continue
         if TRUNK.fullmatch(new):
             if source.channels_last and tensor.dim() == 4:
                 tensor = tensor.permute(3, 2, 0, 1).contiguous()
             result.tensors[new] = tensor
+            continue
+        if new == "stem.conv1.bias" and source.unused_stem_bias:
+            result.dropped[name] = "a bias that Detectron does not use either"
             continue
         for pattern, why in _DROPPED.items():
             if re.search(pattern, new) or re.search(pattern, name):

@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,12 @@ NESTS = ("model", "state_dict", "model_state_dict", "model_state", "blobs")
 # How files of `torch.save` begin that are no zip archives (PyTorch before 1.6)
 _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 
+# What readers raise on files that are no weights, or that somebody has damaged
+BROKEN = (
+    *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, safetensors.SafetensorError),
+)
+
 
 @dataclass(frozen=True)
 class WeightsFile:
@@ -29,10 +36,12 @@ class WeightsFile:
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any] = field(default_factory=dict)
+    # Who says to have written it, in Detectron2's own format
+    author: str = ""
 
 
 def read_weights(path: Path, device: str = "cpu") -> WeightsFile:
-    """Read a `.pth`, `.pkl`, `.npz` or `.safetensors` file; its content tells which it is.
+    """Read a `.pth`, `.pkl`, `.npz` or `.safetensors` file; but for the last, its content tells.
 
     Nothing but tensors, arrays and plain values is built, whatever the file asks for.
 
@@ -42,14 +51,14 @@ def read_weights(path: Path, device: str = "cpu") -> WeightsFile:
     Raises:
         InputError: if it cannot be read, or holds no tensors by name; the message names it.
     """
+    facts: dict[str, Any] = {}
+    author = ""
     try:
         content = _read(path, device)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except BROKEN as error:
         raise InputError(f"{path} cannot be read as weights: {_reason(error)}") from None
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path} cannot be read as weights: {error}") from None
-    facts: dict[str, Any] = {}
     if isinstance(content, Mapping):
+        author = str(content.get("__author__", ""))
         written = content.get("gn_det")
         facts = dict(written) if isinstance(written, Mapping) else {}
         for nest in NESTS:
@@ -59,7 +68,7 @@ def read_weights(path: Path, device: str = "cpu") -> WeightsFile:
         content = {k: _tensor(v, device) for k, v in content.items() if _is_tensor(v)}
     if not content or not isinstance(content, dict):
         raise InputError(f"{path} cannot be read as weights: it holds no tensors by name")
-    return WeightsFile(content, facts)
+    return WeightsFile(content, facts, author)
 
 
 def _read(path: Path, device: str) -> Any:
@@ -74,15 +83,23 @@ def _read(path: Path, device: str) -> Any:
     if path.suffix == ".safetensors":
         return load_file(path)
     if zipfile.is_zipfile(path) or begin.startswith(_OLD_TORCH):
-        # The reference scripts of torchvision and timm keep their command line beside the weights
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # The scripts of torchvision and timm keep their command line and scores beside the weights
+        with torch.serialization.safe_globals([argparse.Namespace, *_scalars()]):
             return torch.load(path, map_location=device, weights_only=True)
     with path.open("rb") as file:
         return _ArrayUnpickler(file, encoding="latin1").load()
 
 
+def _scalars() -> list[Any]:
+    """What NumPy's scalars are pickled by."""
+    kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, bool)]
+    return [_ARRAY_PARTS["scalar"], np.dtype, *kinds]
+
+
 def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor | np.ndarray)
+    return isinstance(value, Tensor) or (
+        isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
+    )
 
 
 def _tensor(value: Any, device: str) -> Tensor:
@@ -102,6 +119,7 @@ def _reason(error: Exception) -> str:
 # What pickled arrays are built with; NumPy has kept the names, but in modules that move
 _ARRAY_PARTS = {
     "_reconstruct": np.empty(0).__reduce__()[0],
+    "_frombuffer": np.empty(0).__reduce_ex__(5)[0],
     "scalar": np.float32(0).__reduce__()[0],
     "ndarray": np.ndarray,
     "dtype": np.dtype,

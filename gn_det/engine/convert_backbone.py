@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 from torch import Tensor
 
-from ..checkpoint.convert import Conversion, build_resnet, convert, fold_input
+from ..checkpoint.convert import Conversion, build_resnet, convert, fold_input, merge_pairs
 from ..checkpoint.names import SOURCES
 from ..checkpoint.read import read_weights
 from ..checkpoint.save import facts_of, keys_as_yaml, save_backbone
@@ -46,7 +46,9 @@ def to_group_norm(
     """
     cfg = conversion.cfg.clone()
     cfg.MODEL.RESNETS.NORM = "GN"
-    cfg.merge_from_list(list(opts))
+    if conversion.missing:
+        raise InputError(f"{conversion.missing[0]} is missing: it cannot be measured on")
+    merge_pairs(cfg, opts)
     network = build_resnet(cfg, conversion.tensors)
     reference = build_resnet(conversion.cfg, conversion.tensors)
     x = normalise(load_pictures(pictures, SIDE, cfg.INPUT.FORMAT), cfg)

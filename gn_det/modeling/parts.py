@@ -16,9 +16,14 @@ PARTS = {
     "mask predictor": r"roi_heads\.mask_head\.predictor\.",
     "mask head": r"roi_heads\.mask_head\.",
 }
-# What is pretrained, and what follows from the classes
+# What is pretrained
 TRUNK = ("ResNet", "res5 (RoI head)", "backbone")
-PREDICTORS = ("box predictor", "mask predictor")
+# Last layers, whose shapes follow from classes, keypoints or anchors
+PREDICTORS = (
+    r"(roi_heads\.box_predictor|mask_head\.predictor|keypoint_head\.score_lowres"
+    r"|^sem_seg_head\.predictor|^head\.(cls_score|bbox_pred)"
+    r"|rpn_head\.(objectness_logits|anchor_deltas))\."
+)
 # Tensors that hold settings or counters, and need not be in a file of weights
 SETTINGS = r"pixel_mean|pixel_std|anchor_generator\.|(^|\.)mean$|(^|\.)std$|num_batches_tracked$"
 

@@ -239,6 +239,20 @@ def test_detectron2s_own_detector(picture, tmp_path):
     assert_same(ours(again, picture), wanted)
 
 
+def test_who_wrote_a_file_in_detectron2_s_format():
+    """Its own converter of torchvision's models leaves a name, and no word of the pixels."""
+    state = convert(WeightsFile(torch_model("resnet50").state_dict())).tensors
+    for author, image_format, stride in (("torchvision", "RGB", False), ("", "BGR", True)):
+        keys = convert(WeightsFile(state, author=author)).cfg
+        assert keys.INPUT.FORMAT == image_format and keys.MODEL.RESNETS.STRIDE_IN_1X1 is stride
+
+
+def test_folding_standardised_filters_is_refused():
+    keys = ["MODEL.RESNETS.WEIGHT_STANDARDIZATION", "True"]
+    with pytest.raises(InputError, match="--fold-input"):
+        fold_input(convert(WeightsFile(torch_model("resnet18", "GN").state_dict()), opts=keys))
+
+
 @pytest.mark.parametrize("opts", [(), ("INPUT.FORMAT", "BGR", "MODEL.PIXEL_MEAN", BGR_MEAN)])
 def test_fold_input(picture, opts):
     """The same features from Detectron2's default pixels."""

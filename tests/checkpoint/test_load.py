@@ -1,5 +1,6 @@
 """Strict loading: what does not fit stops training, and all else is told."""
 
+import pickle
 import re
 
 import pytest
@@ -10,6 +11,7 @@ from detectron2.modeling import build_model
 from gn_det.checkpoint.load import StrictCheckpointer
 from gn_det.engine.train import Trainer, run
 from gn_det.errors import InputError
+from gn_det.modeling import build_without_memory
 
 GN, FROZEN = "mask_rcnn_R_18_FPN_gn", "mask_rcnn_R_18_FPN_frozenbn"
 
@@ -21,6 +23,10 @@ def detectors() -> dict:
 
 def trunk(model) -> dict:
     return dict(model.backbone.bottom_up.state_dict())
+
+
+def without_trunk(model) -> dict:
+    return {n: t for n, t in model.state_dict().items() if "bottom_up" not in n}
 
 
 def save(state: dict, path, **more) -> str:
@@ -62,7 +68,7 @@ def change(state: dict, key: str, value) -> dict:
 NORM = "res3.0.conv1.norm"
 MISTAKES = {
     "GN in a BN model": (FROZEN, lambda d: trunk(d[GN]), "it was trained with Group Norm"),
-    "BN in a GN model": (GN, lambda d: trunk(d[FROZEN]), "another model, with a tensor .*running"),
+    "BN in a GN model": (GN, lambda d: trunk(d[FROZEN]), "it was trained with BatchNorm"),
     "a tensor short": (
         *(GN, lambda d: change(trunk(d[GN]), f"{NORM}.bias", None)),
         rf"in part only: backbone\.bottom_up\.{NORM}\.bias is not in it",
@@ -77,7 +83,7 @@ MISTAKES = {
     ),
     "nothing fits": (GN, lambda d: {"layer1.0.conv1.weight": torch.ones(2)}, "none of its tensors"),
     "a plain FPN": (
-        *(GN, lambda d: d[FROZEN].state_dict() | d[GN].backbone.bottom_up.state_dict()),
+        *(GN, lambda d: without_trunk(d[FROZEN]) | trunk(d[GN])),
         "in part only",
     ),
 }
@@ -89,9 +95,14 @@ def test_mistakes(mistake, detectors, tmp_path):
     path = save(make(detectors), tmp_path / "w.pth")
     with pytest.raises(InputError, match=words) as error:
         load(build_model(shapes_config(name)), path)
-    assert f"`python tools/convert_backbone.py {path} {tmp_path}/w_detectron2.pth`" in str(
-        error.value
+    mends = {
+        "GN in a BN model": "change the norm",
+        "BN in a GN model": f"{path} {tmp_path}/w_gn.pth --norm GN --calibrate PICTURES`",
+    }
+    mend = mends.get(
+        mistake, f"`python tools/convert_backbone.py {path} {tmp_path}/w_detectron2.pth`"
     )
+    assert mend in str(error.value)
 
 
 def test_a_detector_for_other_classes(detectors, tmp_path):
@@ -110,6 +121,57 @@ def test_a_detector_for_other_classes(detectors, tmp_path):
     )
     with pytest.raises(InputError, match=r"in part only: roi_heads\.box_predictor"):
         load(model, path, whole=True)
+
+
+@pytest.mark.parametrize("other", ["retinanet", "keypoint", "panoptic"])
+def test_other_architectures_for_other_classes(other, tmp_path):
+    """Whatever people fine-tune: only last layers have other shapes."""
+    changes = {
+        "retinanet": {
+            "MODEL.META_ARCHITECTURE": "RetinaNet",
+            "MODEL.BACKBONE.NAME": "build_retinanet_resnet_fpn_backbone",
+            "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4", "res5"],
+            "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
+        },
+        "keypoint": {"MODEL.KEYPOINT_ON": True, "MODEL.MASK_ON": False},
+        "panoptic": {"MODEL.META_ARCHITECTURE": "PanopticFPN"},
+    }[other]
+    classes = {
+        "retinanet": "MODEL.RETINANET.NUM_CLASSES",
+        "keypoint": "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS",
+        "panoptic": "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
+    }[other]
+    words = [word for pair in changes.items() for word in pair]
+    one, two = (build_model(shapes_config(FROZEN, *words, classes, n)) for n in (5, 7))
+    loaded = load(two, save(one.state_dict(), tmp_path / "detector.pth"))
+    assert loaded.fresh and loaded.fresh == loaded.misshapen and not loaded.unused
+
+
+def test_deformable_convolutions_start_from_plain_ones(detectors, tmp_path):
+    """Their offsets are in no ImageNet file."""
+    r50 = ["MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256]
+    path = save(trunk(build_model(shapes_config(FROZEN, *r50))), tmp_path / "R-50.pth")
+    stages = ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, True]]
+    loaded = load(build_without_memory(shapes_config(FROZEN, *r50, *stages)), path)
+    offsets = {name for name in loaded.model if "conv2_offset" in name}
+    assert len(offsets) == 26 and offsets <= loaded.fresh
+
+
+def test_fused_bn_in_a_gn_model(detectors, tmp_path):
+    """Detectron2 would fill every tensor, and say nothing."""
+    branches = {"shortcut": "1", "conv1": "2a", "conv2": "2b"}
+    blobs = {}
+    for name, tensor in trunk(detectors[GN]).items():
+        place, _, kind = name.replace(".norm", "_bn").rpartition(".")
+        for layer, branch in branches.items():
+            place = place.replace(f".{layer}", f"_branch{branch}")
+        place = place.replace("stem_branch2a_bn", "res_conv1_bn").replace("stem_branch2a", "conv1")
+        suffix = {"bias": "b"}.get(kind, "s" if place.endswith("_bn") else "w")
+        blobs[f"{place.replace('.', '_')}_{suffix}"] = tensor.numpy()
+    path = tmp_path / "R-18.pkl"
+    path.write_bytes(pickle.dumps(blobs))
+    with pytest.raises(InputError, match=r"trained with BatchNorm.*R-18_gn\.pth --norm GN"):
+        load(build_model(shapes_config(GN)), str(path))
 
 
 def test_a_model_without_masks(detectors, tmp_path):

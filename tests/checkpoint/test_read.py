@@ -27,12 +27,14 @@ WRITERS = {
         {
             "state_dict": OrderedDict(STATE),
             "epoch": 3,
+            "best": np.float64(76.1),
             "args": argparse.Namespace(lr=0.1),
             "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}},
         },
         path,
     ),
     "blobs.pkl": lambda path: path.write_bytes(pickle.dumps({"blobs": ARRAYS}, protocol=2)),
+    "newest.pkl": lambda path: path.write_bytes(pickle.dumps(ARRAYS, protocol=5)),
     "ordered.pkl": lambda path: path.write_bytes(pickle.dumps(OrderedDict(ARRAYS))),
     "arrays.npz": lambda path: np.savez_compressed(path, **ARRAYS),
     "model.safetensors": lambda path: save_file(STATE, path),
@@ -109,6 +111,17 @@ def test_no_weights(suffix, content, tmp_path):
     path.write_bytes(content)
     with pytest.raises(InputError, match=f"broken{suffix} cannot be read as weights"):
         read_weights(path)
+
+
+def test_damaged_files(tmp_path):
+    np.savez_compressed(tmp_path / "w.npz", **ARRAYS)
+    whole = (tmp_path / "w.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "bits.npz").write_bytes(whole[:90] + b"?????" + whole[95:])
+    np.savez(tmp_path / "text.npz", text=np.array(["conv0/W"]))
+    for name in ("cut.npz", "bits.npz", "text.npz"):
+        with pytest.raises(InputError, match=f"{name} cannot be read as weights"):
+            read_weights(tmp_path / name)
 
 
 def test_missing_file(tmp_path):

@@ -146,6 +146,10 @@ MISTAKES = {
         "64 channels do not divide into 24 groups",
     ),
     "no such key": (["MODEL.NO_KEY", "3"], "MODEL.NO_KEY"),
+    "no such group key": (
+        ["--norm", "GN", "--calibrate", "{pictures}", "MODEL.GROUP_NORM.NUM_GROUP", "16"],
+        "NUM_GROUP",
+    ),
     "half a pair": (["INPUT.FORMAT"], "INPUT.FORMAT has no value"),
     "another source": (["--source", "tensorpack"], "not those of ResNet"),
 }
