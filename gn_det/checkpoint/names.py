@@ -55,7 +55,7 @@ def _substitute(*rules: tuple[str, str]) -> Callable[[str], str]:
 
 
 def _from_torch(name: str) -> str:
-    name = re.sub(r"^(module\.|backbone\.|encoder\.)+", "", name)
+    name = re.sub(r"^(module\.|backbone\.|body\.|encoder(_q)?\.|model\.|resnet\.)+", "", name)
     name = re.sub(r"^layer(\d)\.", lambda stage: f"res{int(stage[1]) + 1}.", name)
     return _TORCH_RULES(name)
 

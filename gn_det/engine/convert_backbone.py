@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import Tensor
 
@@ -77,7 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("input", type=Path, metavar="INPUT")
+    add("input", metavar="INPUT", help="a file, or an address such as detectron2://...")
     add("output", type=Path, metavar="OUTPUT.pth")
     add("--source", choices=["auto", *SOURCES], default="auto", help="whose names the file has")
     add("--norm", choices=["FrozenBN", "GN"], help="of the output; as in INPUT by default")
@@ -99,11 +100,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         InputError: naming the flag or file.
     """
-    if not args.input.is_file():
+    if "://" not in args.input and not Path(args.input).is_file():
         raise InputError(f"{args.input} does not exist")
     if args.output.suffix != ".pth":
         raise InputError(f"{args.output} has to end in .pth, by which Detectron2 knows the format")
-    if args.output.exists() and args.output.samefile(args.input):
+    if args.output.exists() and Path(args.input).exists() and args.output.samefile(args.input):
         raise InputError(f"{args.output} is INPUT itself: give OUTPUT another name")
     if not args.output.parent.is_dir():
         raise InputError(f"{args.output.parent} is no folder: make it, or name another OUTPUT")
@@ -111,6 +112,18 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--distill needs the pictures of --calibrate")
     if len(args.opts) % 2:
         raise InputError(f"{args.opts[-1]} has no value: give KEY VALUE pairs")
+
+
+def fetch(address: str) -> Path:
+    """The file itself, downloaded where Detectron2 would download it to.
+
+    Raises:
+        InputError: if it cannot be had.
+    """
+    try:
+        return Path(PathManager.get_local_path(address))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{address} cannot be fetched: {error}") from None
 
 
 def check_norm(args: argparse.Namespace, norm: str) -> None:
@@ -141,7 +154,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         # What is measured anew is the output's, and no fact of INPUT
         new = [p for p in pairs if args.calibrate and p[0].startswith("MODEL.GROUP_NORM.")]
         known = [word for pair in pairs if pair not in new for word in pair]
-        conversion = convert(read_weights(args.input), args.source, known)
+        conversion = convert(read_weights(fetch(args.input)), args.source, known)
         print("\n".join(conversion.account()), flush=True)
         conversion.refuse_gaps(args.allow_missing, args.allow_unknown)
         check_norm(args, conversion.cfg.MODEL.RESNETS.NORM)

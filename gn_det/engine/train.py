@@ -23,7 +23,8 @@ from torch import nn
 from torch.optim import Optimizer
 from yaml import YAMLError
 
-from ..check import check_config
+from ..check import ConfigError, check_config
+from ..check.weights import check_weights
 from ..checkpoint.load import StrictCheckpointer
 from ..config import add_gn_config, is_pretraining
 from ..data import check_dataset
@@ -195,6 +196,8 @@ def run(argv: Sequence[str] | None = None, trainer_class: type[Trainer] = Traine
         num_gpus = max(args.num_gpus * args.num_machines, 1)
         if not args.eval_only:
             check_config(cfg, num_gpus)
+        elif problems := list(check_weights(cfg)):
+            raise ConfigError(problems)
         if args.check:
             print(f"{args.config_file}\n\n{describe_recipe(cfg, num_gpus)}")
             return

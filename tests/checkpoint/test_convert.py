@@ -282,6 +282,22 @@ def test_facts_stand_in_both_files(tmp_path):
     assert facts["MODEL.RESNETS.STRIDE_IN_1X1"] is False and facts["INPUT.FORMAT"] == "RGB"
 
 
+@pytest.mark.parametrize("prefix", ["backbone.body.", "module.encoder_q.", "model.", "resnet."])
+def test_prefixes_of_whole_models(prefix):
+    state = torch_model("resnet18").state_dict()
+    conversion = convert(WeightsFile({prefix + name: tensor for name, tensor in state.items()}))
+    conversion.refuse_gaps()
+    assert len(conversion.tensors) == 100
+
+
+def test_two_networks_in_one_file():
+    """Nothing is taken from the second without a word."""
+    state = torch_model("resnet18").state_dict()
+    both = {prefix + name: t for prefix in ("encoder.", "model.") for name, t in state.items()}
+    with pytest.raises(InputError, match=r"100 tensors are unknown .* model\.conv1\.weight"):
+        convert(WeightsFile(both)).refuse_gaps()
+
+
 def without(pattern, state):
     return {k: v for k, v in state.items() if not re.search(pattern, k)}
 
