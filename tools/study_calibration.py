@@ -17,6 +17,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from detectron2.config import CfgNode
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.env import seed_all_rng
 from torch import Tensor
@@ -28,6 +29,7 @@ from gn_det.data.pictures import load_pictures
 from gn_det.engine.convert_backbone import SIDE, normalise, to_group_norm
 from gn_det.engine.train import Trainer, read_config
 from gn_det.evaluation.linear_probe import mean_auc
+from gn_det.modeling.calibrate import measured_moments, promised_moments
 
 ITERATIONS = 250
 DISTILL_STEPS = 300
@@ -43,6 +45,7 @@ class Model:
     pictures: int = 128
     foreign: bool = False
     freeze_at: int = 2
+    affine_rate: float = 1.0
 
 
 CORE = (
@@ -62,6 +65,8 @@ MORE = (
     Model("GN calibrated, 8 pictures", "calibrated", pictures=8),
     Model("GN calibrated, 32 pictures", "calibrated", pictures=32),
     Model("GN calibrated, foreign pictures", "calibrated", foreign=True),
+    Model("GN calibrated to what gamma and beta promise", "promised"),
+    Model("GN calibrated, gamma and beta at 10 times the rate", "calibrated", affine_rate=10.0),
 )
 
 
@@ -95,9 +100,10 @@ class Run:
         conversion = convert(read_weights(Path(self.backbone)))
         key, number = self.model.division
         keys = [f"MODEL.GROUP_NORM.{key}", str(number)]
-        if self.model.how in ("calibrated", "distilled"):
+        if self.model.how in ("calibrated", "promised", "distilled"):
             steps = DISTILL_STEPS if self.model.how == "distilled" else 0
-            to_group_norm(conversion, keys, self.pictures(), steps)
+            goal = promised_moments if self.model.how == "promised" else measured_moments
+            to_group_norm(conversion, keys, self.pictures(), steps, goal)
         elif self.model.how in ("copied", "reset"):
             conversion.cfg.MODEL.RESNETS.NORM = "GN"
             tensors = {k: v for k, v in conversion.tensors.items() if "running" not in k}
@@ -125,17 +131,22 @@ class Run:
         facts = facts_of(conversion.cfg)
         if self.model.how == "bn":
             facts["MODEL.RESNETS.NORM"] = "FrozenBN"
-        categories = json.loads(Path(annotations).read_text())["categories"]
+        truth = json.loads(Path(annotations).read_text())
+        side = int(statistics.median(min(i["height"], i["width"]) for i in truth["images"]))
         keys = {
             **facts,
             "MODEL.WEIGHTS": str(folder / "backbone.pth"),
             "MODEL.BACKBONE.FREEZE_AT": self.model.freeze_at,
             "MODEL.DEVICE": "cuda" if torch.cuda.is_available() else "cpu",
-            "MODEL.ROI_HEADS.NUM_CLASSES": len(categories),
+            "MODEL.ROI_HEADS.NUM_CLASSES": len(truth["categories"]),
             "DATASETS.TRAIN": (names["train"],),
             "DATASETS.TEST": (names["val"],),
-            "INPUT.MIN_SIZE_TRAIN": (256,),
-            "INPUT.MIN_SIZE_TEST": 256,
+            "INPUT.MIN_SIZE_TRAIN": (side,),
+            "INPUT.MIN_SIZE_TEST": side,
+            # A picture of dsb256 has up to 99 objects
+            "MODEL.RPN.PRE_NMS_TOPK_TEST": 1000,
+            "MODEL.RPN.POST_NMS_TOPK_TRAIN": 300,
+            "MODEL.RPN.POST_NMS_TOPK_TEST": 300,
             "SOLVER.BASE_LR": 0.005,
             "SOLVER.MAX_ITER": ITERATIONS,
             "SOLVER.STEPS": (ITERATIONS * 3 // 4, ITERATIONS * 9 // 10),
@@ -147,7 +158,18 @@ class Run:
         }
         opts = [*(str(word) for pair in keys.items() for word in pair), *self.opts]
         config = "Shapes/mask_rcnn_R_18_FPN_gn.yaml"
-        trainer = Trainer(read_config(argparse.Namespace(config_file=config, opts=opts)))
+        rate = self.model.affine_rate
+
+        class StudyTrainer(Trainer):
+            @classmethod
+            def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+                optimizer = super().build_optimizer(cfg, model)
+                for group in optimizer.param_groups:
+                    # Only gamma and beta of GN have no decay
+                    group["lr"] *= rate if group["weight_decay"] == 0 else 1.0
+                return optimizer
+
+        trainer = StudyTrainer(read_config(argparse.Namespace(config_file=config, opts=opts)))
         trainer.resume_or_load(resume=False)
         trainer.train()
         latest = trainer.storage.latest()

@@ -18,7 +18,7 @@ BOTTLENECK = (STRIDE, "MODEL.RESNETS.NUM_GROUPS", "MODEL.RESNETS.WIDTH_PER_GROUP
 def save_backbone(tensors: Mapping[str, Tensor], cfg: CfgNode, path: Path) -> None:
     """Write a backbone for `MODEL.WEIGHTS`, and what must agree with it as YAML beside it.
 
-    Either both files are written or none, and what they replace stays until then.
+    What they replace stays until both are written whole.
 
     Args:
         tensors: under Detectron2's names, without the prefix of a detector.
@@ -32,13 +32,16 @@ def save_backbone(tensors: Mapping[str, Tensor], cfg: CfgNode, path: Path) -> No
         "matching_heuristics": True,
         "gn_det": facts,
     }
-    partial = path.with_name(f"{path.name}.partial")
-    snippet = path.with_suffix(".yaml")
-    partial_snippet = snippet.with_name(f"{snippet.name}.partial")
-    torch.save(content, partial)
-    partial_snippet.write_text(keys_as_yaml(facts, path))
-    os.replace(partial, path)
-    os.replace(partial_snippet, snippet)
+    finals = (path, path.with_suffix(".yaml"))
+    partials = [final.with_name(f"{final.name}.partial") for final in finals]
+    try:
+        torch.save(content, partials[0])
+        partials[1].write_text(keys_as_yaml(facts, path))
+        for partial, final in zip(partials, finals, strict=True):
+            os.replace(partial, final)
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
 
 
 def facts_of(cfg: CfgNode) -> Facts:

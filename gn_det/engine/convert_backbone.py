@@ -7,14 +7,14 @@ the ending .yaml has the config keys that must agree with it.
 
 import argparse
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint.convert import Conversion, build_resnet, convert, fold_input, merge_pairs
 from ..checkpoint.names import SOURCES
@@ -22,7 +22,7 @@ from ..checkpoint.read import read_weights
 from ..checkpoint.save import facts_of, keys_as_yaml, save_backbone
 from ..data.pictures import choose_pictures, load_pictures
 from ..errors import InputError, exit_on_input_error
-from ..modeling.calibrate import calibrate, measured_moments
+from ..modeling.calibrate import Moments, calibrate, measured_moments
 from ..modeling.norm import is_group_norm
 from .distill import distill, feature_errors
 
@@ -32,7 +32,11 @@ SIDE = 256
 
 
 def to_group_norm(
-    conversion: Conversion, opts: Sequence[str], pictures: Iterable[Path], distill_steps: int = 0
+    conversion: Conversion,
+    opts: Sequence[str],
+    pictures: Iterable[Path],
+    distill_steps: int = 0,
+    moments: Callable[[nn.Module, Tensor], Moments] = measured_moments,
 ) -> None:
     """Make a GN network of a converted one, in place, by measurement on unlabelled pictures.
 
@@ -41,6 +45,7 @@ def to_group_norm(
         opts: `KEY VALUE` pairs; `MODEL.GROUP_NORM` tells the new division.
         pictures: about 100 files, best of those that the detector will be trained on.
         distill_steps: of the training that follows, without labels.
+        moments: gives the outputs to reach, from the network that is converted and the pictures.
 
     Raises:
         InputError: for groups that do not divide a layer's channels, and unreadable pictures.
@@ -53,7 +58,7 @@ def to_group_norm(
     network = build_resnet(cfg, conversion.tensors)
     reference = build_resnet(conversion.cfg, conversion.tensors)
     x = normalise(load_pictures(pictures, SIDE, cfg.INPUT.FORMAT), cfg)
-    calibrate(network, reference, x, measured_moments(reference, x))
+    calibrate(network, reference, x, moments(reference, x))
     if distill_steps:
         distill(network, reference, x, distill_steps)
     with torch.no_grad():
@@ -106,6 +111,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"{args.output} has to end in .pth, by which Detectron2 knows the format")
     if args.output.exists() and Path(args.input).exists() and args.output.samefile(args.input):
         raise InputError(f"{args.output} is INPUT itself: give OUTPUT another name")
+    if (snippet := args.output.with_suffix(".yaml")).exists() and not args.output.exists():
+        raise InputError(f"{snippet} is no earlier conversion's: give OUTPUT another name")
     if not args.output.parent.is_dir():
         raise InputError(f"{args.output.parent} is no folder: make it, or name another OUTPUT")
     if args.distill and not args.calibrate:
@@ -121,9 +128,12 @@ def fetch(address: str) -> Path:
         InputError: if it cannot be had.
     """
     try:
-        return Path(PathManager.get_local_path(address))
+        path = Path(PathManager.get_local_path(address))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{address} cannot be fetched: {error}") from None
+    if not path.is_file():
+        raise InputError(f"{address} cannot be fetched: it is no address that Detectron2 knows")
+    return path
 
 
 def check_norm(args: argparse.Namespace, norm: str) -> None:

@@ -22,8 +22,11 @@ SILENT = 1e-3
 Moments = Mapping[str, tuple[Tensor, Tensor]]
 
 
-def promised_moments(network: nn.Module) -> Moments:
+def promised_moments(network: nn.Module, _: Tensor) -> Moments:
     """Mean and standard deviation, by layer, that BN's beta and gamma stand for on its own data.
+
+    Args:
+        network: a BN ResNet. It is not run; pictures are an argument for `measured_moments`' sake.
 
     Returns:
         name of the norm layer -> (mean, standard deviation), each of shape (C,).

@@ -1,5 +1,6 @@
 """Strict loading: what does not fit stops training, and all else is told."""
 
+import os
 import pickle
 import re
 
@@ -213,9 +214,29 @@ def test_training_stops_before_it_starts(detectors, tmp_path):
         trainer.resume_or_load(resume=False)
 
 
-def test_evaluation_takes_whole_models_only(detectors, tmp_path, shapes):
-    path = save(trunk(detectors[GN]), tmp_path / "trunk.pth")
-    words = [*TINY, "MODEL.WEIGHTS", path, "OUTPUT_DIR", str(tmp_path / "run")]
+class Malicious:
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+@pytest.mark.parametrize("case", ["trunk", "batch norm", "code"])
+def test_evaluation_takes_whole_models_of_its_norm_only(case, detectors, tmp_path, shapes):
+    path, trace = tmp_path / "weights.pth", tmp_path / "trace"
+    if case == "code":
+        path = tmp_path / "weights.pkl"
+        path.write_bytes(pickle.dumps({"model": Malicious(trace)}))
+    else:
+        save(trunk(detectors[GN]) if case == "trunk" else detectors[FROZEN].state_dict(), path)
+    told = {
+        "trunk": "in part only",
+        "batch norm": "trained with BatchNorm",
+        "code": "which is no tensor",
+    }
+    words = [*TINY, "MODEL.WEIGHTS", str(path), "OUTPUT_DIR", str(tmp_path / "run")]
     config = str(ROOT / "configs/Shapes/mask_rcnn_R_18_FPN_gn.yaml")
-    with pytest.raises(SystemExit, match=r"error: MODEL\.WEIGHTS .* in part only"):
+    with pytest.raises(SystemExit, match=f"(?s)error: .*{told[case]}"):
         run(["--config-file", config, "--eval-only", *words])
+    assert not trace.exists()

@@ -1,7 +1,10 @@
 """`tools/convert_backbone.py`: from anybody's file to one that a config is checked against."""
 
 import re
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -169,7 +172,10 @@ def test_mistakes(mistake, bn_file, converted, tmp_path):
 
 
 def test_places_that_cannot_be(bn_file, converted, tmp_path):
+    (tmp_path / "mine.yaml").write_text("MODEL: {}")
     for source, output, told in (
+        (bn_file, tmp_path / "mine.pth", "mine.yaml is no earlier conversion's"),
+        ("no_scheme://R-50.pkl", tmp_path / "out.pth", "no_scheme://R-50.pkl cannot be fetched"),
         (bn_file, tmp_path / "out.pkl", "has to end in .pth"),
         (bn_file, bn_file, "is INPUT itself"),
         (bn_file, tmp_path / "no" / "out.pth", "is no folder"),
@@ -177,6 +183,35 @@ def test_places_that_cannot_be(bn_file, converted, tmp_path):
     ):
         with pytest.raises(SystemExit, match=f"error: .*{re.escape(told)}"):
             run([str(source), str(output)])
+
+
+def test_a_disk_that_is_full(bn_file, tmp_path, monkeypatch):
+    """What was there stays, and nothing half-written lies beside it."""
+    run([str(bn_file), str(tmp_path / "out.pth")])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises((OSError, SystemExit), match="No space left"):
+        run([str(bn_file), str(tmp_path / "out.pth"), "--fold-input"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_address(bn_file, tmp_path, monkeypatch):
+    """It is fetched to where Detectron2 fetches MODEL.WEIGHTS to."""
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(bn_file.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        run([f"{address}/{bn_file.name}", str(tmp_path / "out.pth")])
+        with pytest.raises(SystemExit, match=r"error: .*none\.pth cannot be fetched"):
+            run([f"{address}/none.pth", str(tmp_path / "out.pth")])
+        server.shutdown()
+    assert len(read_weights(tmp_path / "out.pth").tensors) == 100
 
 
 def test_gn_cannot_be_frozen(converted, tmp_path):

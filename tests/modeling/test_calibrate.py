@@ -93,7 +93,10 @@ def test_every_norm_puts_out_the_reference_s_mean_and_deviation(division, refere
 
 def test_promises_hold_on_bn_s_own_data(reference, pictures):
     """On what BN's statistics were measured on, its outputs have mean beta and deviation gamma."""
-    measured, promised = measured_moments(reference, pictures), promised_moments(reference)
+    measured, promised = (
+        measured_moments(reference, pictures),
+        promised_moments(reference, pictures),
+    )
     for name, (mean, std) in promised.items():
         assert_close(measured[name][0], mean, rtol=0, atol=6e-2)
         assert_close(measured[name][1], std, rtol=2e-2, atol=1e-3)

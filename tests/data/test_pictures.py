@@ -1,0 +1,43 @@
+"""Pictures without labels: chosen, cut square, in the colours that the network takes."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gn_det.data.pictures import choose_pictures, load_pictures
+from gn_det.errors import InputError
+
+
+def test_colours_and_square(tmp_path):
+    """A wide picture loses its sides; BGR is RGB turned round."""
+    pixels = np.zeros((8, 24, 3), np.uint8)
+    pixels[:, 8:16] = (200, 100, 50)
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    rgb, bgr = (load_pictures([tmp_path / "wide.png"], 8, f) for f in ("RGB", "BGR"))
+    assert rgb.shape == (1, 3, 8, 8) and rgb.dtype == torch.uint8
+    assert rgb[0, :, 4, 4].tolist() == [200, 100, 50] and bgr[0, :, 4, 4].tolist() == [50, 100, 200]
+    assert (rgb == rgb[:, :, :1, :1]).all()
+
+
+def test_turned_by_exif_and_grey(tmp_path):
+    picture = Image.fromarray(np.repeat(np.uint8([[0], [255]]), 2, axis=1))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    picture.save(tmp_path / "turned.png", exif=exif)
+    assert load_pictures([tmp_path / "turned.png"], 2, "RGB")[0, 0].tolist() == [[255] * 2, [0] * 2]
+
+
+def test_a_choice(tmp_path):
+    for i in range(6):
+        Image.new("L", (4, 4)).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("")
+    chosen = choose_pictures(tmp_path, 4)
+    assert len({*chosen}) == 4 and chosen == choose_pictures(tmp_path, 4)
+    assert len(choose_pictures(tmp_path, 99)) == 6
+
+
+def test_no_picture(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"broken\.jpg cannot be read"):
+        load_pictures([tmp_path / "broken.jpg"], 8, "RGB")
