@@ -16,6 +16,15 @@ def add_gn_config(cfg: CfgNode) -> None:
     cfg.MODEL.GROUP_NORM.DIM_PER_GP = -1
     # Added to the variance, of every layer whose NORM is "GN", "LN" or "IN"
     cfg.MODEL.GROUP_NORM.EPSILON = 1e-5
+    # "fused": norm, residual and ReLU in one operator, of GN and of BN*; "native": PyTorch's own,
+    # in Detectron2's own blocks; "compiled": these through torch.compile
+    cfg.MODEL.GROUP_NORM.IMPL = "fused"
+    # What the fused GN computes again in the backward pass rather than keep: "none", "norm" (what a
+    # norm with ReLU puts out), "conv3" (that, and each bottleneck's last convolution), "block"
+    cfg.MODEL.GROUP_NORM.RECOMPUTE = "none"
+
+    # Whether backbone and heads compute in the channels_last memory format
+    cfg.MODEL.CHANNELS_LAST = False
 
     # Gamma of the last norm in each residual block starts at 0, as in the paper's ImageNet training
     cfg.MODEL.RESNETS.ZERO_INIT_RESIDUAL = False

@@ -11,6 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+# Triton reads it when it is imported
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # gn_det looks for data sets where this says, and so do the commands that tests start.
 DATASETS = Path(tempfile.mkdtemp(prefix="gn_det_datasets_"))

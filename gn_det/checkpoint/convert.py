@@ -147,6 +147,8 @@ def backbone_config(facts: Facts, opts: Sequence[str] = ()) -> CfgNode:
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.BACKBONE.NAME = "build_gn_resnet_backbone"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    # Calibration looks at what each norm puts out by itself
+    cfg.MODEL.GROUP_NORM.IMPL = "native"
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     merge_pairs(cfg, [word for pair in facts.items() for word in pair])
     merge_pairs(cfg, opts)

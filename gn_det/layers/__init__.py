@@ -1,6 +1,16 @@
 """Normalisation layers; they need torch alone and know nothing of configs."""
 
-from .group_norm import GroupNorm
+from .frozen_bn_act import frozen_bn_act
+from .group_norm import GroupNorm, GroupNormAct
+from .group_norm_act import group_norm_act
+from .rebuild import rebuilt_activations
 from .weight_standardization import standardize_weight
 
-__all__ = ["GroupNorm", "standardize_weight"]
+__all__ = [
+    "GroupNorm",
+    "GroupNormAct",
+    "frozen_bn_act",
+    "group_norm_act",
+    "rebuilt_activations",
+    "standardize_weight",
+]

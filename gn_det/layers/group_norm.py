@@ -1,6 +1,8 @@
 """Group Normalization: statistics over groups of an image's channels, never over the batch."""
 
-from torch import nn
+from torch import Tensor, nn
+
+from .group_norm_act import group_norm_act
 
 
 def count_groups(num_channels: int, num_groups: int = 32, dim_per_gp: int = -1) -> int:
@@ -41,3 +43,18 @@ class GroupNorm(nn.GroupNorm):
         self, num_channels: int, num_groups: int = 32, dim_per_gp: int = -1, eps: float = 1e-5
     ) -> None:
         super().__init__(count_groups(num_channels, num_groups, dim_per_gp), num_channels, eps)
+
+
+class GroupNormAct(GroupNorm):
+    """`GroupNorm` that adds a residual and applies ReLU in the same operator, `group_norm_act`.
+
+    Attributes:
+        relu: whether it ends with a ReLU.
+    """
+
+    relu = False
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return group_norm_act(
+            x, self.weight, self.bias, self.num_groups, self.eps, residual, self.relu
+        )

@@ -2,6 +2,7 @@
 
 from .backbone import build_gn_resnet_backbone, build_gn_resnet_fpn_backbone
 from .classifier import ImageClassifier
+from .fused import implement
 from .meta_device import build_without_memory
 from .roi_heads import GNFastRCNNConvFCHead, GNMaskRCNNConvUpsampleHead, GNRes5ROIHeads
 
@@ -13,4 +14,5 @@ __all__ = [
     "build_gn_resnet_backbone",
     "build_gn_resnet_fpn_backbone",
     "build_without_memory",
+    "implement",
 ]

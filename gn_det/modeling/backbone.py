@@ -6,6 +6,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from detectron2.modeling.backbone.resnet import build_resnet_backbone
 
+from .fused import implement, implementation
 from .norm import is_group_norm, stock_config, swap_norm
 from .resnet import finish_resnet
 
@@ -19,7 +20,9 @@ def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """
     resnet = build_resnet_backbone(stock_config(cfg, "RESNETS"), input_shape)
     finish_resnet(resnet, cfg, "backbone")
-    return resnet.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
+    resnet.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
+    implement(resnet, **implementation(cfg))
+    return resnet
 
 
 @BACKBONE_REGISTRY.register()
@@ -36,4 +39,5 @@ def build_gn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         for name, conv in fpn.named_children():
             if conv is not fpn.bottom_up:
                 swap_norm(conv, cfg, cfg.MODEL.FPN.NORM, f"backbone.{name}")
+    implement(fpn, **implementation(cfg))
     return fpn

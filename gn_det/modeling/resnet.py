@@ -1,11 +1,10 @@
 """What the `RESNETS` keys add to a ResNet that Detectron2 has built."""
 
-import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import CNNBlockBase, Conv2d
-from torch import Tensor, nn
+from torch import nn
 
-from ..layers import standardize_weight
+from .conv import StandardizedConv2d
 from .norm import is_group_norm, swap_norm
 
 
@@ -26,20 +25,6 @@ def finish_resnet(stages: nn.Module, cfg: CfgNode, where: str) -> None:
         _zero_last_gamma(stages)
     if keys.WEIGHT_STANDARDIZATION:
         _standardize_convs(stages)
-
-
-class StandardizedConv2d(Conv2d):
-    """Detectron2's `Conv2d`, convolving with its standardised weight.
-
-    Names, shapes and values of the parameters are those of the plain layer.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = standardize_weight(self.weight)
-        x = F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        if self.norm is not None:
-            x = self.norm(x)
-        return x if self.activation is None else self.activation(x)
 
 
 def _zero_last_gamma(stages: nn.Module) -> None:

@@ -1,0 +1,121 @@
+"""BatchNorm with fixed statistics (BN*), the addition of a residual, and ReLU, as one operator."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import eager, kernels
+from .layout import dense, like
+
+_LIBRARY = torch.library.Library("gn_det", "FRAGMENT")
+_LIBRARY.define(
+    "frozen_bn_act(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor variance, "
+    "Tensor? residual, float eps, bool relu) -> Tensor"
+)
+_LIBRARY.define(
+    "frozen_bn_act_backward(Tensor dy, Tensor? y, Tensor weight, Tensor variance, float eps) "
+    "-> (Tensor, Tensor)"
+)
+
+
+def frozen_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """relu?((x - mean) / sqrt(variance + eps) * weight + bias + residual?), in one operator.
+
+    It keeps nothing for the backward pass but y, and that with a ReLU only. The four vectors are
+    constants, as in Detectron2's FrozenBatchNorm2d: they get no gradients.
+
+    Args:
+        x: (N, C, *), contiguous or channels_last. N may be 0.
+        weight, bias, mean, variance: (C,).
+        eps: added to the variance.
+        residual: of x's shape, added before the ReLU.
+        relu: whether negative values are cut off.
+
+    Returns:
+        a tensor of x's shape, dtype and memory format.
+    """
+    x = dense(x)
+    if residual is not None:
+        residual = like(residual, x)
+    return _FrozenBNAct.apply(x, weight, bias, mean, variance, residual, eps, relu)
+
+
+class _FrozenBNAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        residual: Tensor | None,
+        eps: float,
+        relu: bool,
+    ) -> Tensor:
+        y = torch.ops.gn_det.frozen_bn_act(x, weight, bias, mean, variance, residual, eps, relu)
+        ctx.save_for_backward(y if relu else None, weight, variance)
+        ctx.eps, ctx.has_residual = eps, residual is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        y, weight, variance = ctx.saved_tensors
+        dy = dense(dy) if y is None else like(dy, y)
+        dx, passed = torch.ops.gn_det.frozen_bn_act_backward(dy, y, weight, variance, ctx.eps)
+        dresidual = None
+        if ctx.has_residual:
+            dresidual = dy if y is None else passed
+        return dx, None, None, None, None, dresidual, None, None
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    arguments = (x, weight, bias, mean, variance, residual, eps, relu)
+    if not kernels.covers(x):
+        return eager.frozen_bn(*arguments)
+    from .kernels import frozen_bn
+
+    return frozen_bn.forward(*arguments)
+
+
+def _backward(
+    dy: Tensor, y: Tensor | None, weight: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    if not kernels.covers(dy):
+        return eager.frozen_bn_backward(dy, y, weight, variance, eps)
+    from .kernels import frozen_bn
+
+    return frozen_bn.backward(dy, y, weight, variance, eps)
+
+
+def _fake_backward(dy, y, weight, variance, eps):  # type: ignore[no-untyped-def]
+    return torch.empty_like(dy), dy.new_empty(0) if y is None else torch.empty_like(dy)
+
+
+for _name, _function, _fake in (
+    ("frozen_bn_act", _forward, lambda x, *_: torch.empty_like(x)),
+    ("frozen_bn_act_backward", _backward, _fake_backward),
+):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gn_det::{_name}", _fake, lib=_LIBRARY)

@@ -1,0 +1,87 @@
+"""BatchNorm with fixed statistics, residual and ReLU in one pass each way."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .split import _offsets, tiles
+
+
+@triton.jit
+def _scale(VARIANCE, WEIGHT, c, C, eps):
+    variance = tl.load(VARIANCE + c, c < C, 1.0).to(tl.float32)
+    return tl.load(WEIGHT + c, c < C, 0.0).to(tl.float32) / tl.sqrt(variance + eps)
+
+
+@triton.jit
+def _forward_kernel(
+    X, RESIDUAL, Y, MEAN, VARIANCE, WEIGHT, BIAS, C, HW, eps,
+    HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y = relu?((x - mean) / sqrt(variance + eps) * weight + bias + residual?)"""
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (p < HW)[:, None] & (c < C)[None, :]
+    offset = tl.program_id(2).to(tl.int64) * C * HW + _offsets(p, c, HW, C, CHANNELS_LAST)
+    scale = _scale(VARIANCE, WEIGHT, c, C, eps)
+    mean = tl.load(MEAN + c, c < C, 0.0).to(tl.float32)
+    bias = tl.load(BIAS + c, c < C, 0.0).to(tl.float32)
+    x = tl.load(X + offset, inside, 0.0).to(tl.float32)
+    y = (x - mean[None, :]) * scale[None, :] + bias[None, :]
+    if HAS_RESIDUAL:
+        y += tl.load(RESIDUAL + offset, inside, 0.0).to(tl.float32)
+    if RELU:
+        y = tl.maximum(y, 0.0)
+    tl.store(Y + offset, y.to(Y.dtype.element_ty), inside)
+
+
+@triton.jit
+def _backward_kernel(
+    DY, Y, DX, DRESIDUAL, VARIANCE, WEIGHT, C, HW, eps,
+    RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dx, and what the ReLU lets through as the residual's gradient."""
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (p < HW)[:, None] & (c < C)[None, :]
+    offset = tl.program_id(2).to(tl.int64) * C * HW + _offsets(p, c, HW, C, CHANNELS_LAST)
+    dy = tl.load(DY + offset, inside, 0.0).to(tl.float32)
+    if RELU:
+        dy = tl.where(tl.load(Y + offset, inside, 0.0).to(tl.float32) > 0, dy, 0.0)
+        tl.store(DRESIDUAL + offset, dy.to(DRESIDUAL.dtype.element_ty), inside)
+    dx = dy * _scale(VARIANCE, WEIGHT, c, C, eps)[None, :]
+    tl.store(DX + offset, dx.to(DX.dtype.element_ty), inside)
+
+
+def _grid(x: Tensor, tile: dict) -> tuple[int, int, int]:
+    n, c, h, w = x.shape
+    return triton.cdiv(h * w, tile["BLOCK_P"]), triton.cdiv(c, tile["BLOCK_C"]), n
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor,
+    residual: Tensor | None, eps: float, relu: bool,
+) -> Tensor:  # fmt: skip
+    """y of `frozen_bn_act`'s operator."""
+    tile, y = tiles(x), torch.empty_like(x)
+    _forward_kernel[_grid(x, tile)](
+        x, residual, y, mean, variance, weight, bias, x.shape[1], x.shape[2] * x.shape[3], eps,
+        HAS_RESIDUAL=residual is not None, RELU=relu, **tile,
+    )  # fmt: skip
+    return y
+
+
+def backward(
+    dy: Tensor, y: Tensor | None, weight: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradient of x and, with the `y` of a ReLU, of the residual, else an empty tensor."""
+    tile, dx = tiles(dy), torch.empty_like(dy)
+    dresidual = dy.new_empty(0) if y is None else torch.empty_like(dy)
+    _backward_kernel[_grid(dy, tile)](
+        dy, y, dx, dresidual, variance, weight, dy.shape[1], dy.shape[2] * dy.shape[3], eps,
+        RELU=y is not None, **tile,
+    )  # fmt: skip
+    return dx, dresidual

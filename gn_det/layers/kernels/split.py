@@ -1,0 +1,329 @@
+"""Groups split over many programs, for feature maps of images.
+
+At 2 images and 32 groups, one program a group would leave half of a GPU idle, and a group of a
+megabyte does not fit in registers. So every channel of every image is cut into S chunks of
+positions: a first kernel reduces the chunks, a second one, tiny, the chunks to groups, and a third
+one goes over all elements again. Each slot of the workspace has one writer, so that results are the
+same in every run.
+
+A tile is BLOCK_P positions of BLOCK_C channels; NCHW and channels_last differ in the strides alone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Elements of a tile; channels_last tiles are CHANNELS wide, NCHW ones go along one channel
+TILE, CHANNELS = 2048, 64
+# Programs that keep the largest of today's GPUs busy
+PROGRAMS = 4 * 132
+
+
+@triton.jit
+def _offsets(p, c, HW, C, CHANNELS_LAST: tl.constexpr):
+    """Where positions p and channels c lie in an image."""
+    if CHANNELS_LAST:
+        return p[:, None] * C + c[None, :]
+    return c[None, :] * HW + p[:, None]
+
+
+@triton.jit
+def _moments_kernel(
+    X, MEANS, M2S, C, HW, CHUNK,
+    CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Mean and sum of squared deviations of each channel, chunk by chunk, both (N, S, C)."""
+    s, n = tl.program_id(0), tl.program_id(2)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    x_ptr = X + n.to(tl.int64) * C * HW
+    start = s * CHUNK
+    end = tl.minimum(start + CHUNK, HW)
+    count = 0.0
+    mean = tl.zeros((BLOCK_C,), tl.float32)
+    m2 = tl.zeros((BLOCK_C,), tl.float32)
+    first = start
+    while first < end:
+        p = first + tl.arange(0, BLOCK_P)
+        inside = (p < end)[:, None] & (c < C)[None, :]
+        x = tl.load(x_ptr + _offsets(p, c, HW, C, CHANNELS_LAST), inside, 0.0).to(tl.float32)
+        # Chan's formula: a mean close to the data is taken off before anything is squared
+        more = tl.minimum(end - first, BLOCK_P).to(tl.float32)
+        block_mean = tl.sum(x, 0) / more
+        deviation = tl.where(inside, x - block_mean[None, :], 0.0)
+        total = count + more
+        delta = block_mean - mean
+        mean += delta * (more / total)
+        m2 += tl.sum(deviation * deviation, 0) + delta * delta * (count * more / total)
+        count = total
+        first += BLOCK_P
+    slot = (n * tl.num_programs(0) + s) * C + c
+    tl.store(MEANS + slot, mean, c < C)
+    tl.store(M2S + slot, m2, c < C)
+
+
+@triton.jit
+def _group_moments_kernel(
+    MEANS, M2S, MEAN, RSTD, C, HW, CHUNK, S, G, eps,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1 / standard deviation of each group, both (N, G), from its channels' chunks."""
+    n, g = tl.program_id(0) // G, tl.program_id(0) % G
+    D = C // G
+    s = tl.arange(0, BLOCK_S)
+    count = tl.maximum(tl.minimum(HW - s * CHUNK, CHUNK), 0).to(tl.float32)
+    size = D.to(tl.float32) * HW
+    rows = (n * S + s[:, None]) * C + g * D
+    mean = 0.0
+    first = 0
+    while first < D:
+        d = first + tl.arange(0, BLOCK_D)
+        inside = (s < S)[:, None] & (d < D)[None, :]
+        means = tl.load(MEANS + rows + d[None, :], inside, 0.0)
+        mean += tl.sum(tl.sum(means * count[:, None], 1), 0) / size
+        first += BLOCK_D
+    m2 = 0.0
+    first = 0
+    while first < D:
+        d = first + tl.arange(0, BLOCK_D)
+        inside = (s < S)[:, None] & (d < D)[None, :]
+        means = tl.load(MEANS + rows + d[None, :], inside, mean)
+        within = tl.load(M2S + rows + d[None, :], inside, 0.0)
+        delta = tl.where(inside, means - mean, 0.0)
+        m2 += tl.sum(tl.sum(within + delta * delta * count[:, None], 1), 0)
+        first += BLOCK_D
+    tl.store(MEAN + tl.program_id(0), mean)
+    tl.store(RSTD + tl.program_id(0), 1.0 / tl.sqrt(m2 / size + eps))
+
+
+@triton.jit
+def _normalise_kernel(
+    X, RESIDUAL, Y, MEAN, RSTD, WEIGHT, BIAS, C, HW, G,
+    HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y = relu?((x - mean) * rstd * weight + bias + residual?)"""
+    n = tl.program_id(2)
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (p < HW)[:, None] & (c < C)[None, :]
+    offset = n.to(tl.int64) * C * HW + _offsets(p, c, HW, C, CHANNELS_LAST)
+    group = n * G + c // (C // G)
+    mean = tl.load(MEAN + group, c < C, 0.0)
+    scale = tl.load(RSTD + group, c < C, 0.0) * tl.load(WEIGHT + c, c < C, 0.0).to(tl.float32)
+    bias = tl.load(BIAS + c, c < C, 0.0).to(tl.float32)
+    x = tl.load(X + offset, inside, 0.0).to(tl.float32)
+    y = (x - mean[None, :]) * scale[None, :] + bias[None, :]
+    if HAS_RESIDUAL:
+        y += tl.load(RESIDUAL + offset, inside, 0.0).to(tl.float32)
+    if RELU:
+        y = tl.maximum(y, 0.0)
+    tl.store(Y + offset, y.to(Y.dtype.element_ty), inside)
+
+
+@triton.jit
+def _gradient_sums_kernel(
+    DY, X, Y, DRESIDUAL, MEAN, RSTD, WEIGHT, BIAS, SUMS, DOTS, C, HW, G, CHUNK,
+    HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sums of dy and of dy * (x - mean) * rstd over each channel, chunk by chunk, both (N, S, C).
+
+    dy is what the ReLU lets through, which is the residual's gradient and is written as such.
+    """
+    s, n = tl.program_id(0), tl.program_id(2)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    image = n.to(tl.int64) * C * HW
+    group = n * G + c // (C // G)
+    mean = tl.load(MEAN + group, c < C, 0.0)
+    rstd = tl.load(RSTD + group, c < C, 0.0)
+    weight = tl.load(WEIGHT + c, c < C, 0.0).to(tl.float32)
+    bias = tl.load(BIAS + c, c < C, 0.0).to(tl.float32)
+    start = s * CHUNK
+    end = tl.minimum(start + CHUNK, HW)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    dots = tl.zeros((BLOCK_C,), tl.float32)
+    first = start
+    while first < end:
+        p = first + tl.arange(0, BLOCK_P)
+        inside = (p < end)[:, None] & (c < C)[None, :]
+        offset = image + _offsets(p, c, HW, C, CHANNELS_LAST)
+        dy = tl.load(DY + offset, inside, 0.0).to(tl.float32)
+        centred = tl.load(X + offset, inside, 0.0).to(tl.float32) - mean[None, :]
+        if RELU:
+            if HAS_RESIDUAL:
+                open_ = tl.load(Y + offset, inside, 0.0).to(tl.float32) > 0
+            else:
+                open_ = centred * (rstd * weight)[None, :] + bias[None, :] > 0
+            dy = tl.where(open_, dy, 0.0)
+            if HAS_RESIDUAL:
+                tl.store(DRESIDUAL + offset, dy.to(DRESIDUAL.dtype.element_ty), inside)
+        total += tl.sum(dy, 0)
+        dots += tl.sum(dy * (centred * rstd[None, :]), 0)
+        first += BLOCK_P
+    slot = (n * tl.num_programs(0) + s) * C + c
+    tl.store(SUMS + slot, total, c < C)
+    tl.store(DOTS + slot, dots, c < C)
+
+
+@triton.jit
+def _group_gradients_kernel(
+    SUMS, DOTS, WEIGHT, SHIFT, SLOPE, DWEIGHT, DBIAS, N, C, HW, S, G,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """What dx needs to know of each group, (N, G), and the gradients of weight and bias, (C,).
+
+    The first N * G programs do the one, the last G the other.
+    """
+    program = tl.program_id(0)
+    g = program % G
+    D = C // G
+    s = tl.arange(0, BLOCK_S)
+    size = D.to(tl.float32) * HW
+    shift = 0.0
+    slope = 0.0
+    first = 0
+    while first < D:
+        d = first + tl.arange(0, BLOCK_D)
+        c = g * D + d
+        inside = (s < S)[:, None] & (d < D)[None, :]
+        if program < N * G:
+            slot = (program // G * S + s[:, None]) * C + c[None, :]
+            weight = tl.load(WEIGHT + c, d < D, 0.0).to(tl.float32)
+            shift += tl.sum(weight * tl.sum(tl.load(SUMS + slot, inside, 0.0), 0), 0)
+            slope += tl.sum(weight * tl.sum(tl.load(DOTS + slot, inside, 0.0), 0), 0)
+        else:
+            dweight = tl.zeros((BLOCK_D,), tl.float32)
+            dbias = tl.zeros((BLOCK_D,), tl.float32)
+            n = 0
+            while n < N:
+                slot = (n * S + s[:, None]) * C + c[None, :]
+                dbias += tl.sum(tl.load(SUMS + slot, inside, 0.0), 0)
+                dweight += tl.sum(tl.load(DOTS + slot, inside, 0.0), 0)
+                n += 1
+            tl.store(DWEIGHT + c, dweight.to(DWEIGHT.dtype.element_ty), d < D)
+            tl.store(DBIAS + c, dbias.to(DBIAS.dtype.element_ty), d < D)
+        first += BLOCK_D
+    if program < N * G:
+        tl.store(SHIFT + program, shift / size)
+        tl.store(SLOPE + program, slope / size)
+
+
+@triton.jit
+def _input_gradient_kernel(
+    DY, X, Y, DX, MEAN, RSTD, WEIGHT, BIAS, SHIFT, SLOPE, C, HW, G,
+    HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dx = rstd * (weight * dy - shift - (x - mean) * rstd * slope)"""
+    n = tl.program_id(2)
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (p < HW)[:, None] & (c < C)[None, :]
+    offset = n.to(tl.int64) * C * HW + _offsets(p, c, HW, C, CHANNELS_LAST)
+    group = n * G + c // (C // G)
+    rstd = tl.load(RSTD + group, c < C, 0.0)
+    weight = tl.load(WEIGHT + c, c < C, 0.0).to(tl.float32)
+    dy = tl.load(DY + offset, inside, 0.0).to(tl.float32)
+    centred = tl.load(X + offset, inside, 0.0).to(tl.float32)
+    centred -= tl.load(MEAN + group, c < C, 0.0)[None, :]
+    if RELU:
+        if HAS_RESIDUAL:
+            open_ = tl.load(Y + offset, inside, 0.0).to(tl.float32) > 0
+        else:
+            bias = tl.load(BIAS + c, c < C, 0.0).to(tl.float32)
+            open_ = centred * (rstd * weight)[None, :] + bias[None, :] > 0
+        dy = tl.where(open_, dy, 0.0)
+    shift = tl.load(SHIFT + group, c < C, 0.0) * rstd
+    slope = tl.load(SLOPE + group, c < C, 0.0) * rstd * rstd
+    dx = dy * (rstd * weight)[None, :] - shift[None, :] - centred * slope[None, :]
+    tl.store(DX + offset, dx.to(DX.dtype.element_ty), inside)
+
+
+def tiles(x: Tensor) -> dict[str, int | bool]:
+    """Shape of the tiles that x is gone through by."""
+    channels, positions = x.shape[1], x.shape[2] * x.shape[3]
+    last = not x.is_contiguous()
+    width = min(CHANNELS, triton.next_power_of_2(channels)) if last else 1
+    height = min(TILE // width, triton.next_power_of_2(positions))
+    return {"CHANNELS_LAST": last, "BLOCK_P": height, "BLOCK_C": width}
+
+
+def _chunks(x: Tensor, tile: dict) -> tuple[int, int]:
+    """How many chunks a channel is cut into, and the positions in each."""
+    positions = x.shape[2] * x.shape[3]
+    programs = x.shape[0] * triton.cdiv(x.shape[1], tile["BLOCK_C"])
+    chunks = min(triton.cdiv(PROGRAMS, programs), triton.cdiv(positions, tile["BLOCK_P"]), 64)
+    size = triton.cdiv(triton.cdiv(positions, chunks), tile["BLOCK_P"]) * tile["BLOCK_P"]
+    return triton.cdiv(positions, size), size
+
+
+def _blocks(channels_per_group: int, chunks: int) -> dict[str, int]:
+    return {
+        "BLOCK_D": min(64, triton.next_power_of_2(channels_per_group)),
+        "BLOCK_S": triton.next_power_of_2(chunks),
+    }
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
+    residual: Tensor | None, relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, mean and 1 / standard deviation, as `group_norm_act`'s operator returns them."""
+    n, c, h, w = x.shape
+    tile = tiles(x)
+    chunks, size = _chunks(x, tile)
+    means, m2s = x.new_empty((2, n, chunks, c), dtype=torch.float32)
+    mean, rstd = x.new_empty((2, n, groups), dtype=torch.float32)
+    grid = (chunks, triton.cdiv(c, tile["BLOCK_C"]), n)
+    _moments_kernel[grid](x, means, m2s, c, h * w, size, **tile)
+    blocks = _blocks(c // groups, chunks)
+    _group_moments_kernel[(n * groups,)](
+        means, m2s, mean, rstd, c, h * w, size, chunks, groups, eps, **blocks
+    )
+    return normalise(x, mean, rstd, weight, bias, groups, residual, relu), mean, rstd
+
+
+def normalise(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int,
+    residual: Tensor | None, relu: bool,
+) -> Tensor:  # fmt: skip
+    """y from known statistics, to the bit as `forward` gives it."""
+    n, c, h, w = x.shape
+    tile = tiles(x)
+    y = torch.empty_like(x)
+    grid = (triton.cdiv(h * w, tile["BLOCK_P"]), triton.cdiv(c, tile["BLOCK_C"]), n)
+    _normalise_kernel[grid](
+        x, residual, y, mean, rstd, weight, bias, c, h * w, groups,
+        HAS_RESIDUAL=residual is not None, RELU=relu, **tile,
+    )  # fmt: skip
+    return y
+
+
+def backward(
+    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor,
+    mean: Tensor, rstd: Tensor, groups: int, relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, weight, bias and, with `y`, the residual, else an empty tensor."""
+    n, c, h, w = x.shape
+    tile = tiles(x)
+    chunks, size = _chunks(x, tile)
+    dx, dweight, dbias = (torch.empty_like(t) for t in (x, weight, bias))
+    dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
+    sums, dots = x.new_empty((2, n, chunks, c), dtype=torch.float32)
+    shift, slope = x.new_empty((2, n, groups), dtype=torch.float32)
+    flags = {"HAS_RESIDUAL": y is not None, "RELU": relu}
+    columns = triton.cdiv(c, tile["BLOCK_C"])
+    _gradient_sums_kernel[(chunks, columns, n)](
+        dy, x, y, dresidual, mean, rstd, weight, bias, sums, dots, c, h * w, groups, size,
+        **flags, **tile,
+    )  # fmt: skip
+    _group_gradients_kernel[((n + 1) * groups,)](
+        sums, dots, weight, shift, slope, dweight, dbias, n, c, h * w, chunks, groups,
+        **_blocks(c // groups, chunks),
+    )  # fmt: skip
+    _input_gradient_kernel[(triton.cdiv(h * w, tile["BLOCK_P"]), columns, n)](
+        dy, x, y, dx, mean, rstd, weight, bias, shift, slope, c, h * w, groups,
+        **flags, **tile,
+    )  # fmt: skip
+    return dx, dweight, dbias, dresidual

@@ -1,0 +1,49 @@
+"""Activations that are not kept for the backward pass, since their norm can give them again.
+
+A convolution saves its input, which a norm has computed from something that is saved as well.
+Inside `rebuilt_activations`, the convolution saves the recipe instead, and the input is computed
+again when the gradient needs it: one elementwise pass, to the bit.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+_inside = threading.local()
+
+
+@contextmanager
+def rebuilt_activations(enabled: bool = True) -> Iterator[None]:
+    """Let no operation in this context save what `remember` has a recipe of."""
+    if not enabled:
+        yield
+        return
+    outer = is_rebuilding()
+    _inside.now = True
+    try:
+        with saved_tensors_hooks(_pack, _unpack):
+            yield
+    finally:
+        _inside.now = outer
+
+
+def is_rebuilding() -> bool:
+    """Whether `rebuilt_activations` is on in this thread."""
+    return getattr(_inside, "now", False)
+
+
+def remember(y: Tensor, recipe: Callable[[], Tensor]) -> Tensor:
+    """Give y a recipe to have it again. It must not be changed in place."""
+    y._recipe = recipe  # type: ignore[attr-defined]
+    return y
+
+
+def _pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
+    return getattr(tensor, "_recipe", tensor)
+
+
+def _unpack(saved: Tensor | Callable[[], Tensor]) -> Tensor:
+    return saved if isinstance(saved, Tensor) else saved()

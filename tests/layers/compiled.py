@@ -1,0 +1,82 @@
+"""Compiles every kernel for a GPU that need not be there, and prints what became of it as JSON."""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gn_det.layers.kernels import frozen_bn, split, whole
+
+IMAGES = ("X", "Y", "DX", "DY", "RESIDUAL", "DRESIDUAL")
+SIZES = ("N", "C", "HW", "CHUNK", "S", "G")
+BIN = Path(nvidia.__file__).parent / "bin"
+
+
+def kernels():
+    """Name, kernel, warps and constants, as the launchers choose them for R50-FPN."""
+    flags = {"HAS_RESIDUAL": True, "RELU": True}
+    for last, p, c in ((False, 2048, 1), (True, 32, 64)):
+        tile = {"CHANNELS_LAST": last, "BLOCK_P": p, "BLOCK_C": c}
+        yield "moments", split._moments_kernel, 4, tile
+        yield "normalise", split._normalise_kernel, 4, {**flags, **tile}
+        yield "sums", split._gradient_sums_kernel, 4, {**flags, **tile}
+        yield "input gradient", split._input_gradient_kernel, 4, {**flags, **tile}
+        yield "frozen bn", frozen_bn._forward_kernel, 4, {**flags, **tile}
+        yield "frozen bn backward", frozen_bn._backward_kernel, 4, {"RELU": True, **tile}
+    small = {"BLOCK_D": 64, "BLOCK_S": 16}
+    yield "group moments", split._group_moments_kernel, 4, small
+    yield "group gradients", split._group_gradients_kernel, 4, small
+    for last, p, g in ((False, 64, 1), (False, 512, 1), (True, 64, 8), (True, 256, 2)):
+        tile = {"CHANNELS_LAST": last, "BLOCK_P": p, "GROUPS": g, "D": 8, "BLOCK_D": 8}
+        warps = max(1, p * g * 8 // 256)
+        yield "whole", whole._forward_kernel, warps, {**flags, **tile}
+        yield "whole backward", whole._backward_kernel, warps, {**flags, **tile}
+
+
+def compile_one(kernel, warps: int, constants: dict, dtype: str, capability: int) -> dict:
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in SIZES:
+            signature[name] = "i32"
+        else:
+            pointer = f"*{dtype}" if name in IMAGES else "*fp32"
+            signature[name] = "fp32" if name == "eps" else pointer
+        # Positions too: the image's sides are multiples of 32 with an FPN
+        if name in ("C", "HW", "CHUNK", "G") or signature[name].startswith("*"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    target = GPUTarget("cuda", capability, 32)
+    source = ASTSource(kernel, signature, constants, attributes)
+    ptx = triton.compile(source, target=target, options={"num_warps": warps}).asm["ptx"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        assembler = BIN / ("ptxas-blackwell" if capability >= 100 else "ptxas")
+        arch = f"--gpu-name=sm_{capability}{'a' if capability >= 90 else ''}"
+        words = [assembler, "-v", arch, file.name, "-o", "/dev/null"]
+        told = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+    pattern = r"(\d+) bytes spill stores, (\d+) bytes spill loads"
+    return {
+        "spills": sum(int(n) for found in re.findall(pattern, told) for n in found),
+        "loads": re.findall(r"ld\.global\.(?:\w+\.)*(?:v\d\.)?b\d+", ptx),
+        "stores": re.findall(r"st\.global\.(?:\w+\.)*(?:v\d\.)?b\d+", ptx),
+    }
+
+
+if __name__ == "__main__":
+    capability = int(sys.argv[1])
+    found = [
+        {"name": name, "dtype": dtype, **constants}
+        | compile_one(k, w, constants, dtype, capability)
+        for name, k, w, constants in kernels()
+        for dtype in ("bf16", "fp32")
+    ]
+    print(json.dumps(found))

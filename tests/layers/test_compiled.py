@@ -1,0 +1,33 @@
+"""The kernels as machine code, without a GPU: nothing spills, and memory is read in 16 bytes."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_machine_code(capability, tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = command(Path(__file__).with_name("compiled.py"), capability, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = json.loads(done.stdout)
+    assert len(kernels) == 44
+    for kernel in kernels:
+        assert kernel["spills"] == 0, kernel
+        if kernel["name"].startswith("group "):
+            continue  # they read the workspace alone
+        # RoIs of 7 x 7 in NCHW begin anywhere
+        if kernel["name"].startswith("whole") and not kernel["CHANNELS_LAST"]:
+            continue
+        assert "ld.global.v4.b32" in kernel["loads"], kernel
+        assert "ld.global.b16" not in kernel["loads"], kernel
+        if kernel["name"] != "moments":
+            assert "st.global.v4.b32" in kernel["stores"], kernel
+        if kernel["dtype"] == "bf16":
+            assert not any(store.endswith("b16") for store in kernel["stores"]), kernel

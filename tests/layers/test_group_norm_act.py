@@ -1,0 +1,192 @@
+"""The operator as PyTorch sees it: derivatives, dtypes, memory, compilation; and bad arguments."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing import assert_close
+
+from gn_det.evaluation.saved_bytes import saved_bytes
+from gn_det.layers import frozen_bn_act, group_norm_act, rebuilt_activations
+
+CASES = {
+    "linear": (False, False),
+    "relu": (False, True),
+    "residual": (True, False),
+    "residual, relu": (True, True),
+}
+
+
+def inputs(shape=(2, 8, 5, 6), dtype=torch.float32, requires_grad=False):
+    torch.manual_seed(0)
+    x, residual = (torch.randn(shape).to(dtype).requires_grad_(requires_grad) for _ in range(2))
+    kind = torch.promote_types(dtype, torch.float32)
+    weight, bias = (torch.randn(8, dtype=kind).requires_grad_(requires_grad) for _ in range(2))
+    return x, weight, bias, residual
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_derivatives(case):
+    residual, relu = CASES[case]
+
+    def act(x, weight, bias, r):
+        return group_norm_act(x, weight, bias, 4, 1e-5, r if residual else None, relu)
+
+    assert torch.autograd.gradcheck(act, inputs(dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_derivatives_of_frozen_bn(case):
+    residual, relu = CASES[case]
+    x, weight, bias, r = inputs(dtype=torch.float64, requires_grad=True)
+    vectors = weight.detach(), bias.detach(), torch.randn(8).double(), torch.rand(8).double() + 0.1
+
+    def act(x, r):
+        return frozen_bn_act(x, *vectors, 1e-5, r if residual else None, relu)
+
+    assert torch.autograd.gradcheck(act, (x, r))
+    y = F.batch_norm(x, vectors[2], vectors[3], *vectors[:2], eps=1e-5)
+    y = y + r if residual else y
+    assert_close(act(x, r), F.relu(y) if relu else y)
+
+
+def test_second_derivatives_are_refused():
+    x, weight, bias, _ = inputs(requires_grad=True)
+    with pytest.raises(RuntimeError, match="group_norm_act has no second derivative: use"):
+        torch.autograd.grad(group_norm_act(x, weight, bias, 4).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_half_precision(memory_format, dtype, case):
+    """The result is the exact one, rounded once: statistics and affine are in float32."""
+    has_residual, relu = CASES[case]
+    x, weight, bias, residual = inputs(dtype=dtype)
+    x, residual = (t.to(memory_format=memory_format) for t in (x + 20, residual))
+    residual = residual if has_residual else None
+    y = group_norm_act(x, weight, bias, 4, 1e-5, residual, relu)
+    exact = F.group_norm(x.double(), 4, weight.double(), bias.double())
+    exact = exact if residual is None else exact + residual.double()
+    exact = exact.clamp(min=0) if relu else exact
+    assert y.dtype == dtype and y.stride() == x.stride()
+    assert_close(y.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
+
+
+def test_under_autocast_it_stays_in_the_convolution_s_dtype():
+    conv, (x, weight, bias, _) = nn.Conv2d(8, 8, 1), inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = group_norm_act(conv(x), weight, bias, 4, relu=True)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert conv.weight.grad.dtype == torch.float32
+
+
+def test_no_images():
+    """A batch in which no RoI is positive."""
+    x, weight, bias, residual = inputs((0, 8, 7, 7), requires_grad=True)
+    y = group_norm_act(x, weight, bias, 4, 1e-5, residual, relu=True)
+    y = frozen_bn_act(y, *torch.ones(4, 8), relu=True)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == residual.grad.shape == (0, 8, 7, 7)
+    assert not weight.grad.any() and not bias.grad.any()
+
+
+def test_strides_that_no_convolution_gives():
+    x, weight, bias, residual = inputs()
+    wanted = F.group_norm(x[..., ::2], 4, weight, bias) + residual[..., ::2]
+    assert_close(group_norm_act(x[..., ::2], weight, bias, 4, residual=residual[..., ::2]), wanted)
+    # Not a picture
+    assert_close(
+        group_norm_act(x[..., 0], weight, bias, 4), F.group_norm(x[..., 0], 4, weight, bias)
+    )
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_bytes_for_the_backward_pass(dtype, size):
+    """Per element of a convolution's output: its own, and the ReLU's unless that is rebuilt."""
+    convs = [nn.Conv2d(8, 8, 1, bias=False).to(dtype) for _ in range(4)]
+    x, weight, bias, _ = inputs((2, 8, 64, 64), dtype)
+
+    def forward(norm):
+        y = x
+        for conv in convs[:3]:
+            y = norm(conv(y))
+        return convs[3](y)
+
+    def fused(y):
+        return group_norm_act(y, weight.requires_grad_(), bias.requires_grad_(), 4, relu=True)
+
+    def rebuilt():
+        with rebuilt_activations():
+            return forward(fused)
+
+    def plain(y):
+        return F.relu_(F.group_norm(y, 4, weight.to(dtype), bias.to(dtype)))
+
+    def frozen(y):
+        return frozen_bn_act(y, *torch.ones(4, 8), relu=True)
+
+    # Statistics and the like are less than a tenth of a byte
+    for function, wanted in (
+        (lambda: forward(plain), 2 * size),
+        (lambda: forward(fused), 2 * size),
+        (rebuilt, size),
+        (lambda: forward(frozen), size),
+    ):
+        assert saved_bytes(function) / (3 * x.numel()) == pytest.approx(wanted, abs=0.1)
+
+
+def test_compiled_whole_at_any_size():
+    """No graph break, no second compilation for another size, and the same gradients."""
+    torch._dynamo.reset()
+    conv = nn.Conv2d(8, 8, 3)
+    _, weight, bias, _ = inputs(requires_grad=True)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def act(x):
+        return group_norm_act(conv(x), weight, bias, 4, relu=True).square().sum()
+
+    compiled = torch.compile(act, backend=counter, fullgraph=True, dynamic=True)
+    for side in (20, 24, 31):
+        x = torch.randn(2, 8, side, side + 3)
+        found, wanted = (
+            torch.autograd.grad(f(x), [weight, bias, conv.weight]) for f in (compiled, act)
+        )
+        assert_close(found, wanted)
+    assert counter.frame_count == 1
+
+
+def test_operators_keep_pytorch_s_rules():
+    x, weight, bias, residual = inputs()
+    ops = torch.ops.gn_det
+    y, mean, rstd = ops.group_norm_act(x, weight, bias, residual, 4, 1e-5, True)
+    constants = (4, 1e-5, True)
+    for operator, arguments in (
+        (ops.group_norm_act, (x, weight, bias, residual, *constants)),
+        (ops.group_norm_act, (x, weight, bias, None, *constants)),
+        (ops.group_norm_act_backward, (x, x, y, weight, bias, mean, rstd, *constants)),
+        (ops.group_norm_act_backward, (x, x, None, weight, bias, mean, rstd, *constants)),
+        (ops.group_norm_act_again, (x, weight, bias, mean, rstd, *constants)),
+        (ops.frozen_bn_act, (x, weight, bias, bias, weight.abs(), residual, 1e-5, True)),
+        (ops.frozen_bn_act_backward, (x, y, weight, weight.abs(), 1e-5)),
+    ):
+        torch.library.opcheck(operator.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_groups": 3}, "8 channels do not divide into 3 groups"),
+        ({"num_groups": 0}, "8 channels do not divide into 0 groups"),
+        ({"weight": torch.ones(4)}, r"weight is of shape \(4,\), not \(8,\)"),
+        ({"bias": torch.ones(8, 1)}, r"bias is of shape \(8, 1\), not \(8,\)"),
+        ({"residual": torch.ones(2, 8, 1, 1)}, r"residual is of shape .*not \(2, 8, 5, 6\) as x"),
+    ],
+)
+def test_bad_arguments(change, message):
+    x, weight, bias, residual = inputs()
+    arguments = {"weight": weight, "bias": bias, "num_groups": 4, "residual": residual}
+    with pytest.raises(ValueError, match=message):
+        group_norm_act(x, **(arguments | change))

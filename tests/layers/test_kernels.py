@@ -1,0 +1,166 @@
+"""The Triton kernels against float64; without a GPU they run in Triton's interpreter."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from gn_det.layers import frozen_bn_act, group_norm_act, kernels, rebuilt_activations
+
+pytest.importorskip("triton")
+from gn_det.layers.kernels import split, whole
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+# (N, C, H, W) and groups: odd sizes, a RoI, one position, one group, one channel a group, and
+# channels a group that are no power of two
+SHAPES = {
+    "odd": ((2, 8, 5, 7), 4),
+    "roi": ((3, 16, 7, 7), 2),
+    "position": ((2, 8, 1, 1), 2),
+    "layer norm": ((2, 12, 3, 9), 1),
+    "instance norm": ((1, 4, 13, 5), 4),
+    "not a power": ((1, 6, 9, 3), 2),
+}
+
+
+@pytest.fixture(autouse=True)
+def on_any_device(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "INTERPRETED", DEVICE == "cpu")
+
+
+@pytest.fixture(params=["split", "whole"])
+def path(request, monkeypatch) -> str:
+    """Both ways, whatever the size; small tiles, so that there are several."""
+    monkeypatch.setattr(whole, "LARGEST_TILE", 0 if request.param == "split" else 1 << 20)
+    monkeypatch.setattr(split, "TILE", 32)
+    monkeypatch.setattr(split, "CHANNELS", 4)
+    monkeypatch.setattr(split, "PROGRAMS", 20)
+    return request.param
+
+
+def make(shape, dtype, layout, mean=0.0) -> Tensor:
+    x = (torch.randn(shape) * 2 + mean).to(DEVICE, dtype)
+    return x.to(memory_format=LAYOUTS[layout])
+
+
+def run(function, dy: Tensor, *inputs: Tensor | None) -> list[Tensor]:
+    """Output and gradients, in that order."""
+    leaves = [t if t is None else t.detach().clone().requires_grad_() for t in inputs]
+    y = function(*leaves)
+    y.backward(dy)
+    return [y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
+
+
+def formula(groups, eps, relu):
+    """Wu and He's Equations 1 to 7, as they stand."""
+
+    def norm(x, weight, bias, residual):
+        grouped = x.reshape(len(x), groups, -1)
+        mean = grouped.mean(2, keepdim=True)
+        variance = (grouped - mean).square().mean(2, keepdim=True)
+        y = ((grouped - mean) / (variance + eps).sqrt()).reshape(x.shape)
+        y = y * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
+        y = y if residual is None else y + residual
+        return y.clamp(min=0) if relu else y
+
+    return norm
+
+
+def double(*tensors):
+    return [t if t is None else t.double() for t in tensors]
+
+
+def compare(found: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -> None:
+    for one, two in zip(found, wanted, strict=True):
+        scale = two.abs().max().clamp(min=1e-2)
+        assert_close(one.double() / scale, two / scale, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("shape", "relu", "residual"),
+    [
+        *(("odd", relu, residual) for relu in (False, True) for residual in (False, True)),
+        *((shape, True, True) for shape in SHAPES if shape != "odd"),
+    ],
+)
+def test_group_norm(shape, layout, relu, residual, path):
+    """Every path, in each dtype, on inputs whose mean is 15 deviations off."""
+    torch.manual_seed(0)
+    size, groups = SHAPES[shape]
+    for dtype in TOLERANCE if shape == "odd" else [torch.float32]:
+        x = make(size, dtype, layout, mean=30.0 if size[2] > 1 else 0.0)
+        dy = make(size, dtype, layout)
+        weight, bias = torch.randn(2, size[1], device=DEVICE)
+        inputs = x, weight, bias, make(size, dtype, layout) if residual else None
+        found = run(lambda x, w, b, r: group_norm_act(x, w, b, groups, 1e-5, r, relu), dy, *inputs)
+        wanted = run(formula(groups, 1e-5, relu), dy.double(), *double(*inputs))
+        compare(found, wanted, dtype)
+        for image in (found[0], found[1]):
+            assert image.dtype == dtype and image.stride() == x.stride()
+        assert found[2].dtype == torch.float32
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_frozen_bn(layout, relu, residual):
+    torch.manual_seed(0)
+    size = (2, 6, 5, 7)
+    vectors = [*torch.randn(3, 6, device=DEVICE), torch.rand(6, device=DEVICE)]
+
+    def act(vectors):
+        return lambda x, r: frozen_bn_act(x, *vectors, 1e-5, r, relu)
+
+    def formula(x, r):
+        weight, bias, mean, variance = (v.double().view(-1, 1, 1) for v in vectors)
+        y = (x - mean) / (variance + 1e-5).sqrt() * weight + bias
+        y = y if r is None else y + r
+        return y.clamp(min=0) if relu else y
+
+    for dtype in TOLERANCE:
+        x, dy = make(size, dtype, layout), make(size, dtype, layout)
+        inputs = x, make(size, dtype, layout) if residual else None
+        found = run(act(vectors), dy, *inputs)
+        compare(found, run(formula, dy.double(), *double(*inputs)), dtype)
+        assert found[0].dtype == found[1].dtype == dtype and found[1].stride() == x.stride()
+
+
+def test_gradients_of_what_is_rebuilt(path):
+    """Bit by bit those of what is kept."""
+    torch.manual_seed(0)
+    convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)).to(DEVICE)
+    weight, bias = (nn.Parameter(t) for t in torch.randn(2, 8, device=DEVICE))
+    x = make((2, 8, 6, 7), torch.float32, "NCHW")
+
+    def gradients(enabled: bool) -> list[Tensor]:
+        with rebuilt_activations(enabled):
+            y = x
+            for conv in convs:
+                y = group_norm_act(conv(y), weight, bias, 2, relu=True)
+        parameters = [weight, bias, *convs.parameters()]
+        return list(torch.autograd.grad(y.square().sum(), parameters))
+
+    for one, two in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_the_same_bits_each_time(path):
+    torch.manual_seed(0)
+    x, dy = (make((2, 8, 9, 9), torch.float32, "channels_last") for _ in range(2))
+    weight, bias = torch.randn(2, 8, device=DEVICE)
+
+    def once():
+        return run(lambda x, w, b: group_norm_act(x, w, b, 4, relu=True), dy, x, weight, bias)
+
+    for one, two in zip(once(), once(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_what_the_kernels_leave_to_pytorch():
+    x = make((2, 8, 4, 6), torch.float32, "NCHW")
+    assert kernels.covers(x) and kernels.covers(x.to(memory_format=torch.channels_last))
+    for other in (x.double(), x[:, ::2], x[:0], x[0], x.transpose(2, 3)):
+        assert not kernels.covers(other)

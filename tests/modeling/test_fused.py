@@ -1,0 +1,242 @@
+"""The fused models against Detectron2's own blocks: same results, gradients, names; less memory."""
+
+from collections import Counter
+
+import pytest
+import torch
+from conftest import shapes_config
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling.roi_heads import build_box_head, build_mask_head
+from detectron2.utils.events import EventStorage
+from modeling.test_backbone import C4
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gn_det.check import ConfigError, check_config
+from gn_det.evaluation.saved_bytes import saved_bytes
+from gn_det.modeling import implement
+
+R50 = ("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)
+MODELS = {"R-18 FPN": (), "R-50 FPN": R50, "R-50 C4": C4}
+NATIVE = ("MODEL.GROUP_NORM.IMPL", "native")
+UNFROZEN = ("MODEL.BACKBONE.FREEZE_AT", 0)
+NORMS = {"GN": "mask_rcnn_R_18_FPN_gn", "FrozenBN": "mask_rcnn_R_18_FPN_frozenbn"}
+
+
+def scatter(module: nn.Module) -> None:
+    """Affine and statistics as training leaves them, not all 1 and 0."""
+    for layer in module.modules():
+        if isinstance(layer, nn.GroupNorm | FrozenBatchNorm2d):
+            nn.init.normal_(layer.weight, 1.0, 0.3)
+            nn.init.normal_(layer.bias, 0.0, 0.3)
+        if isinstance(layer, FrozenBatchNorm2d):
+            nn.init.normal_(layer.running_mean, 0.0, 0.3)
+            nn.init.uniform_(layer.running_var, 0.5, 2.0)
+
+
+def pair(build, *opts, name: str = NORMS["GN"]) -> tuple[nn.Module, nn.Module]:
+    """What `build` makes of a config, fused and native, with the same values."""
+    fused, native = (build(shapes_config(name, *opts, *more)) for more in ((), NATIVE))
+    scatter(native)
+    fused.load_state_dict(native.state_dict())
+    assert list(fused.state_dict()) == list(native.state_dict())
+    return fused, native
+
+
+def backbone(cfg) -> nn.Module:
+    return build_backbone(cfg)
+
+
+def leaves(output) -> list[Tensor]:
+    return list(output.values()) if isinstance(output, dict) else [output]
+
+
+def gradients(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Of all that is trained, and of the input, for a fixed mixture of the outputs."""
+    x = x.clone().requires_grad_()
+    module.zero_grad()
+    torch.manual_seed(1)
+    sum((y * torch.randn(y.shape, dtype=y.dtype)).sum() for y in leaves(module(x))).backward()
+    trained = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+    return {"input": x.grad, **trained}
+
+
+def compare(fused: nn.Module, native: nn.Module, x: Tensor) -> None:
+    """Outputs in float32; gradients in float64, where no ReLU opens by rounding."""
+    for one, two in zip(leaves(fused(x)), leaves(native(x)), strict=True):
+        assert_close(one, two, rtol=1e-5, atol=1e-5 * two.abs().max().item())
+    found, wanted = (gradients(m.double(), x.double()) for m in (fused, native))
+    assert list(found) == list(wanted)
+    for name, gradient in wanted.items():
+        scale = gradient.abs().max().item()
+        assert_close(found[name], gradient, rtol=1e-9, atol=1e-9 * scale, msg=name)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("model", MODELS)
+def test_backbones(model, norm):
+    torch.manual_seed(0)
+    opts = (*MODELS[model], *UNFROZEN, "MODEL.RESNETS.NORM", norm)
+    fused, native = pair(backbone, *opts, name=NORMS[norm])
+    compare(fused, native, torch.randn(2, 3, 96, 160))
+
+
+@pytest.mark.parametrize("count", [0, 5])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_heads(channels_last, count):
+    """Boxes and masks; a batch may have no RoI at all."""
+    torch.manual_seed(0)
+    opts = ("MODEL.CHANNELS_LAST", channels_last, "MODEL.ROI_BOX_HEAD.NUM_FC", 0)
+    box = lambda cfg: build_box_head(cfg, ShapeSpec(channels=64, height=7, width=7))  # noqa: E731
+    fused, native = pair(box, *opts)
+    compare(fused, native, torch.randn(count, 64, 7, 7)) if count else fused(
+        torch.zeros(0, 64, 7, 7)
+    )
+    mask = lambda cfg: build_mask_head(cfg, ShapeSpec(channels=64, height=14, width=14))  # noqa: E731
+    fused, native = pair(mask, *opts)
+    fused.forward, native.forward = fused.layers, native.layers
+    x = torch.randn(count, 64, 14, 14)
+    if count:
+        compare(fused, native, x)
+    else:
+        assert not any(p.any() for p in gradients(fused, x).values())
+
+
+def test_c4_s_res5():
+    torch.manual_seed(0)
+    build = lambda cfg: build_model(cfg).roi_heads.res5  # noqa: E731
+    compare(*pair(build, *C4), torch.randn(3, 1024, 14, 14))
+
+
+def batch() -> list[dict]:
+    cfg = shapes_config(NORMS["GN"])
+    mapper = DatasetMapper(cfg, is_train=True, augmentations=[])
+    return [mapper(dict(picture)) for picture in DatasetCatalog.get("shapes_train")[:2]]
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.__name__.partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_norm_of_a_model_is_fused(model):
+    """PyTorch's own kernel runs nowhere, and ReLU only where no norm stands before it."""
+    trained = build_model(shapes_config(NORMS["GN"], *MODELS[model], *UNFROZEN))
+    pictures = batch()
+    with EventStorage(), Operators() as operators:
+        trained(pictures)
+    norms = sum(isinstance(m, nn.GroupNorm) for m in trained.modules())
+    assert operators.counts["group_norm_act"] == norms
+    assert not operators.counts["native_group_norm"]
+    # RPN, deconvolution, and the fully connected layer that C4 has not
+    own = sum(v for k, v in operators.counts.items() if k in ("relu", "relu_"))
+    assert own == (2 if model == "R-50 C4" else 3 + 4)
+
+
+LEVELS = ("none", "norm", "conv3", "block")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_recomputing_changes_no_bit(model):
+    torch.manual_seed(0)
+    opts = (*MODELS[model], *UNFROZEN)
+    models = [
+        backbone(shapes_config(NORMS["GN"], *opts, "MODEL.GROUP_NORM.RECOMPUTE", level))
+        for level in LEVELS
+    ]
+    scatter(models[0])
+    x = torch.randn(2, 3, 64, 96)
+    wanted = gradients(models[0], x)
+    kept = []
+    for trained in models:
+        trained.load_state_dict(models[0].state_dict())
+        for name, gradient in gradients(trained, x).items():
+            assert torch.equal(gradient, wanted[name]), name
+        kept.append(saved_bytes(lambda t=trained: sum(y.sum() for y in leaves(t(x)))))
+    assert kept == sorted(kept, reverse=True) and kept[3] < 0.5 * kept[0] and kept[1] < kept[0]
+
+
+def test_heads_that_recompute():
+    torch.manual_seed(0)
+    shape = ShapeSpec(channels=64, height=7, width=7)
+    heads = [
+        build_box_head(shapes_config(NORMS["GN"], "MODEL.GROUP_NORM.RECOMPUTE", level), shape)
+        for level in ("none", "norm")
+    ]
+    heads[1].load_state_dict(heads[0].state_dict())
+    x = torch.randn(40, 64, 7, 7)
+    one, two = (gradients(head, x) for head in heads)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    kept = [saved_bytes(lambda h=head: h(x).sum()) for head in heads]
+    # 4 convolutions' outputs, and what 4 ReLUs give of which the last is kept by the linear layer
+    assert kept[0] - kept[1] == pytest.approx(3 * x.numel() * 4, rel=0.01)
+
+
+# Bytes in float32, per element of a bottleneck's first output, that a block leaves
+BOTTLENECK = {"none": 48, "norm": 40, "conv3": 24, "block": 16}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_bytes_of_a_bottleneck(level):
+    cfg = shapes_config(NORMS["GN"], *R50, *UNFROZEN, "MODEL.GROUP_NORM.RECOMPUTE", level)
+    blocks = backbone(cfg).bottom_up.res4[1:]
+    x = torch.randn(1, 1024, 12, 14, requires_grad=True)
+    many, fewer = (saved_bytes(lambda c=count: blocks[:c](x).sum()) for count in (4, 2))
+    assert (many - fewer) / 2 / (256 * 12 * 14) == pytest.approx(BOTTLENECK[level], rel=0.02)
+    frozen = shapes_config(NORMS["FrozenBN"], *R50, *UNFROZEN)
+    blocks = backbone(frozen).bottom_up.res4[1:]
+    many, fewer = (saved_bytes(lambda c=count: blocks[:c](x).sum()) for count in (4, 2))
+    assert (many - fewer) / 2 / (256 * 12 * 14) == pytest.approx(24, rel=0.02)
+
+
+def test_channels_last_to_the_end():
+    torch.manual_seed(0)
+    opts = (*R50, *UNFROZEN)
+    plain = backbone(shapes_config(NORMS["GN"], *opts))
+    last = backbone(shapes_config(NORMS["GN"], *opts, "MODEL.CHANNELS_LAST", True))
+    last.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 64, 96)
+    for name, y in last(x).items():
+        assert y.is_contiguous(memory_format=torch.channels_last), name
+    compare(last, plain, x)
+
+
+def test_compiled_blocks():
+    """Every block and every other convolution with a norm, in Detectron2's own classes."""
+    model = build_model(shapes_config(NORMS["GN"], "MODEL.GROUP_NORM.IMPL", "compiled"))
+    compiled = [name for name, m in model.named_modules() if m._compiled_call_impl is not None]
+    # Stem and 8 blocks, 4 lateral and 4 output convolutions, 4 in the box head and 4 in the mask's
+    assert len(compiled) == 9 + 8 + 8
+    native = build_model(shapes_config(NORMS["GN"], *NATIVE))
+    native.load_state_dict(model.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    with torch.compiler.set_stance("force_eager"):
+        assert_close(model.backbone(x)["p2"], native.backbone(x)["p2"])
+
+
+def test_an_already_built_model():
+    """As in Detectron2's LazyConfigs, where no config builds the backbone."""
+    model = build_model(shapes_config(NORMS["GN"], *NATIVE, *UNFROZEN))
+    x = torch.randn(1, 3, 64, 64)
+    wanted = model.backbone(x)["p2"]
+    implement(model)
+    with Operators() as operators:
+        found = model.backbone(x)["p2"]
+    assert_close(found, wanted)
+    assert not operators.counts["native_group_norm"] and not operators.counts["relu_"]
+
+
+@pytest.mark.parametrize("key", ["IMPL", "RECOMPUTE"])
+def test_no_such_implementation(key):
+    cfg = shapes_config(NORMS["GN"], f"MODEL.GROUP_NORM.{key}", "quick", "MODEL.WEIGHTS", "")
+    with pytest.raises(ConfigError, match=rf'MODEL.GROUP_NORM.{key} "quick": it is none'):
+        check_config(cfg)
