@@ -71,14 +71,15 @@ def frozen_bn(
 
 
 def frozen_bn_backward(
-    dy: Tensor, y: Tensor | None, weight: Tensor, variance: Tensor, eps: float
+    dy: Tensor, y: Tensor | None, weight: Tensor, variance: Tensor, eps: float, residual: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of x and, with the `y` of a ReLU, dy as far as that lets it, else an empty one."""
-    passed = dy.new_empty(0)
-    if y is not None:
-        dy = passed = aten.threshold_backward(dy, y, 0)
-    scale = weight * (variance + eps).rsqrt()
-    return dy * scale.to(dy.dtype).view(-1, *(1 for _ in dy.shape[2:])), passed
+    """Gradient of x and, with `residual` and the `y` of a ReLU, of the residual, else empty."""
+    scale = (weight * (variance + eps).rsqrt()).to(dy.dtype)
+    scale = scale.view(-1, *(1 for _ in dy.shape[2:]))
+    if y is None:
+        return dy * scale, dy.new_empty(0)
+    dy = aten.threshold_backward(dy, y, 0)
+    return (dy * scale, dy) if residual else (dy.mul_(scale), dy.new_empty(0))
 
 
 def _finish(y: Tensor, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:

@@ -15,8 +15,8 @@ _LIBRARY.define(
     "Tensor? residual, float eps, bool relu) -> Tensor"
 )
 _LIBRARY.define(
-    "frozen_bn_act_backward(Tensor dy, Tensor? y, Tensor weight, Tensor variance, float eps) "
-    "-> (Tensor, Tensor)"
+    "frozen_bn_act_backward(Tensor dy, Tensor? y, Tensor weight, Tensor variance, float eps, "
+    "bool residual) -> (Tensor, Tensor)"
 )
 
 
@@ -74,11 +74,12 @@ class _FrozenBNAct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple:
         y, weight, variance = ctx.saved_tensors
         dy = dense(dy) if y is None else like(dy, y)
-        dx, passed = torch.ops.gn_det.frozen_bn_act_backward(dy, y, weight, variance, ctx.eps)
-        dresidual = None
-        if ctx.has_residual:
-            dresidual = dy if y is None else passed
-        return dx, None, None, None, None, dresidual, None, None
+        dx, passed = torch.ops.gn_det.frozen_bn_act_backward(
+            dy, y, weight, variance, ctx.eps, ctx.has_residual
+        )
+        # Without ReLU nothing is kept back, and no copy was made
+        dresidual = dy if y is None else passed
+        return dx, None, None, None, None, dresidual if ctx.has_residual else None, None, None
 
 
 def _forward(
@@ -100,17 +101,18 @@ def _forward(
 
 
 def _backward(
-    dy: Tensor, y: Tensor | None, weight: Tensor, variance: Tensor, eps: float
+    dy: Tensor, y: Tensor | None, weight: Tensor, variance: Tensor, eps: float, residual: bool
 ) -> tuple[Tensor, Tensor]:
     if not kernels.covers(dy):
-        return eager.frozen_bn_backward(dy, y, weight, variance, eps)
+        return eager.frozen_bn_backward(dy, y, weight, variance, eps, residual)
     from .kernels import frozen_bn
 
-    return frozen_bn.backward(dy, y, weight, variance, eps)
+    return frozen_bn.backward(dy, y, weight, variance, eps, residual)
 
 
-def _fake_backward(dy, y, weight, variance, eps):  # type: ignore[no-untyped-def]
-    return torch.empty_like(dy), dy.new_empty(0) if y is None else torch.empty_like(dy)
+def _fake_backward(dy, y, weight, variance, eps, residual):  # type: ignore[no-untyped-def]
+    passed = residual and y is not None
+    return torch.empty_like(dy), torch.empty_like(dy) if passed else dy.new_empty(0)
 
 
 for _name, _function, _fake in (

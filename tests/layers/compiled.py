@@ -29,7 +29,7 @@ def kernels():
         yield "sums", split._gradient_sums_kernel, 4, {**flags, **tile}
         yield "input gradient", split._input_gradient_kernel, 4, {**flags, **tile}
         yield "frozen bn", frozen_bn._forward_kernel, 4, {**flags, **tile}
-        yield "frozen bn backward", frozen_bn._backward_kernel, 4, {"RELU": True, **tile}
+        yield "frozen bn backward", frozen_bn._backward_kernel, 4, {**flags, **tile}
     small = {"BLOCK_D": 64, "BLOCK_S": 16}
     yield "group moments", split._group_moments_kernel, 4, small
     yield "group gradients", split._group_gradients_kernel, 4, small

@@ -170,7 +170,8 @@ def test_operators_keep_pytorch_s_rules():
         (ops.group_norm_act_backward, (x, x, None, weight, bias, mean, rstd, *constants)),
         (ops.group_norm_act_again, (x, weight, bias, mean, rstd, *constants)),
         (ops.frozen_bn_act, (x, weight, bias, bias, weight.abs(), residual, 1e-5, True)),
-        (ops.frozen_bn_act_backward, (x, y, weight, weight.abs(), 1e-5)),
+        (ops.frozen_bn_act_backward, (x, y, weight, weight.abs(), 1e-5, True)),
+        (ops.frozen_bn_act_backward, (x, y, weight, weight.abs(), 1e-5, False)),
     ):
         torch.library.opcheck(operator.default, arguments)
 

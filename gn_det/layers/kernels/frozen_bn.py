@@ -40,7 +40,7 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     DY, Y, DX, DRESIDUAL, VARIANCE, WEIGHT, C, HW, eps,
-    RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx, and what the ReLU lets through as the residual's gradient."""
@@ -51,7 +51,8 @@ def _backward_kernel(
     dy = tl.load(DY + offset, inside, 0.0).to(tl.float32)
     if RELU:
         dy = tl.where(tl.load(Y + offset, inside, 0.0).to(tl.float32) > 0, dy, 0.0)
-        tl.store(DRESIDUAL + offset, dy.to(DRESIDUAL.dtype.element_ty), inside)
+        if HAS_RESIDUAL:
+            tl.store(DRESIDUAL + offset, dy.to(DRESIDUAL.dtype.element_ty), inside)
     dx = dy * _scale(VARIANCE, WEIGHT, c, C, eps)[None, :]
     tl.store(DX + offset, dx.to(DX.dtype.element_ty), inside)
 
@@ -75,13 +76,13 @@ def forward(
 
 
 def backward(
-    dy: Tensor, y: Tensor | None, weight: Tensor, variance: Tensor, eps: float
+    dy: Tensor, y: Tensor | None, weight: Tensor, variance: Tensor, eps: float, residual: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of x and, with the `y` of a ReLU, of the residual, else an empty tensor."""
+    """As `eager.frozen_bn_backward`."""
     tile, dx = tiles(dy), torch.empty_like(dy)
-    dresidual = dy.new_empty(0) if y is None else torch.empty_like(dy)
+    dresidual = torch.empty_like(dy) if residual and y is not None else dy.new_empty(0)
     _backward_kernel[_grid(dy, tile)](
         dy, y, dx, dresidual, variance, weight, dy.shape[1], dy.shape[2] * dy.shape[3], eps,
-        RELU=y is not None, **tile,
+        HAS_RESIDUAL=residual, RELU=y is not None, **tile,
     )  # fmt: skip
     return dx, dresidual
