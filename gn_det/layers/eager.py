@@ -3,6 +3,8 @@
 Statistics are in float32 or wider, and results have the input's dtype and layout.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,12 +93,10 @@ def _finish(y: Tensor, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor
     return y.to(x.dtype)
 
 
-def _widen(*tensors: Tensor) -> list[Tensor]:
+def _widen(*tensors: Tensor) -> Sequence[Tensor]:
     """In the widest dtype of all, which is float32 at least."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return [tensor.to(dtype) for tensor in tensors]
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return [t if t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:

@@ -48,7 +48,10 @@ def frozen_bn_act(
     x = dense(x)
     if residual is not None:
         residual = like(residual, x)
-    return _FrozenBNAct.apply(x, weight, bias, mean, variance, residual, eps, relu)
+    arguments = (x, weight, bias, mean, variance, residual, eps, relu)
+    if not torch.is_grad_enabled():
+        return torch.ops.gn_det.frozen_bn_act(*arguments)
+    return _FrozenBNAct.apply(*arguments)
 
 
 class _FrozenBNAct(torch.autograd.Function):

@@ -63,6 +63,8 @@ def group_norm_act(
     x = dense(x)
     if residual is not None:
         residual = like(residual, x)
+    if not torch.is_grad_enabled():
+        return torch.ops.gn_det.group_norm_act(x, weight, bias, residual, num_groups, eps, relu)[0]
     y, mean, rstd = _GroupNormAct.apply(x, weight, bias, residual, num_groups, eps, relu)
     if (
         not torch.compiler.is_compiling()
