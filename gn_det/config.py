@@ -21,7 +21,7 @@ def add_gn_config(cfg: CfgNode) -> None:
     cfg.MODEL.GROUP_NORM.IMPL = "fused"
     # What the fused GN computes again in the backward pass rather than keep: "none", "norm" (what a
     # norm with ReLU puts out), "conv3" (that, and each bottleneck's last convolution), "block"
-    cfg.MODEL.GROUP_NORM.RECOMPUTE = "none"
+    cfg.MODEL.GROUP_NORM.RECOMPUTE = "norm"
 
     # Whether backbone and heads compute in the channels_last memory format
     cfg.MODEL.CHANNELS_LAST = False

@@ -60,6 +60,19 @@ def test_every_shipped_config_passes(name, num_gpus):
 
 # Accidents: (config, overrides, key that is named, words that are said)
 ACCIDENTS = {
+    "recomputing what PyTorch keeps": (
+        FPN,
+        ("MODEL.GROUP_NORM.IMPL", "native", "MODEL.GROUP_NORM.RECOMPUTE", "block"),
+        *("MODEL.GROUP_NORM.RECOMPUTE", "keeps all that PyTorch keeps"),
+    ),
+    "no such implementation": (
+        *(FPN, ("MODEL.GROUP_NORM.IMPL", "quick")),
+        *("MODEL.GROUP_NORM.IMPL", "one of fused, native, compiled"),
+    ),
+    "no such level": (
+        *(FPN, ("MODEL.GROUP_NORM.RECOMPUTE", "all")),
+        *("MODEL.GROUP_NORM.RECOMPUTE", "one of none, norm, conv3, block"),
+    ),
     "frozen stages from scratch": (
         FPN,
         ("MODEL.WEIGHTS", ""),

@@ -37,7 +37,7 @@ def test_adds_its_keys_to_the_given_config_alone():
         "MODEL.GROUP_NORM.DIM_PER_GP": -1,
         "MODEL.GROUP_NORM.EPSILON": 1e-5,
         "MODEL.GROUP_NORM.IMPL": "fused",
-        "MODEL.GROUP_NORM.RECOMPUTE": "none",
+        "MODEL.GROUP_NORM.RECOMPUTE": "norm",
         "MODEL.CHANNELS_LAST": False,
         "MODEL.RESNETS.ZERO_INIT_RESIDUAL": False,
         "MODEL.RESNETS.WEIGHT_STANDARDIZATION": False,

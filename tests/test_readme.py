@@ -201,6 +201,11 @@ def test_study(checkout):
     assert (folder / "results.png").stat().st_size > 10_000
 
 
+def test_benchmark():
+    """Run by tests/tools/test_benchmark.py, at small sizes."""
+    assert commands("python tools/benchmark.py") == ["python tools/benchmark.py"]
+
+
 def test_group_divisions(checkout):
     """Through `--check`, for all of Table 3; one of them trains."""
     by_count, by_width = commands("python tools/train_net.py --num-gpus 8 --config-file")

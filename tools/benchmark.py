@@ -17,16 +17,10 @@ from typing import Any
 try:
     import torch
     import torch.nn.functional as F
-    from detectron2.config import CfgNode
-    from detectron2.modeling import build_model
-    from detectron2.structures import BitMasks, Boxes, Instances
-    from detectron2.utils.events import EventStorage
-    from torch import Tensor, nn
-    from torchvision.models.detection import MaskRCNN
-    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    from torch import Tensor
 
+    from gn_det.engine.rivals import BASELINE, MODELS, Detector, build_rivals
     from gn_det.engine.run_record import device_name, git_commit, versions
-    from gn_det.engine.train import read_config
     from gn_det.evaluation.saved_bytes import saved_bytes
     from gn_det.evaluation.timing import Times, interleave
     from gn_det.layers import group_norm_act
@@ -35,17 +29,6 @@ except ImportError as error:
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-STOCK = [
-    *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
-    *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
-]
-# Part of the model, its configs with BN* and GN, and the builders that make it stock
-MODELS = {
-    "R50-FPN": ("FPN_1x_4conv1fc", "FPN_1x_gn", ("build_resnet_fpn_backbone", "StandardROIHeads")),
-    "R50-C4": ("C4_1x", "C4_1x_gn", ("build_resnet_backbone", "Res5ROIHeads")),
-}
-BASELINE = "Detectron2 BN*"
-OBJECTS = 20  # in each picture
 
 
 def operator_shapes(images: int, height: int, width: int) -> Iterator[tuple[str, tuple, bool]]:
@@ -116,7 +99,7 @@ def benchmark_operators(args: argparse.Namespace) -> list[dict[str, Any]]:
                     # Two passes each way, and the residual's, in units of the tensor
                     passes = 3 + residual + (5 + 2 * residual) * both
                     least = passes * x.numel() * x.element_size() / bandwidth
-                    for who, times in interleave(steps, args.rounds).items():
+                    for who, times in interleave(steps, args.rounds, min(3, args.rounds)).items():
                         row = {"dtype": dtype, "images": images, "layer": name, "operator": who}
                         way = "forward and backward" if both else "forward"
                         share = {"bandwidth": least / times.median, "spread": times.spread}
@@ -134,142 +117,15 @@ def _operate(
         torch.autograd.grad(function(*inputs), given, dy)
 
 
-def detector_configs(model: str, size: tuple[int, int]) -> dict[str, CfgNode]:
-    """The rivals, by name."""
-    bn, gn, (backbone, heads) = MODELS[model]
-    stock = [*STOCK, "MODEL.BACKBONE.NAME", backbone, "MODEL.ROI_HEADS.NAME", heads]
-    impl, recompute = "MODEL.GROUP_NORM.IMPL", "MODEL.GROUP_NORM.RECOMPUTE"
-    rivals = {
-        BASELINE: (bn, stock),
-        "Detectron2 GN": (gn, stock),
-        "gn_det BN*": (bn, []),
-        **{f"gn_det GN, {level}": (gn, [recompute, level]) for level in ("none", "norm", "conv3")},
-        "gn_det GN, block": (gn, [recompute, "block"]),
-        "gn_det BN*, channels_last": (bn, ["MODEL.CHANNELS_LAST", "True"]),
-        "gn_det GN, norm, channels_last": (gn, [recompute, "norm", "MODEL.CHANNELS_LAST", "True"]),
-        "gn_det GN, compiled": (gn, [impl, "compiled"]),
-    }
-    few = [] if DEVICE == "cuda" else ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "64"]
-    common = [
-        *("MODEL.DEVICE", DEVICE, "MODEL.WEIGHTS", "", "MODEL.PIXEL_STD", "[57.0,57.0,57.0]"),
-        # As many detections as there may be, whatever a network without training finds
-        *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", *few),
-    ]
-    return {
-        name: read_config(
-            argparse.Namespace(
-                config_file=f"COCO-InstanceSegmentation/mask_rcnn_R_50_{config}.yaml",
-                opts=[*common, *opts],
-            )
-        )
-        for name, (config, opts) in rivals.items()
-    }
-
-
-def build_detector(cfg: CfgNode) -> nn.Module:
-    """With random weights that let signals through, in whatever norm."""
-    torch.manual_seed(0)
-    model = build_model(cfg)
-    for name, module in model.named_modules():
-        if name.endswith("conv3.norm"):
-            # BN* without a pretraining's statistics would let 16 blocks add up
-            nn.init.constant_(module.weight, 0.2)
-    return model
-
-
-def pictures(images: int, height: int, width: int) -> list[dict[str, Any]]:
-    """Noise, with objects at random places."""
-    generator = torch.Generator().manual_seed(0)
-    batch = []
-    for _ in range(images):
-        corner = torch.rand(OBJECTS, 2, generator=generator) * 0.7
-        side = 0.05 + torch.rand(OBJECTS, 2, generator=generator) * 0.25
-        boxes = torch.cat([corner, corner + side], 1) * torch.tensor([width, height] * 2)
-        x, y = torch.arange(width), torch.arange(height)[:, None]
-        masks = [(x >= b[0]) & (x < b[2]) & (y >= b[1]) & (y < b[3]) for b in boxes]
-        labels = torch.randint(80, (OBJECTS,), generator=generator)
-        truth = Instances((height, width), gt_boxes=Boxes(boxes), gt_classes=labels)
-        truth.gt_masks = BitMasks(torch.stack(masks))
-        image = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
-        batch.append({"image": image, "instances": truth, "height": height, "width": width})
-    return batch
-
-
-class Detector:
-    """A detector with its optimizer, on one batch."""
-
-    def __init__(self, model: nn.Module, batch: Any, dtype: torch.dtype) -> None:
-        self.model, self.batch = model, batch
-        self.cast = partial(torch.autocast, DEVICE, dtype, enabled=dtype != torch.float32)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(trained, 1e-5, momentum=0.9)
-        tensors = [*model.parameters(), *model.buffers(), *trained, *trained]
-        self.resident_mib = sum(t.numel() * t.element_size() for t in tensors) / 2**20
-
-    def loss(self) -> Tensor:
-        """The sum of all losses."""
-        self.model.train()
-        with EventStorage(), self.cast():
-            inputs = self.batch if isinstance(self.batch, tuple) else (self.batch,)
-            return sum(self.model(*inputs).values(), torch.zeros((), device=DEVICE))
-
-    def train(self) -> None:
-        """One step."""
-        self.loss().backward()
-        self.optimizer.step()
-        # Kept in memory: what a step frees must not depend on its rivals
-        self.optimizer.zero_grad(set_to_none=False)
-
-    @torch.no_grad()
-    def infer(self) -> None:
-        """The pictures' detections, as one batch."""
-        self.model.eval()
-        with self.cast():
-            self.model(self.batch[0] if isinstance(self.batch, tuple) else self.batch)
-
-
-def torchvision_detector(height: int, width: int) -> nn.Module:
-    """Torchvision's Mask R-CNN with GN in its backbone, the one place where it takes a norm."""
-    torch.manual_seed(0)
-    norm = partial(nn.GroupNorm, 32)
-    backbone = resnet_fpn_backbone(
-        backbone_name="resnet50", weights=None, norm_layer=norm, trainable_layers=3
-    )
-    # Frozen as FREEZE_AT 2 does
-    return MaskRCNN(backbone, 81, min_size=height, max_size=width, box_score_thresh=0.0).to(DEVICE)
-
-
-def torchvision_batch(batch: list[dict[str, Any]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """The same pictures, as torchvision takes them."""
-    images = [(picture["image"].float() / 255).to(DEVICE) for picture in batch]
-    targets = [
-        {
-            "boxes": picture["instances"].gt_boxes.tensor.to(DEVICE),
-            "labels": picture["instances"].gt_classes.to(DEVICE) + 1,
-            "masks": picture["instances"].gt_masks.tensor.to(DEVICE, torch.uint8),
-        }
-        for picture in batch
-    ]
-    return images, targets
-
-
 def benchmark_detectors(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     """Training steps and inference of one detector and its rivals."""
     rows = []
     for dtype in args.dtypes:
         for images in args.images:
-            batch = pictures(images, *args.size)
-            rivals = {}
-            for name, cfg in detector_configs(model, args.size).items():
-                if not args.only or name in (BASELINE, *args.only):
-                    rivals[name] = Detector(build_detector(cfg), batch, DTYPES[dtype])
-            name = "torchvision GN"
-            if model == "R50-FPN" and (not args.only or name in args.only):
-                theirs = torchvision_detector(*args.size), torchvision_batch(batch)
-                rivals[name] = Detector(*theirs, DTYPES[dtype])
+            rivals = build_rivals(model, images, args.size, DTYPES[dtype], DEVICE, args.only)
             for way in ("train", "infer"):
                 steps = {name: getattr(rival, way) for name, rival in rivals.items()}
-                times = interleave(steps, args.rounds)
+                times = interleave(steps, args.rounds, min(3, args.rounds))
                 for name, rival in rivals.items():
                     row = {"model": model, "dtype": dtype, "images": images, "rival": name}
                     rows.append({**row, "way": way, **_figures(times, name, rival, images, way)})
@@ -324,7 +180,9 @@ def parse() -> argparse.Namespace:
     add("--images", nargs="+", type=int, default=[1] if small else [1, 2], help="a batch")
     add("--dtypes", nargs="+", choices=DTYPES, default=["fp32"] if small else list(DTYPES))
     add("--rounds", type=int, default=10 if small else 30, help="that every rival is timed in")
-    add("--only", nargs="+", metavar="RIVAL", help="beside the baseline; all by default")
+    add(
+        "--only", nargs="+", default=[], metavar="RIVAL", help="beside the baseline; all by default"
+    )
     add("--output-dir", type=Path, default=Path("output/benchmark"), metavar="FOLDER")
     return parser.parse_args()
 

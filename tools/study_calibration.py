@@ -54,11 +54,11 @@ CORE = (
     Model("GN, gamma 1 and beta 0", "reset"),
     Model("GN calibrated", "calibrated"),
     Model("GN distilled", "distilled"),
+    Model("GN calibrated, stem and res2 trained", "calibrated", freeze_at=0),
+    Model("GN distilled, stem and res2 trained", "distilled", freeze_at=0),
 )
 MORE = (
     Model("BN*, stem and res2 trained", "bn", freeze_at=0),
-    Model("GN calibrated, stem and res2 trained", "calibrated", freeze_at=0),
-    Model("GN distilled, stem and res2 trained", "distilled", freeze_at=0),
     Model("GN calibrated, 16 groups", "calibrated", ("NUM_GROUPS", 16)),
     Model("GN calibrated, 1 group", "calibrated", ("NUM_GROUPS", 1)),
     Model("GN calibrated, 16 channels per group", "calibrated", ("DIM_PER_GP", 16)),

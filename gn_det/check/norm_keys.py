@@ -39,6 +39,11 @@ def check_norm_keys(cfg: CfgNode) -> Iterator[Problem]:
         elif head.NUM_CONV == 0 and (head.NAME in STOCK or head.NAME in STOCK.values()):
             why = f"it reaches no layer, since MODEL.{part}.NUM_CONV is 0"
             yield Problem(key, head.NORM, why, f'set {key} "", or NUM_CONV 4')
+    impl, recompute = keys.GROUP_NORM.IMPL, keys.GROUP_NORM.RECOMPUTE
+    if impl != "fused" and recompute in ("conv3", "block"):
+        why = f'MODEL.GROUP_NORM.IMPL "{impl}" keeps all that PyTorch keeps'
+        mend = "set MODEL.GROUP_NORM.IMPL fused"
+        yield Problem("MODEL.GROUP_NORM.RECOMPUTE", recompute, why, mend)
     if keys.RESNETS.ZERO_INIT_RESIDUAL and keys.RESNETS.NORM in ("", "FrozenBN"):
         why = f'MODEL.RESNETS.NORM "{keys.RESNETS.NORM}" has no gamma that could leave 0'
         yield Problem("MODEL.RESNETS.ZERO_INIT_RESIDUAL", True, why, "set it to False")

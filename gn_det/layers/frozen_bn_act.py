@@ -3,10 +3,12 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import eager, kernels
+from .exporting import is_exporting
 from .layout import dense, like
 
 _LIBRARY = torch.library.Library("gn_det", "FRAGMENT")
@@ -45,6 +47,10 @@ def frozen_bn_act(
     Returns:
         a tensor of x's shape, dtype and memory format.
     """
+    if is_exporting():
+        y = F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+        y = y if residual is None else y + residual
+        return F.relu(y) if relu else y
     x = dense(x)
     if residual is not None:
         residual = like(residual, x)
@@ -100,7 +106,8 @@ def _forward(
         return eager.frozen_bn(*arguments)
     from .kernels import frozen_bn
 
-    return frozen_bn.forward(*arguments)
+    with torch.cuda.device_of(x):
+        return frozen_bn.forward(*arguments)
 
 
 def _backward(
@@ -110,7 +117,8 @@ def _backward(
         return eager.frozen_bn_backward(dy, y, weight, variance, eps, residual)
     from .kernels import frozen_bn
 
-    return frozen_bn.backward(dy, y, weight, variance, eps, residual)
+    with torch.cuda.device_of(dy):
+        return frozen_bn.backward(dy, y, weight, variance, eps, residual)
 
 
 def _fake_backward(dy, y, weight, variance, eps, residual):  # type: ignore[no-untyped-def]

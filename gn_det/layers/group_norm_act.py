@@ -5,9 +5,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import eager, kernels
+from .exporting import is_exporting
 from .layout import dense, like
 from .rebuild import is_rebuilding, remember
 
@@ -59,6 +61,10 @@ def group_norm_act(
         ValueError: for shapes that do not fit.
         RuntimeError: if a second derivative is asked for.
     """
+    if is_exporting():
+        y = F.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+        y = y if residual is None else y + residual
+        return F.relu(y) if relu else y
     _check(x, weight, bias, num_groups, residual)
     x = dense(x)
     if residual is not None:
@@ -142,7 +148,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not kernels.covers(x):
         return eager.group_norm(x, weight, bias, residual, groups, eps, relu)
-    return _kernels_for(x, groups).forward(x, weight, bias, groups, eps, residual, relu)
+    with torch.cuda.device_of(x):
+        return _kernels_for(x, groups).forward(x, weight, bias, groups, eps, residual, relu)
 
 
 def _backward(
@@ -159,7 +166,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not kernels.covers(x):
         return eager.group_norm_backward(dy, x, y, weight, bias, mean, rstd, groups, eps, relu)
-    return _kernels_for(x, groups).backward(dy, x, y, weight, bias, mean, rstd, groups, relu)
+    with torch.cuda.device_of(x):
+        return _kernels_for(x, groups).backward(dy, x, y, weight, bias, mean, rstd, groups, relu)
 
 
 def _again(
@@ -176,7 +184,8 @@ def _again(
         return eager.group_norm(x, weight, bias, None, groups, eps, relu)[0]
     from .kernels import split
 
-    return split.normalise(x, mean, rstd, weight, bias, groups, None, relu)
+    with torch.cuda.device_of(x):
+        return split.normalise(x, mean, rstd, weight, bias, groups, None, relu)
 
 
 def _kernels_for(x: Tensor, groups: int) -> ModuleType:

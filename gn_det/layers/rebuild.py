@@ -36,13 +36,14 @@ def is_rebuilding() -> bool:
 
 
 def remember(y: Tensor, recipe: Callable[[], Tensor]) -> Tensor:
-    """Give y a recipe to have it again. It must not be changed in place."""
-    y._recipe = recipe  # type: ignore[attr-defined]
+    """Give y a recipe to have it again, which holds until y is changed in place."""
+    y._recipe = y._version, recipe  # type: ignore[attr-defined]
     return y
 
 
 def _pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
-    return getattr(tensor, "_recipe", tensor)
+    version, recipe = getattr(tensor, "_recipe", (None, None))
+    return recipe if recipe is not None and version == tensor._version else tensor
 
 
 def _unpack(saved: Tensor | Callable[[], Tensor]) -> Tensor:

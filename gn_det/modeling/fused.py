@@ -93,7 +93,7 @@ _BLOCKS = {BasicStem: FusedStem, BasicBlock: FusedBasicBlock, BottleneckBlock: F
 
 
 def implement(
-    module: nn.Module, impl: str = "fused", recompute: str = "none", channels_last: bool = False
+    module: nn.Module, impl: str = "fused", recompute: str = "norm", channels_last: bool = False
 ) -> None:
     """Choose how `module` computes its norms; what it computes and its state stay the same.
 

@@ -138,6 +138,20 @@ def test_bytes_for_the_backward_pass(dtype, size):
         assert saved_bytes(function) / (3 * x.numel()) == pytest.approx(wanted, abs=0.1)
 
 
+def test_what_is_changed_in_place_is_kept():
+    """A recipe that no longer holds would give wrong gradients without a word."""
+    conv = nn.Conv2d(8, 8, 1)
+    x, weight, bias, _ = inputs(requires_grad=True)
+    found = []
+    for enabled in (False, True):
+        with rebuilt_activations(enabled):
+            y = group_norm_act(x, weight, bias, 4)
+            y += 1
+            loss = conv(y).square().sum()
+        found.append(torch.autograd.grad(loss, [conv.weight, x]))
+    assert_close(found[0], found[1], rtol=0, atol=0)
+
+
 def test_compiled_whole_at_any_size():
     """No graph break, no second compilation for another size, and the same gradients."""
     torch._dynamo.reset()

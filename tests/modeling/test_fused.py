@@ -1,5 +1,6 @@
 """The fused models against Detectron2's own blocks: same results, gradients, names; less memory."""
 
+import multiprocessing
 from collections import Counter
 
 import pytest
@@ -12,10 +13,11 @@ from detectron2.modeling.roi_heads import build_box_head, build_mask_head
 from detectron2.utils.events import EventStorage
 from modeling.test_backbone import C4
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gn_det.check import ConfigError, check_config
 from gn_det.evaluation.saved_bytes import saved_bytes
 from gn_det.modeling import implement
 
@@ -235,8 +237,72 @@ def test_an_already_built_model():
     assert not operators.counts["native_group_norm"] and not operators.counts["relu_"]
 
 
-@pytest.mark.parametrize("key", ["IMPL", "RECOMPUTE"])
-def test_no_such_implementation(key):
-    cfg = shapes_config(NORMS["GN"], f"MODEL.GROUP_NORM.{key}", "quick", "MODEL.WEIGHTS", "")
-    with pytest.raises(ConfigError, match=rf'MODEL.GROUP_NORM.{key} "quick": it is none'):
-        check_config(cfg)
+def test_a_trace_runs_without_gn_det(tmp_path):
+    """What Detectron2's export tools trace is made of PyTorch's own operators."""
+    torch.manual_seed(0)
+    for name in NORMS.values():
+        model = build_backbone(shapes_config(name)).eval().requires_grad_(False)
+        scatter(model)
+        x = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            traced = torch.jit.trace(lambda x, m=model: m(x)["p2"], x)
+            assert "gn_det::" not in str(traced.inlined_graph)
+            assert_close(traced(x), model(x)["p2"])
+
+
+def test_scaled_gradients():
+    """A GradScaler over half precision gives the gradients that float32 gives."""
+    torch.manual_seed(0)
+    model = backbone(shapes_config(NORMS["GN"], *UNFROZEN))
+    x = torch.randn(2, 3, 64, 64)
+    wanted = gradients(model, x)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer.zero_grad()
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = leaves(model(x))
+    mixture = sum((y.float() * torch.randn(y.shape)).sum() for y in outputs)
+    scaler.scale(mixture).backward()
+    scaler.unscale_(optimizer)
+    for name, parameter in model.named_parameters():
+        cosine = torch.cosine_similarity(parameter.grad.flatten(), wanted[name].flatten(), dim=0)
+        assert cosine > 0.95, name
+
+
+def halves(rank: int, path: str, results) -> None:
+    """One of two processes, with half of the batch."""
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = backbone(shapes_config(NORMS["GN"], *UNFROZEN)).double()
+    x = torch.randn(2, 3, 64, 64).double()
+    parallel = DistributedDataParallel(model)
+    sum(y.square().mean() for y in parallel(x[rank : rank + 1]).values()).backward()
+    if rank == 0:
+        results.put({n: p.grad.numpy() for n, p in model.named_parameters()})
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes(tmp_path):
+    """GN needs no communication: gradients are those of the batch in one process."""
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    processes = [
+        context.Process(target=halves, args=(rank, str(tmp_path / "store"), results))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    found = results.get()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    torch.manual_seed(0)
+    model = backbone(shapes_config(NORMS["GN"], *UNFROZEN)).double()
+    x = torch.randn(2, 3, 64, 64).double()
+    sum(y.square().mean() for y in model(x).values()).backward()
+    for name, parameter in model.named_parameters():
+        scale = parameter.grad.abs().max().item()
+        one, two = torch.from_numpy(found[name]), parameter.grad
+        assert_close(one, two, rtol=1e-9, atol=1e-9 * scale, msg=name)

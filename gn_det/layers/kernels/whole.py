@@ -1,7 +1,7 @@
 """Whole groups in one program, for RoIs and small feature maps: one launch each way.
 
 A tile is BLOCK_P positions of GROUPS groups of D channels (BLOCK_D with the padding), and stays in
-registers.
+registers. A kernel is compiled for each power of two that the positions reach, and no other size.
 """
 
 import torch

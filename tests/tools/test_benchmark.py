@@ -1,0 +1,56 @@
+"""`tools/benchmark.py`, at sizes of seconds: what it measures, and what it leaves."""
+
+import json
+
+import pytest
+from conftest import command
+
+from gn_det.evaluation.timing import Times, interleave
+
+RIVALS = ("Detectron2 GN", "gn_det GN, none", "gn_det GN, conv3", "torchvision GN")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("benchmark")
+    words = ["--size", 64, 64, "--rounds", 1, "--images", 1, "--dtypes", "fp32"]
+    parts = ["--parts", "operators", "R50-FPN"]
+    done = command("tools/benchmark.py", *parts, *words, "--output-dir", folder, "--only", *RIVALS)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (folder / "results.md").read_text() in done.stdout.replace("\n\n\n", "\n\n")
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_facts(results):
+    assert {"device", "torch", "detectron2", "commit", "date", "size"} <= {*results["facts"]}
+
+
+def test_operators(results):
+    rows = results["operators"]
+    assert {"fused", "native"} <= {row["operator"] for row in rows}
+    # Stem, two kinds of layers in each of four stages, four levels, two heads; two ways
+    assert len({row["layer"] for row in rows}) == 1 + 8 + 4 + 2
+    assert all(row["ms"] > 0 and row["bandwidth"] > 0 for row in rows)
+
+
+def test_detectors(results):
+    rows = {(row["rival"], row["way"]): row for row in results["R50-FPN"]}
+    assert {name for name, _ in rows} == {"Detectron2 BN*", *RIVALS}
+    baseline = rows["Detectron2 BN*", "train"]
+    assert baseline["time ratio"] == baseline["memory ratio"] == 1
+    kept = {name: row["memory ratio"] for (name, way), row in rows.items() if way == "train"}
+    assert kept["gn_det GN, none"] == pytest.approx(kept["Detectron2 GN"], abs=0.02)
+    assert 0.9 < kept["gn_det GN, conv3"] < kept["gn_det GN, none"]
+
+
+def test_steps_take_turns():
+    order = []
+    times = interleave({name: lambda n=name: order.append(n) for name in "ab"}, 3, warm_up=1)
+    assert order == ["a", "b"] * 4
+    assert all(len(t.seconds) == 3 for t in times.values())
+
+
+def test_median_and_spread():
+    times = Times([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert times.median == 3.0
+    assert times.spread == pytest.approx((52.0 - 1.5) / 3)
