@@ -54,10 +54,10 @@ CORE = (
     Model("GN, gamma 1 and beta 0", "reset"),
     Model("GN calibrated", "calibrated"),
     Model("GN distilled", "distilled"),
-    Model("GN calibrated, stem and res2 trained", "calibrated", freeze_at=0),
-    Model("GN distilled, stem and res2 trained", "distilled", freeze_at=0),
 )
 MORE = (
+    Model("GN distilled, stem and res2 trained", "distilled", freeze_at=0),
+    Model("GN calibrated, stem and res2 trained", "calibrated", freeze_at=0),
     Model("BN*, stem and res2 trained", "bn", freeze_at=0),
     Model("GN calibrated, 16 groups", "calibrated", ("NUM_GROUPS", 16)),
     Model("GN calibrated, 1 group", "calibrated", ("NUM_GROUPS", 1)),
@@ -95,8 +95,17 @@ class Run:
         chosen = random.Random(self.seed).sample(images, min(self.model.pictures, len(images)))
         return [folder / "images" / image["file_name"] for image in chosen]
 
+    @property
+    def converted(self) -> Path:
+        """Where the backbone is kept, by all that it depends on."""
+        model = self.model
+        facts = (model.how, *model.division, model.pictures, model.foreign, self.data, self.seed)
+        return Path(self.output) / "backbones" / f"{'_'.join(map(str, facts))}.pth"
+
     def convert(self) -> Conversion:
         """The backbone that the model's name promises."""
+        if self.converted.exists():
+            return convert(read_weights(self.converted))
         conversion = convert(read_weights(Path(self.backbone)))
         key, number = self.model.division
         keys = [f"MODEL.GROUP_NORM.{key}", str(number)]
@@ -111,6 +120,8 @@ class Run:
                 tensors |= {k: torch.ones_like(v) for k, v in tensors.items() if "norm.w" in k}
                 tensors |= {k: torch.zeros_like(v) for k, v in tensors.items() if "norm.b" in k}
             conversion.tensors = tensors
+        self.converted.parent.mkdir(exist_ok=True)
+        save_backbone(conversion.tensors, conversion.cfg, self.converted)
         return conversion
 
     def execute(self) -> dict[str, float]:
@@ -123,7 +134,6 @@ class Run:
         """Box and mask AP of a small Mask R-CNN with GN in FPN and heads, at 2 images a batch."""
         folder = Path(self.output) / self.key.replace(", ", "_").replace(" ", "-")
         folder.mkdir(parents=True, exist_ok=True)
-        save_backbone(conversion.tensors, conversion.cfg, folder / "backbone.pth")
         names = {split: f"{self.data}_{split}_study" for split in ("train", "val")}
         for split, name in names.items():
             annotations = f"{self.folder}/instances_{split}.json"
@@ -135,7 +145,7 @@ class Run:
         side = int(statistics.median(min(i["height"], i["width"]) for i in truth["images"]))
         keys = {
             **facts,
-            "MODEL.WEIGHTS": str(folder / "backbone.pth"),
+            "MODEL.WEIGHTS": str(self.converted),
             "MODEL.BACKBONE.FREEZE_AT": self.model.freeze_at,
             "MODEL.DEVICE": "cuda" if torch.cuda.is_available() else "cpu",
             "MODEL.ROI_HEADS.NUM_CLASSES": len(truth["categories"]),
@@ -147,7 +157,6 @@ class Run:
             "MODEL.RPN.PRE_NMS_TOPK_TEST": 1000,
             "MODEL.RPN.POST_NMS_TOPK_TRAIN": 300,
             "MODEL.RPN.POST_NMS_TOPK_TEST": 300,
-            "SOLVER.BASE_LR": 0.005,
             "SOLVER.MAX_ITER": ITERATIONS,
             "SOLVER.STEPS": (ITERATIONS * 3 // 4, ITERATIONS * 9 // 10),
             "TEST.DETECTIONS_PER_IMAGE": 100,

@@ -159,6 +159,19 @@ def test_the_same_bits_each_time(path):
         assert torch.equal(one, two)
 
 
+def test_layouts_that_differ(path):
+    """A gradient that is one number spread out, and a residual in the other layout and dtype."""
+    torch.manual_seed(0)
+    x = make((2, 8, 5, 3), torch.bfloat16, "channels_last")
+    weight, bias = torch.randn(2, 8, device=DEVICE)
+    inputs = x, weight, bias, make(x.shape, torch.float32, "NCHW")
+    dy = torch.ones(1, device=DEVICE).expand_as(x)
+    found = run(lambda x, w, b, r: group_norm_act(x, w, b, 4, 1e-5, r, True), dy, *inputs)
+    wanted = run(formula(4, 1e-5, True), dy.double(), *double(*inputs))
+    compare(found, wanted, torch.bfloat16)
+    assert found[4].dtype == torch.float32 and found[4].is_contiguous()
+
+
 def test_what_the_kernels_leave_to_pytorch():
     x = make((2, 8, 4, 6), torch.float32, "NCHW")
     assert kernels.covers(x) and kernels.covers(x.to(memory_format=torch.channels_last))
