@@ -25,7 +25,7 @@ from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from gn_det.layers import GroupNorm
-from gn_det.modeling import GNFastRCNNConvFCHead, GNMaskRCNNConvUpsampleHead
+from gn_det.modeling import GNFastRCNNConvFCHead, GNMaskRCNNConvUpsampleHead, implement
 
 # Any division into groups: norm = functools.partial(GroupNorm, num_groups=16)
 norm = GroupNorm
@@ -42,17 +42,19 @@ def pooler(size):
 
 
 model = L(GeneralizedRCNN)(
-    backbone=L(FPN)(
-        bottom_up=L(ResNet)(
-            stem=L(BasicStem)(norm=norm),
-            stages=L(ResNet.make_default_stages)(depth=50, stride_in_1x1=False, norm=norm),
-            out_features=["res2", "res3", "res4", "res5"],
-            freeze_at=2,
+    backbone=L(implement)(
+        module=L(FPN)(
+            bottom_up=L(ResNet)(
+                stem=L(BasicStem)(norm=norm),
+                stages=L(ResNet.make_default_stages)(depth=50, stride_in_1x1=False, norm=norm),
+                out_features=["res2", "res3", "res4", "res5"],
+                freeze_at=2,
+            ),
+            in_features="${.bottom_up.out_features}",
+            out_channels=256,
+            norm=norm,
+            top_block=L(LastLevelMaxPool)(),
         ),
-        in_features="${.bottom_up.out_features}",
-        out_channels=256,
-        norm=norm,
-        top_block=L(LastLevelMaxPool)(),
     ),
     proposal_generator=L(RPN)(
         in_features=[*levels, "p6"],

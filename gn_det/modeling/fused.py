@@ -94,13 +94,16 @@ _BLOCKS = {BasicStem: FusedStem, BasicBlock: FusedBasicBlock, BottleneckBlock: F
 
 def implement(
     module: nn.Module, impl: str = "fused", recompute: str = "norm", channels_last: bool = False
-) -> None:
+) -> nn.Module:
     """Choose how `module` computes its norms; what it computes and its state stay the same.
 
     Args:
         module: a backbone, stages of one, or a head, built and frozen; changed in place.
         impl, recompute, channels_last: as `MODEL.GROUP_NORM.IMPL`, `MODEL.GROUP_NORM.RECOMPUTE` and
             `MODEL.CHANNELS_LAST`.
+
+    Returns:
+        `module` itself.
     """
     if channels_last:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -118,6 +121,7 @@ def implement(
                 _fuse_conv(layer)
             elif hasattr(layer, "conv_norm_relus"):
                 layer.recompute = recompute
+    return module
 
 
 def implementation(cfg: CfgNode) -> dict[str, Any]:

@@ -33,23 +33,22 @@ class GNRes5ROIHeads(Res5ROIHeads):
         return heads
 
 
-@ROI_BOX_HEAD_REGISTRY.register()
-class GNFastRCNNConvFCHead(FastRCNNConvFCHead):
-    """Box head with `MODEL.ROI_BOX_HEAD.NORM` after each conv; 4 convs and 1 fc make 4conv1fc."""
+class _Implemented:
+    """A head whose convolutions compute their norms as `implement` says."""
 
     recompute = "none"
 
     @configurable
     def __init__(
-        self,
-        input_shape: ShapeSpec,
-        *,
-        implementation: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        self, input_shape: ShapeSpec, implementation: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """`implementation` has the arguments of `implement`; the others are Detectron2's."""
-        super().__init__(input_shape, **kwargs)
-        implement(self, **(implementation or {}))
+        super().__init__(input_shape, **kwargs)  # type: ignore[call-arg]
+        implement(self, **(implementation or {}))  # type: ignore[arg-type]
+
+
+@ROI_BOX_HEAD_REGISTRY.register()
+class GNFastRCNNConvFCHead(_Implemented, FastRCNNConvFCHead):
+    """Box head with `MODEL.ROI_BOX_HEAD.NORM` after each conv; 4 convs and 1 fc make 4conv1fc."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -65,22 +64,8 @@ class GNFastRCNNConvFCHead(FastRCNNConvFCHead):
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
-class GNMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
+class GNMaskRCNNConvUpsampleHead(_Implemented, MaskRCNNConvUpsampleHead):
     """Mask head with `MODEL.ROI_MASK_HEAD.NORM` after each conv, not in deconv and predictor."""
-
-    recompute = "none"
-
-    @configurable
-    def __init__(
-        self,
-        input_shape: ShapeSpec,
-        *,
-        implementation: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """`implementation` has the arguments of `implement`; the others are Detectron2's."""
-        super().__init__(input_shape, **kwargs)
-        implement(self, **(implementation or {}))
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
