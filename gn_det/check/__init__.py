@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from .layers import check_groups, check_layers
-from .norm_keys import check_builders, check_norm_keys
+from .norm_keys import check_builders, check_implementation, check_norm_keys
 from .problem import ConfigError, Problem
 from .schedule import check_batch, check_classes, check_steps
 from .weights import check_weights, group_mismatch
@@ -41,11 +41,14 @@ def _find_problems(cfg: CfgNode, num_gpus: int) -> Iterator[Problem]:
     yield from check_classes(cfg)
     yield from check_norm_keys(cfg)
     yield from check_builders(cfg)
+    yield from check_implementation(cfg)
     yield from check_weights(cfg)
+    # The others need a model, however its norms are computed
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.GROUP_NORM.IMPL, cfg.MODEL.GROUP_NORM.RECOMPUTE = "native", "none"
     if problem := check_groups(cfg):
         yield problem
-        # The last check needs a model, and one group divides all channels
-        cfg = cfg.clone()
-        cfg.defrost()
+        # One group divides all channels
         cfg.MODEL.GROUP_NORM.NUM_GROUPS, cfg.MODEL.GROUP_NORM.DIM_PER_GP = 1, -1
     yield from check_layers(cfg, num_gpus)

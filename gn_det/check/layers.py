@@ -8,7 +8,6 @@ from torch import nn
 from ..config import is_pretraining
 from ..errors import InputError
 from ..modeling import build_without_memory
-from ..modeling.fused import IMPLEMENTATIONS, RECOMPUTE
 from ..solver import images_per_pass, is_norm
 from .problem import Problem
 
@@ -26,10 +25,6 @@ def check_groups(cfg: CfgNode) -> Problem | None:
         return Problem(width, keys.DIM_PER_GP, why, "set one of them to -1")
     if keys.DIM_PER_GP < 1 and keys.NUM_GROUPS < 1:
         return Problem(count, keys.NUM_GROUPS, f"{width} is not set either", "set one of them")
-    for name, known in (("IMPL", IMPLEMENTATIONS), ("RECOMPUTE", RECOMPUTE)):
-        if keys[name] not in known:
-            mend = f"set it to one of {', '.join(known)}"
-            return Problem(f"MODEL.GROUP_NORM.{name}", keys[name], "it is none that there is", mend)
     try:
         build_without_memory(cfg)
     except InputError as error:

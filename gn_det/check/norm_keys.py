@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from detectron2.config import CfgNode
 
 from ..config import is_pretraining
+from ..modeling.fused import IMPLEMENTATIONS, RECOMPUTE
 from .problem import Problem
 
 # Detectron2's builders and heads that gn_det has its own of
@@ -39,14 +40,22 @@ def check_norm_keys(cfg: CfgNode) -> Iterator[Problem]:
         elif head.NUM_CONV == 0 and (head.NAME in STOCK or head.NAME in STOCK.values()):
             why = f"it reaches no layer, since MODEL.{part}.NUM_CONV is 0"
             yield Problem(key, head.NORM, why, f'set {key} "", or NUM_CONV 4')
-    impl, recompute = keys.GROUP_NORM.IMPL, keys.GROUP_NORM.RECOMPUTE
-    if impl != "fused" and recompute in ("conv3", "block"):
-        why = f'MODEL.GROUP_NORM.IMPL "{impl}" keeps all that PyTorch keeps'
-        mend = "set MODEL.GROUP_NORM.IMPL fused"
-        yield Problem("MODEL.GROUP_NORM.RECOMPUTE", recompute, why, mend)
     if keys.RESNETS.ZERO_INIT_RESIDUAL and keys.RESNETS.NORM in ("", "FrozenBN"):
         why = f'MODEL.RESNETS.NORM "{keys.RESNETS.NORM}" has no gamma that could leave 0'
         yield Problem("MODEL.RESNETS.ZERO_INIT_RESIDUAL", True, why, "set it to False")
+
+
+def check_implementation(cfg: CfgNode) -> Iterator[Problem]:
+    """How norms are to be computed."""
+    keys = cfg.MODEL.GROUP_NORM
+    for name, known in (("IMPL", IMPLEMENTATIONS), ("RECOMPUTE", RECOMPUTE)):
+        if keys[name] not in known:
+            mend = f"set it to one of {', '.join(known)}"
+            yield Problem(f"MODEL.GROUP_NORM.{name}", keys[name], "it is none that there is", mend)
+    if keys.IMPL in ("native", "compiled") and keys.RECOMPUTE in ("conv3", "block"):
+        why = f'MODEL.GROUP_NORM.IMPL "{keys.IMPL}" keeps all that PyTorch keeps'
+        mend = "set MODEL.GROUP_NORM.IMPL fused"
+        yield Problem("MODEL.GROUP_NORM.RECOMPUTE", keys.RECOMPUTE, why, mend)
 
 
 def check_builders(cfg: CfgNode) -> Iterator[Problem]:

@@ -124,7 +124,7 @@ AUTHORS = {"torchvision": TORCH_PIXELS | _STRIDE_3X3, "MOCO": TORCH_PIXELS | _ST
 
 # Networks that look like ResNets and cannot be computed by Detectron2's
 _UNFIT = {
-    r"standardized_conv2d|^stages\.\d+\.blocks\.\d+\.conv\d\."
+    r"standardized_conv2d|^stages\.\d+\.blocks\.\d+\.(conv|norm)\d\."
     r"|(^|/)preact/|bnlast|block1[/.]unit0?1": (
         "it is a pre-activation network (ResNet v2, BiT), whose norms stand before its "
         "convolutions: Detectron2's ResNet cannot compute it"

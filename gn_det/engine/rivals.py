@@ -71,7 +71,8 @@ def _configs(model: str, device: str) -> dict[str, CfgNode]:
         "gn_det GN, norm, channels_last": (gn, [recompute, "norm", "MODEL.CHANNELS_LAST", "True"]),
         "gn_det GN, compiled": (gn, [impl, "compiled"]),
     }
-    few = [] if device != "cpu" else ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "64"]
+    few = ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "64", "MODEL.RPN.POST_NMS_TOPK_TEST", "100"]
+    few = few if device == "cpu" else []
     common = [
         *("MODEL.DEVICE", device, "MODEL.WEIGHTS", "", "MODEL.PIXEL_STD", "[57.0,57.0,57.0]"),
         # As many detections as there may be, whatever a network without training finds

@@ -182,10 +182,9 @@ def _again(
 ) -> Tensor:
     if not kernels.covers(x):
         return eager.group_norm(x, weight, bias, None, groups, eps, relu)[0]
-    from .kernels import split
-
     with torch.cuda.device_of(x):
-        return split.normalise(x, mean, rstd, weight, bias, groups, None, relu)
+        found = _kernels_for(x, groups)
+        return found.normalise(x, mean, rstd, weight, bias, groups, eps, relu)
 
 
 def _kernels_for(x: Tensor, groups: int) -> ModuleType:

@@ -1,4 +1,7 @@
-"""Compiles every kernel for a GPU that need not be there, and prints what became of it as JSON."""
+"""Compiles every kernel for a GPU that need not be there, and prints what became of it.
+
+Arguments: the compute capability, as in 90, and data types, as in bf16 fp32. It prints JSON.
+"""
 
 import json
 import re
@@ -72,11 +75,11 @@ def compile_one(kernel, warps: int, constants: dict, dtype: str, capability: int
 
 
 if __name__ == "__main__":
-    capability = int(sys.argv[1])
+    capability, dtypes = int(sys.argv[1]), sys.argv[2:]
     found = [
         {"name": name, "dtype": dtype, **constants}
         | compile_one(k, w, constants, dtype, capability)
         for name, k, w, constants in kernels()
-        for dtype in ("bf16", "fp32")
+        for dtype in dtypes
     ]
     print(json.dumps(found))

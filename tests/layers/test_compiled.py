@@ -10,14 +10,16 @@ from conftest import ROOT, command
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_machine_code(capability, tmp_path):
+@pytest.mark.parametrize(
+    ("capability", "dtypes"), [(80, ["bf16", "fp32"]), (90, ["bf16"]), (100, ["bf16"])]
+)
+def test_machine_code(capability, dtypes, tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    done = command(Path(__file__).with_name("compiled.py"), capability, env=env)
+    done = command(Path(__file__).with_name("compiled.py"), capability, *dtypes, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = json.loads(done.stdout)
-    assert len(kernels) == 44
+    assert len(kernels) == 22 * len(dtypes)
     for kernel in kernels:
         assert kernel["spills"] == 0, kernel
         if kernel["name"].startswith("group "):

@@ -281,14 +281,21 @@ def forward(
     _group_moments_kernel[(n * groups,)](
         means, m2s, mean, rstd, c, h * w, size, chunks, groups, eps, **blocks
     )
-    return normalise(x, mean, rstd, weight, bias, groups, residual, relu), mean, rstd
+    return _normalise(x, mean, rstd, weight, bias, groups, residual, relu), mean, rstd
 
 
 def normalise(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
+    groups: int, eps: float, relu: bool,
+) -> Tensor:  # fmt: skip
+    """y once more, to the bit as `forward` gave it without a residual."""
+    return _normalise(x, mean, rstd, weight, bias, groups, None, relu)
+
+
+def _normalise(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int,
     residual: Tensor | None, relu: bool,
 ) -> Tensor:  # fmt: skip
-    """y from known statistics, to the bit as `forward` gives it."""
     n, c, h, w = x.shape
     tile = tiles(x)
     y = torch.empty_like(x)
