@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,8 +32,13 @@ class _Outputs(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        for output in tree_leaves(outputs):
-            if isinstance(output, Tensor):
-                storage = output.untyped_storage()
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(outputs):
+            # A view of an input is nothing new
+            if storage._cdata not in given:
                 self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         return outputs
+
+
+def _storages(tree: Any) -> list[UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

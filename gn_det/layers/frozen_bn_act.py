@@ -54,7 +54,8 @@ def frozen_bn_act(
     x = dense(x)
     if residual is not None:
         residual = like(residual, x)
-    arguments = (x, weight, bias, mean, variance, residual, eps, relu)
+    vectors = [vector.contiguous() for vector in (weight, bias, mean, variance)]
+    arguments = (x, *vectors, residual, eps, relu)
     if not torch.is_grad_enabled():
         return torch.ops.gn_det.frozen_bn_act(*arguments)
     return _FrozenBNAct.apply(*arguments)

@@ -66,7 +66,7 @@ def group_norm_act(
         y = y if residual is None else y + residual
         return F.relu(y) if relu else y
     _check(x, weight, bias, num_groups, residual)
-    x = dense(x)
+    x, weight, bias = dense(x), weight.contiguous(), bias.contiguous()
     if residual is not None:
         residual = like(residual, x)
     if not torch.is_grad_enabled():

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -17,8 +18,12 @@ _inside = threading.local()
 
 @contextmanager
 def rebuilt_activations(enabled: bool = True) -> Iterator[None]:
-    """Let no operation in this context save what `remember` has a recipe of."""
-    if not enabled:
+    """Let no operation in this context save what `remember` has a recipe of.
+
+    Inside a checkpoint it does nothing: PyTorch runs the innermost hooks alone, and the
+    checkpoint's own save less.
+    """
+    if not enabled or _has_hooks():
         yield
         return
     outer = is_rebuilding()
@@ -28,6 +33,10 @@ def rebuilt_activations(enabled: bool = True) -> Iterator[None]:
             yield
     finally:
         _inside.now = outer
+
+
+def _has_hooks() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def is_rebuilding() -> bool:
@@ -43,7 +52,10 @@ def remember(y: Tensor, recipe: Callable[[], Tensor]) -> Tensor:
 
 def _pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
     version, recipe = getattr(tensor, "_recipe", (None, None))
-    return recipe if recipe is not None and version == tensor._version else tensor
+    if recipe is not None and version == tensor._version:
+        return recipe
+    # An operation that saved its own result with its graph would keep itself alive
+    return tensor.detach()
 
 
 def _unpack(saved: Tensor | Callable[[], Tensor]) -> Tensor:

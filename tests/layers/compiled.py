@@ -26,11 +26,11 @@ def kernels():
     """Name, kernel, warps and constants, as the launchers choose them for R50-FPN."""
     flags = {"HAS_RESIDUAL": True, "RELU": True}
     for last, p, c in ((False, 2048, 1), (True, 32, 64)):
-        tile = {"CHANNELS_LAST": last, "BLOCK_P": p, "BLOCK_C": c}
+        tile = {"ALIGNED": True, "CHANNELS_LAST": last, "BLOCK_P": p, "BLOCK_C": c}
         yield "moments", split._moments_kernel, 4, tile
         yield "normalise", split._normalise_kernel, 4, {**flags, **tile}
         yield "sums", split._gradient_sums_kernel, 4, {**flags, **tile}
-        yield "input gradient", split._input_gradient_kernel, 4, {**flags, **tile}
+        yield "input gradient", split._input_gradient_kernel, 4, {"RELU": True, **tile}
         yield "frozen bn", frozen_bn._forward_kernel, 4, {**flags, **tile}
         yield "frozen bn backward", frozen_bn._backward_kernel, 4, {**flags, **tile}
     small = {"BLOCK_D": 64, "BLOCK_S": 16}
@@ -41,6 +41,14 @@ def kernels():
         warps = max(1, p * g * 8 // 256)
         yield "whole", whole._forward_kernel, warps, {**flags, **tile}
         yield "whole backward", whole._backward_kernel, warps, {**flags, **tile}
+    # Triton takes sizes of 1, and what is not given, for constants
+    one = {"HW": 1, "HAS_RESIDUAL": False, "RELU": False}
+    tile = {"CHANNELS_LAST": False, "BLOCK_P": 1, "GROUPS": 1, "D": 8, "BLOCK_D": 8}
+    yield "whole of one", whole._forward_kernel, 1, {"RESIDUAL": None, **one, **tile}
+    yield "whole of one, backward", whole._backward_kernel, 1, {"Y": None, **one, **tile}
+    tile = {"ALIGNED": False, "CHANNELS_LAST": False, "BLOCK_P": 1, "BLOCK_C": 1}
+    yield "sums of one", split._gradient_sums_kernel, 4, {"Y": None, **one, **tile}
+    yield "moments of one", split._moments_kernel, 4, {"HW": 1, "CHUNK": 1, **tile}
 
 
 def compile_one(kernel, warps: int, constants: dict, dtype: str, capability: int) -> dict:
@@ -53,8 +61,8 @@ def compile_one(kernel, warps: int, constants: dict, dtype: str, capability: int
         else:
             pointer = f"*{dtype}" if name in IMAGES else "*fp32"
             signature[name] = "fp32" if name == "eps" else pointer
-        # Positions too: the image's sides are multiples of 32 with an FPN
-        if name in ("C", "HW", "CHUNK", "G") or signature[name].startswith("*"):
+        # Of positions no more is known than ALIGNED tells
+        if name in ("C", "CHUNK", "G") or signature[name].startswith("*"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", capability, 32)
     source = ASTSource(kernel, signature, constants, attributes)

@@ -1,11 +1,15 @@
 """The operator as PyTorch sees it: derivatives, dtypes, memory, compilation; and bad arguments."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from gn_det.evaluation.saved_bytes import saved_bytes
 from gn_det.layers import frozen_bn_act, group_norm_act, rebuilt_activations
@@ -136,6 +140,53 @@ def test_bytes_for_the_backward_pass(dtype, size):
         (lambda: forward(frozen), size),
     ):
         assert saved_bytes(function) / (3 * x.numel()) == pytest.approx(wanted, abs=0.1)
+
+
+def alive_after(forward) -> list[bool]:
+    """Whether each tensor that `forward` returns lives on, once nothing but its graph holds it."""
+    tensors = [StorageWeakRef(t.untyped_storage()) for t in forward()]
+    gc.collect()
+    return [not storage.expired() for storage in tensors]
+
+
+def test_a_forward_pass_without_a_backward_pass_leaves_nothing():
+    """As after an evaluation of the loss, or a step that was given up."""
+    conv, (x, weight, bias, residual) = nn.Conv2d(8, 8, 1), inputs(requires_grad=True)
+
+    def forward():
+        with rebuilt_activations():
+            y = conv(x)
+            z = group_norm_act(y, weight, bias, 4, 1e-5, residual, relu=True)
+            return y, z, F.relu_(conv(z))
+
+    assert not any(alive_after(forward))
+
+
+def test_inside_a_checkpoint():
+    """Nothing is kept but the checkpoint's input, and step after step no more."""
+    convs = [nn.Conv2d(8, 8, 1) for _ in range(3)]
+    x, weight, bias, _ = inputs((2, 8, 16, 16), requires_grad=True)
+
+    def forward(y):
+        with rebuilt_activations():
+            for conv in convs:
+                y = group_norm_act(conv(y), weight, bias, 4, relu=True)
+            return y
+
+    def loss():
+        return checkpoint(forward, x, use_reentrant=False).square().sum()
+
+    result = x.numel() * 4
+    assert saved_bytes(loss) == pytest.approx(result, rel=0.05)
+    found = torch.autograd.grad(loss(), [weight, x])
+    assert_close(found, torch.autograd.grad(forward(x).square().sum(), [weight, x]))
+
+
+def test_vectors_of_any_stride():
+    x, weight, bias, _ = inputs()
+    wide = torch.stack([weight, bias], 1)
+    wanted = F.group_norm(x, 4, weight, bias)
+    assert_close(group_norm_act(x, wide[:, 0], wide[:, 1], 4), wanted)
 
 
 def test_what_is_changed_in_place_is_kept():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -128,8 +129,9 @@ def test_frozen_bn(layout, relu, residual):
         assert found[0].dtype == found[1].dtype == dtype and found[1].stride() == x.stride()
 
 
-def test_gradients_of_what_is_rebuilt(path):
+def test_gradients_of_what_is_rebuilt(path, monkeypatch):
     """Bit by bit those of what is kept."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     torch.manual_seed(0)
     convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)).to(DEVICE)
     weight, bias = (nn.Parameter(t) for t in torch.randn(2, 8, device=DEVICE))
@@ -157,6 +159,34 @@ def test_the_same_bits_each_time(path):
 
     for one, two in zip(once(), once(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_nan_is_not_cut_off(path):
+    """As in PyTorch's ReLU: what diverged has to be seen, in losses and in gradients."""
+    x = make((1, 8, 3, 5), torch.float32, "NCHW")
+    x[0, 0, 0, 0] = torch.nan
+    weight, bias = torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)
+    act = lambda x, w, b: group_norm_act(x, w, b, 4, relu=True)  # noqa: E731
+    found = run(act, torch.ones_like(x), x, weight, bias)
+    assert found[0][0, :2].isnan().all() and not found[0][0, 2:].isnan().any()
+    assert found[1][0, :2].isnan().all() and found[2][:2].isnan().all()
+    frozen = lambda x: frozen_bn_act(x, weight, bias, bias, weight, relu=True)  # noqa: E731
+    assert frozen(x)[0, 0, 0, 0].isnan()
+
+
+def test_strided_vectors():
+    x = make((1, 4, 3, 5), torch.float32, "NCHW")
+    wide = torch.randn(8, 2, device=DEVICE)
+    weight, bias = wide[:4, 0], wide[::2, 1]
+    vectors = weight, bias, bias, weight.abs()
+    compare(
+        [group_norm_act(x, weight, bias, 2), frozen_bn_act(x, *vectors)],
+        [
+            formula(2, 1e-5, False)(*double(x, weight, bias), None),
+            F.batch_norm(x, bias, weight.abs(), weight, bias).double(),
+        ],
+        torch.float32,
+    )
 
 
 def test_layouts_that_differ(path):

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .split import _offsets, tiles
+from .split import _let_through, _offsets, tiles
 
 
 @triton.jit
@@ -17,10 +17,12 @@ def _scale(VARIANCE, WEIGHT, c, C, eps):
 @triton.jit
 def _forward_kernel(
     X, RESIDUAL, Y, MEAN, VARIANCE, WEIGHT, BIAS, C, HW, eps,
-    HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, ALIGNED: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y = relu?((x - mean) / sqrt(variance + eps) * weight + bias + residual?)"""
+    if ALIGNED:
+        HW = HW // 8 * 8
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (p < HW)[:, None] & (c < C)[None, :]
@@ -33,24 +35,26 @@ def _forward_kernel(
     if HAS_RESIDUAL:
         y += tl.load(RESIDUAL + offset, inside, 0.0).to(tl.float32)
     if RELU:
-        y = tl.maximum(y, 0.0)
+        y = tl.maximum(y, 0.0, tl.PropagateNan.ALL)
     tl.store(Y + offset, y.to(Y.dtype.element_ty), inside)
 
 
 @triton.jit
 def _backward_kernel(
     DY, Y, DX, DRESIDUAL, VARIANCE, WEIGHT, C, HW, eps,
-    HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, ALIGNED: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx, and what the ReLU lets through as the residual's gradient."""
+    if ALIGNED:
+        HW = HW // 8 * 8
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (p < HW)[:, None] & (c < C)[None, :]
     offset = tl.program_id(2).to(tl.int64) * C * HW + _offsets(p, c, HW, C, CHANNELS_LAST)
     dy = tl.load(DY + offset, inside, 0.0).to(tl.float32)
     if RELU:
-        dy = tl.where(tl.load(Y + offset, inside, 0.0).to(tl.float32) > 0, dy, 0.0)
+        dy = _let_through(dy, tl.load(Y + offset, inside, 0.0).to(tl.float32))
         if HAS_RESIDUAL:
             tl.store(DRESIDUAL + offset, dy.to(DRESIDUAL.dtype.element_ty), inside)
     dx = dy * _scale(VARIANCE, WEIGHT, c, C, eps)[None, :]

@@ -7,6 +7,7 @@ one goes over all elements again. Each slot of the workspace has one writer, so 
 same in every run.
 
 A tile is BLOCK_P positions of BLOCK_C channels; NCHW and channels_last differ in the strides alone.
+Loops are `while` loops, since Triton's interpreter cannot count a `range` to a tensor.
 """
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 # Elements of a tile; channels_last tiles are CHANNELS wide, NCHW ones go along one channel
 TILE, CHANNELS = 2048, 64
 # Programs that keep the largest of today's GPUs busy
-PROGRAMS = 4 * 132
+PROGRAMS = 16 * 132
 
 
 @triton.jit
@@ -29,37 +30,46 @@ def _offsets(p, c, HW, C, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
+def _let_through(dy, y):
+    """What a ReLU that gave y, or got it, passes of the gradient; like PyTorch's, all at NaN."""
+    return tl.where(y <= 0, 0.0, dy)
+
+
+@triton.jit
 def _moments_kernel(
-    X, MEANS, M2S, C, HW, CHUNK,
+    X, MEANS, M2S, C, HW, CHUNK, ALIGNED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of each channel, chunk by chunk, both (N, S, C)."""
+    if ALIGNED:
+        HW = HW // 8 * 8
     s, n = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    lane = tl.arange(0, BLOCK_P)
     x_ptr = X + n.to(tl.int64) * C * HW
     start = s * CHUNK
     end = tl.minimum(start + CHUNK, HW)
+    # Welford's algorithm in every lane of the tile, and Chan's over the lanes at the end
+    mean = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    m2 = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     count = 0.0
-    mean = tl.zeros((BLOCK_C,), tl.float32)
-    m2 = tl.zeros((BLOCK_C,), tl.float32)
     first = start
     while first < end:
-        p = first + tl.arange(0, BLOCK_P)
+        p = first + lane
         inside = (p < end)[:, None] & (c < C)[None, :]
         x = tl.load(x_ptr + _offsets(p, c, HW, C, CHANNELS_LAST), inside, 0.0).to(tl.float32)
-        # Chan's formula: a mean close to the data is taken off before anything is squared
-        more = tl.minimum(end - first, BLOCK_P).to(tl.float32)
-        block_mean = tl.sum(x, 0) / more
-        deviation = tl.where(inside, x - block_mean[None, :], 0.0)
-        total = count + more
-        delta = block_mean - mean
-        mean += delta * (more / total)
-        m2 += tl.sum(deviation * deviation, 0) + delta * delta * (count * more / total)
-        count = total
+        count += 1.0
+        delta = tl.where(inside, x - mean, 0.0)
+        mean += delta * (1.0 / count)
+        m2 += delta * (x - mean)
         first += BLOCK_P
+    counts = tl.maximum(end - start - lane + BLOCK_P - 1, 0) // BLOCK_P
+    counts = counts.to(tl.float32)[:, None]
+    chunk_mean = tl.sum(mean * counts, 0) / (end - start).to(tl.float32)
+    delta = mean - chunk_mean[None, :]
     slot = (n * tl.num_programs(0) + s) * C + c
-    tl.store(MEANS + slot, mean, c < C)
-    tl.store(M2S + slot, m2, c < C)
+    tl.store(MEANS + slot, chunk_mean, c < C)
+    tl.store(M2S + slot, tl.sum(m2 + delta * delta * counts, 0), c < C)
 
 
 @triton.jit
@@ -72,7 +82,7 @@ def _group_moments_kernel(
     D = C // G
     s = tl.arange(0, BLOCK_S)
     count = tl.maximum(tl.minimum(HW - s * CHUNK, CHUNK), 0).to(tl.float32)
-    size = D.to(tl.float32) * HW
+    size = 1.0 * D * HW
     rows = (n * S + s[:, None]) * C + g * D
     mean = 0.0
     first = 0
@@ -99,10 +109,12 @@ def _group_moments_kernel(
 @triton.jit
 def _normalise_kernel(
     X, RESIDUAL, Y, MEAN, RSTD, WEIGHT, BIAS, C, HW, G,
-    HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, ALIGNED: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y = relu?((x - mean) * rstd * weight + bias + residual?)"""
+    if ALIGNED:
+        HW = HW // 8 * 8
     n = tl.program_id(2)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -117,20 +129,22 @@ def _normalise_kernel(
     if HAS_RESIDUAL:
         y += tl.load(RESIDUAL + offset, inside, 0.0).to(tl.float32)
     if RELU:
-        y = tl.maximum(y, 0.0)
+        y = tl.maximum(y, 0.0, tl.PropagateNan.ALL)
     tl.store(Y + offset, y.to(Y.dtype.element_ty), inside)
 
 
 @triton.jit
 def _gradient_sums_kernel(
     DY, X, Y, DRESIDUAL, MEAN, RSTD, WEIGHT, BIAS, SUMS, DOTS, C, HW, G, CHUNK,
-    HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, ALIGNED: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums of dy and of dy * (x - mean) * rstd over each channel, chunk by chunk, both (N, S, C).
 
     dy is what the ReLU lets through, which is the residual's gradient and is written as such.
     """
+    if ALIGNED:
+        HW = HW // 8 * 8
     s, n = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     image = n.to(tl.int64) * C * HW
@@ -141,8 +155,8 @@ def _gradient_sums_kernel(
     bias = tl.load(BIAS + c, c < C, 0.0).to(tl.float32)
     start = s * CHUNK
     end = tl.minimum(start + CHUNK, HW)
-    total = tl.zeros((BLOCK_C,), tl.float32)
-    dots = tl.zeros((BLOCK_C,), tl.float32)
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    dots = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     first = start
     while first < end:
         p = first + tl.arange(0, BLOCK_P)
@@ -150,36 +164,27 @@ def _gradient_sums_kernel(
         offset = image + _offsets(p, c, HW, C, CHANNELS_LAST)
         dy = tl.load(DY + offset, inside, 0.0).to(tl.float32)
         centred = tl.load(X + offset, inside, 0.0).to(tl.float32) - mean[None, :]
-        if RELU:
-            if HAS_RESIDUAL:
-                open_ = tl.load(Y + offset, inside, 0.0).to(tl.float32) > 0
-            else:
-                open_ = centred * (rstd * weight)[None, :] + bias[None, :] > 0
-            dy = tl.where(open_, dy, 0.0)
-            if HAS_RESIDUAL:
-                tl.store(DRESIDUAL + offset, dy.to(DRESIDUAL.dtype.element_ty), inside)
-        total += tl.sum(dy, 0)
-        dots += tl.sum(dy * (centred * rstd[None, :]), 0)
+        if RELU and HAS_RESIDUAL:
+            dy = _let_through(dy, tl.load(Y + offset, inside, 0.0).to(tl.float32))
+            tl.store(DRESIDUAL + offset, dy.to(DRESIDUAL.dtype.element_ty), inside)
+        elif RELU:
+            dy = _let_through(dy, centred * (rstd * weight)[None, :] + bias[None, :])
+        total += dy
+        dots += dy * (centred * rstd[None, :])
         first += BLOCK_P
     slot = (n * tl.num_programs(0) + s) * C + c
-    tl.store(SUMS + slot, total, c < C)
-    tl.store(DOTS + slot, dots, c < C)
+    tl.store(SUMS + slot, tl.sum(total, 0), c < C)
+    tl.store(DOTS + slot, tl.sum(dots, 0), c < C)
 
 
 @triton.jit
 def _group_gradients_kernel(
-    SUMS, DOTS, WEIGHT, SHIFT, SLOPE, DWEIGHT, DBIAS, N, C, HW, S, G,
-    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """What dx needs to know of each group, (N, G), and the gradients of weight and bias, (C,).
-
-    The first N * G programs do the one, the last G the other.
-    """
-    program = tl.program_id(0)
-    g = program % G
+    SUMS, DOTS, WEIGHT, SHIFT, SLOPE, C, HW, S, G, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """What dx needs to know of each group, both (N, G)."""
+    n, g = tl.program_id(0) // G, tl.program_id(0) % G
     D = C // G
     s = tl.arange(0, BLOCK_S)
-    size = D.to(tl.float32) * HW
     shift = 0.0
     slope = 0.0
     first = 0
@@ -187,35 +192,25 @@ def _group_gradients_kernel(
         d = first + tl.arange(0, BLOCK_D)
         c = g * D + d
         inside = (s < S)[:, None] & (d < D)[None, :]
-        if program < N * G:
-            slot = (program // G * S + s[:, None]) * C + c[None, :]
-            weight = tl.load(WEIGHT + c, d < D, 0.0).to(tl.float32)
-            shift += tl.sum(weight * tl.sum(tl.load(SUMS + slot, inside, 0.0), 0), 0)
-            slope += tl.sum(weight * tl.sum(tl.load(DOTS + slot, inside, 0.0), 0), 0)
-        else:
-            dweight = tl.zeros((BLOCK_D,), tl.float32)
-            dbias = tl.zeros((BLOCK_D,), tl.float32)
-            n = 0
-            while n < N:
-                slot = (n * S + s[:, None]) * C + c[None, :]
-                dbias += tl.sum(tl.load(SUMS + slot, inside, 0.0), 0)
-                dweight += tl.sum(tl.load(DOTS + slot, inside, 0.0), 0)
-                n += 1
-            tl.store(DWEIGHT + c, dweight.to(DWEIGHT.dtype.element_ty), d < D)
-            tl.store(DBIAS + c, dbias.to(DBIAS.dtype.element_ty), d < D)
+        slot = (n * S + s[:, None]) * C + c[None, :]
+        weight = tl.load(WEIGHT + c, d < D, 0.0).to(tl.float32)
+        shift += tl.sum(weight * tl.sum(tl.load(SUMS + slot, inside, 0.0), 0), 0)
+        slope += tl.sum(weight * tl.sum(tl.load(DOTS + slot, inside, 0.0), 0), 0)
         first += BLOCK_D
-    if program < N * G:
-        tl.store(SHIFT + program, shift / size)
-        tl.store(SLOPE + program, slope / size)
+    size = 1.0 * D * HW
+    tl.store(SHIFT + tl.program_id(0), shift / size)
+    tl.store(SLOPE + tl.program_id(0), slope / size)
 
 
 @triton.jit
 def _input_gradient_kernel(
-    DY, X, Y, DX, MEAN, RSTD, WEIGHT, BIAS, SHIFT, SLOPE, C, HW, G,
-    HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    DY, X, DX, MEAN, RSTD, WEIGHT, BIAS, SHIFT, SLOPE, C, HW, G,
+    RELU: tl.constexpr, ALIGNED: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd * (weight * dy - shift - (x - mean) * rstd * slope)"""
+    if ALIGNED:
+        HW = HW // 8 * 8
     n = tl.program_id(2)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -228,12 +223,8 @@ def _input_gradient_kernel(
     centred = tl.load(X + offset, inside, 0.0).to(tl.float32)
     centred -= tl.load(MEAN + group, c < C, 0.0)[None, :]
     if RELU:
-        if HAS_RESIDUAL:
-            open_ = tl.load(Y + offset, inside, 0.0).to(tl.float32) > 0
-        else:
-            bias = tl.load(BIAS + c, c < C, 0.0).to(tl.float32)
-            open_ = centred * (rstd * weight)[None, :] + bias[None, :] > 0
-        dy = tl.where(open_, dy, 0.0)
+        bias = tl.load(BIAS + c, c < C, 0.0).to(tl.float32)
+        dy = _let_through(dy, centred * (rstd * weight)[None, :] + bias[None, :])
     shift = tl.load(SHIFT + group, c < C, 0.0) * rstd
     slope = tl.load(SLOPE + group, c < C, 0.0) * rstd * rstd
     dx = dy * (rstd * weight)[None, :] - shift[None, :] - centred * slope[None, :]
@@ -246,23 +237,24 @@ def tiles(x: Tensor) -> dict[str, int | bool]:
     last = not x.is_contiguous()
     width = min(CHANNELS, triton.next_power_of_2(channels)) if last else 1
     height = min(TILE // width, triton.next_power_of_2(positions))
-    return {"CHANNELS_LAST": last, "BLOCK_P": height, "BLOCK_C": width}
+    # Half precision is read in pieces of 8, if the compiler knows that channels begin at such
+    aligned = positions % 8 == 0
+    return {"ALIGNED": aligned, "CHANNELS_LAST": last, "BLOCK_P": height, "BLOCK_C": width}
 
 
 def _chunks(x: Tensor, tile: dict) -> tuple[int, int]:
     """How many chunks a channel is cut into, and the positions in each."""
     positions = x.shape[2] * x.shape[3]
     programs = x.shape[0] * triton.cdiv(x.shape[1], tile["BLOCK_C"])
-    chunks = min(triton.cdiv(PROGRAMS, programs), triton.cdiv(positions, tile["BLOCK_P"]), 64)
+    chunks = min(triton.cdiv(PROGRAMS, programs), triton.cdiv(positions, tile["BLOCK_P"]), 512)
     size = triton.cdiv(triton.cdiv(positions, chunks), tile["BLOCK_P"]) * tile["BLOCK_P"]
     return triton.cdiv(positions, size), size
 
 
 def _blocks(channels_per_group: int, chunks: int) -> dict[str, int]:
-    return {
-        "BLOCK_D": min(64, triton.next_power_of_2(channels_per_group)),
-        "BLOCK_S": triton.next_power_of_2(chunks),
-    }
+    block_s = triton.next_power_of_2(chunks)
+    block_d = min(64, triton.next_power_of_2(channels_per_group), 4096 // block_s)
+    return {"BLOCK_D": block_d, "BLOCK_S": block_s}
 
 
 def forward(
@@ -315,22 +307,23 @@ def backward(
     n, c, h, w = x.shape
     tile = tiles(x)
     chunks, size = _chunks(x, tile)
-    dx, dweight, dbias = (torch.empty_like(t) for t in (x, weight, bias))
+    dx = torch.empty_like(x)
     dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
-    sums, dots = x.new_empty((2, n, chunks, c), dtype=torch.float32)
+    workspace = x.new_empty((2, n, chunks, c), dtype=torch.float32)
     shift, slope = x.new_empty((2, n, groups), dtype=torch.float32)
-    flags = {"HAS_RESIDUAL": y is not None, "RELU": relu}
     columns = triton.cdiv(c, tile["BLOCK_C"])
     _gradient_sums_kernel[(chunks, columns, n)](
-        dy, x, y, dresidual, mean, rstd, weight, bias, sums, dots, c, h * w, groups, size,
-        **flags, **tile,
+        dy, x, y, dresidual, mean, rstd, weight, bias, *workspace, c, h * w, groups, size,
+        HAS_RESIDUAL=y is not None, RELU=relu, **tile,
     )  # fmt: skip
-    _group_gradients_kernel[((n + 1) * groups,)](
-        sums, dots, weight, shift, slope, dweight, dbias, n, c, h * w, chunks, groups,
-        **_blocks(c // groups, chunks),
-    )  # fmt: skip
+    _group_gradients_kernel[(n * groups,)](
+        *workspace, weight, shift, slope, c, h * w, chunks, groups, **_blocks(c // groups, chunks)
+    )
+    # With a residual, what the ReLU lets through has just been written
+    passed, relu = (dy, relu) if y is None else (dresidual, False)
     _input_gradient_kernel[(triton.cdiv(h * w, tile["BLOCK_P"]), columns, n)](
-        dy, x, y, dx, mean, rstd, weight, bias, shift, slope, c, h * w, groups,
-        **flags, **tile,
+        passed, x, dx, mean, rstd, weight, bias, shift, slope, c, h * w, groups,
+        RELU=relu, **tile,
     )  # fmt: skip
-    return dx, dweight, dbias, dresidual
+    dbias, dweight = workspace.sum((1, 2))
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dresidual

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .split import _let_through
+
 # Elements that a program keeps in registers without spilling them
 LARGEST_TILE = 4096
 # channels_last lies group beside group: programs take so many channels, for long loads
@@ -48,7 +50,7 @@ def _forward_kernel(
 ):  # fmt: skip
     """y = relu?((x - mean) * rstd * weight + bias + residual?), and mean and rstd, both (N, G)"""
     g, c, there, offset, inside = _tile(C, HW, G, CHANNELS_LAST, BLOCK_P, GROUPS, D, BLOCK_D)
-    size = (D * HW).to(tl.float32)
+    size = 1.0 * D * HW
     x = tl.load(X + offset, inside, 0.0).to(tl.float32)
     mean = _mean(x, size)
     centred = tl.where(inside, x - mean[None, :, None], 0.0)
@@ -59,7 +61,7 @@ def _forward_kernel(
     if HAS_RESIDUAL:
         y += tl.load(RESIDUAL + offset, inside, 0.0).to(tl.float32)
     if RELU:
-        y = tl.maximum(y, 0.0)
+        y = tl.maximum(y, 0.0, tl.PropagateNan.ALL)
     tl.store(Y + offset, y.to(Y.dtype.element_ty), inside)
     slot = tl.program_id(0) * G + g
     tl.store(MEAN + slot, mean, g < G)
@@ -75,22 +77,19 @@ def _backward_kernel(
     """dx, dresidual, and each image's share of the gradients of bias and weight, both (N, C)."""
     g, c, there, offset, inside = _tile(C, HW, G, CHANNELS_LAST, BLOCK_P, GROUPS, D, BLOCK_D)
     n = tl.program_id(0)
-    size = (D * HW).to(tl.float32)
+    size = 1.0 * D * HW
     mean = tl.load(MEAN + n * G + g, g < G, 0.0)
     rstd = tl.load(RSTD + n * G + g, g < G, 0.0)
     weight = tl.load(WEIGHT + c, there, 0.0).to(tl.float32)
     dy = tl.load(DY + offset, inside, 0.0).to(tl.float32)
     x = tl.load(X + offset, inside, 0.0).to(tl.float32)
     centred = tl.where(inside, x - mean[None, :, None], 0.0)
-    if RELU:
-        if HAS_RESIDUAL:
-            open_ = tl.load(Y + offset, inside, 0.0).to(tl.float32) > 0
-        else:
-            bias = tl.load(BIAS + c, there, 0.0).to(tl.float32)
-            open_ = centred * (rstd[:, None] * weight)[None, :, :] + bias[None, :, :] > 0
-        dy = tl.where(open_, dy, 0.0)
-        if HAS_RESIDUAL:
-            tl.store(DRESIDUAL + offset, dy.to(DRESIDUAL.dtype.element_ty), inside)
+    if RELU and HAS_RESIDUAL:
+        dy = _let_through(dy, tl.load(Y + offset, inside, 0.0).to(tl.float32))
+        tl.store(DRESIDUAL + offset, dy.to(DRESIDUAL.dtype.element_ty), inside)
+    elif RELU:
+        bias = tl.load(BIAS + c, there, 0.0).to(tl.float32)
+        dy = _let_through(dy, centred * (rstd[:, None] * weight)[None, :, :] + bias[None, :, :])
     normalised = centred * rstd[None, :, None]
     tl.store(SUMS + n * C + c, tl.sum(dy, 0), there)
     tl.store(DOTS + n * C + c, tl.sum(dy * normalised, 0), there)
