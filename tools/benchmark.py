@@ -16,6 +16,7 @@ from typing import Any
 
 try:
     import torch
+    import torch._dynamo
     import torch.nn.functional as F
     from torch import Tensor
 
@@ -28,6 +29,8 @@ except ImportError as error:
     raise SystemExit(f"error: {error}") from None
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Positions of the largest RoIs, whose groups a GPU keeps in registers: one pass is enough
+ROI = 14 * 14
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -75,13 +78,15 @@ def copy_bandwidth() -> float:
     """Bytes a second, read and written, of a copy from memory to memory."""
     source = torch.empty(2**28 if DEVICE == "cuda" else 2**26, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    copies = interleave({"copy": lambda: target.copy_(source)}, rounds=20)
+    copies = interleave({"copy": lambda: target.copy_(source)}, rounds=20, cold=True)
     return 2 * source.numel() / copies["copy"].median
 
 
 def benchmark_operators(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Milliseconds, and the share of a copy's bandwidth that the least traffic would take."""
-    bandwidth, rows = copy_bandwidth(), []
+    bandwidth, rows, functions = copy_bandwidth(), [], operators()
+    warm_up = min(3, args.rounds)
+    torch._dynamo.config.recompile_limit = 64
     for dtype in args.dtypes:
         for images in args.images:
             for name, shape, residual in operator_shapes(images, *args.size):
@@ -94,12 +99,14 @@ def benchmark_operators(args: argparse.Namespace) -> list[dict[str, Any]]:
                 for both in (False, True):
                     steps = {
                         who: partial(_operate, function, inputs, given, dy if both else None)
-                        for who, function in operators().items()
+                        for who, function in functions.items()
                     }
-                    # Two passes each way, and the residual's, in units of the tensor
+                    # Of the tensor's size: what is read and written, the residual's with it
                     passes = 3 + residual + (5 + 2 * residual) * both
+                    if shape[2] * shape[3] <= ROI:
+                        passes = 2 + residual + (3 + 2 * residual) * both
                     least = passes * x.numel() * x.element_size() / bandwidth
-                    for who, times in interleave(steps, args.rounds, min(3, args.rounds)).items():
+                    for who, times in interleave(steps, args.rounds, warm_up, cold=True).items():
                         row = {"dtype": dtype, "images": images, "layer": name, "operator": who}
                         way = "forward and backward" if both else "forward"
                         share = {"bandwidth": least / times.median, "spread": times.spread}
@@ -119,13 +126,14 @@ def _operate(
 
 def benchmark_detectors(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
     """Training steps and inference of one detector and its rivals."""
-    rows = []
+    rows, warm_up = [], min(3, args.rounds)
     for dtype in args.dtypes:
         for images in args.images:
+            torch._dynamo.reset()
             rivals = build_rivals(model, images, args.size, DTYPES[dtype], DEVICE, args.only)
             for way in ("train", "infer"):
                 steps = {name: getattr(rival, way) for name, rival in rivals.items()}
-                times = interleave(steps, args.rounds, min(3, args.rounds))
+                times = interleave(steps, args.rounds, warm_up)
                 for name, rival in rivals.items():
                     row = {"model": model, "dtype": dtype, "images": images, "rival": name}
                     rows.append({**row, "way": way, **_figures(times, name, rival, images, way)})
@@ -141,7 +149,7 @@ def _figures(
     times: dict[str, Times], name: str, rival: Detector, images: int, way: str
 ) -> dict[str, Any]:
     mine = times[name]
-    memory = mine.peak_mib + rival.resident_mib
+    memory = mine.peak_mib + rival.resident_mib(way)
     if DEVICE == "cpu":
         memory = saved_bytes(rival.loss) / 2**20 if way == "train" else 0.0
     rate = {"images/s": images / mine.median, "seconds": mine.median, "spread": mine.spread}
@@ -192,6 +200,7 @@ def main() -> None:
     args = parse()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     facts = {"device": device_name(DEVICE), **versions(), "commit": git_commit()}
+    facts |= {"TF32 convolutions": str(torch.backends.cudnn.allow_tf32)}
     facts |= {"date": time.strftime("%Y-%m-%d"), "size": "x".join(map(str, args.size))}
     told = ", ".join(f"{name} {value}" for name, value in facts.items())
     results: dict[str, Any] = {"facts": facts}

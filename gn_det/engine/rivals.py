@@ -25,7 +25,7 @@ MODELS = {
     "R50-FPN": ("FPN_1x_4conv1fc", "FPN_1x_gn", ("build_resnet_fpn_backbone", "StandardROIHeads")),
     "R50-C4": ("C4_1x", "C4_1x_gn", ("build_resnet_backbone", "Res5ROIHeads")),
 }
-BASELINE, TORCHVISION = "Detectron2 BN*", "torchvision GN"
+BASELINE, TORCHVISION = "Detectron2 BN*", "torchvision, GN in the backbone"
 OBJECTS = 20  # in each picture
 
 
@@ -45,7 +45,7 @@ def build_rivals(
         dtype: float32, or what autocast computes in.
         only: names beside the baseline; all by default.
     """
-    batch = _pictures(images, *size)
+    batch = _pictures(images, *size, device)
     rivals = {
         name: Detector(_build(cfg), batch, dtype)
         for name, cfg in _configs(model, device).items()
@@ -100,7 +100,7 @@ def _build(cfg: CfgNode) -> nn.Module:
     return model
 
 
-def _pictures(images: int, height: int, width: int) -> list[dict[str, Any]]:
+def _pictures(images: int, height: int, width: int, device: str) -> list[dict[str, Any]]:
     """Noise, with objects at random places."""
     generator = torch.Generator().manual_seed(0)
     batch = []
@@ -114,6 +114,7 @@ def _pictures(images: int, height: int, width: int) -> list[dict[str, Any]]:
         truth = Instances((height, width), gt_boxes=Boxes(boxes), gt_classes=labels)
         truth.gt_masks = BitMasks(torch.stack(masks))
         image = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
+        image, truth = image.to(device), truth.to(device)
         batch.append({"image": image, "instances": truth, "height": height, "width": width})
     return batch
 
@@ -127,8 +128,7 @@ class Detector:
         self.cast = partial(torch.autocast, self.device.type, dtype, enabled=dtype != torch.float32)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(trained, 1e-5, momentum=0.9)
-        tensors = [*model.parameters(), *model.buffers(), *trained, *trained]
-        self.resident_mib = sum(t.numel() * t.element_size() for t in tensors) / 2**20
+        self.trained = trained
 
     def loss(self) -> Tensor:
         """The sum of all losses."""
@@ -136,6 +136,12 @@ class Detector:
         with EventStorage(), self.cast():
             inputs = self.batch if isinstance(self.batch, tuple) else (self.batch,)
             return sum(self.model(*inputs).values(), torch.zeros((), device=self.device))
+
+    def resident_mib(self, way: str) -> float:
+        """Between two steps: weights, and for training a gradient and a momentum of each."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        tensors += [*self.trained, *self.trained] if way == "train" else []
+        return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
     def train(self) -> None:
         """One step."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d
@@ -21,6 +22,7 @@ from .conv import NormConv2d
 
 IMPLEMENTATIONS = ("fused", "native", "compiled")
 RECOMPUTE = ("none", "norm", "conv3", "block")
+COMPILED_VARIANTS = 64
 
 
 class FrozenBNAct(FrozenBatchNorm2d):
@@ -165,6 +167,10 @@ def _fuse_conv(conv: Conv2d) -> None:
 
 def _compile(module: nn.Module) -> None:
     """Compile blocks, and convolutions with a norm outside of them."""
+    # PyTorch counts the variants of a block by its class's code, and a ResNet has more than 8 of
+    # them: beyond its limit it would run the others uncompiled, without an error
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, COMPILED_VARIANTS)
     for child in module.children():
         if isinstance(child, CNNBlockBase) or getattr(child, "norm", None) is not None:
             child.compile(dynamic=True)

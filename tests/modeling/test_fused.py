@@ -14,6 +14,7 @@ from detectron2.utils.events import EventStorage
 from modeling.test_backbone import C4
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,7 +62,10 @@ def gradients(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     module.zero_grad()
     torch.manual_seed(1)
-    sum((y * torch.randn(y.shape, dtype=y.dtype)).sum() for y in leaves(module(x))).backward()
+    mixture = [
+        (y * torch.randn(y.shape, dtype=y.dtype).to(y.device)).sum() for y in leaves(module(x))
+    ]
+    sum(mixture).backward()
     trained = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
     return {"input": x.grad, **trained}
 
@@ -223,6 +227,47 @@ def test_compiled_blocks():
     x = torch.randn(1, 3, 64, 64)
     with torch.compiler.set_stance("force_eager"):
         assert_close(model.backbone(x)["p2"], native.backbone(x)["p2"])
+
+
+def test_every_block_is_compiled_in_training_and_in_evaluation(monkeypatch):
+    """A ResNet-50 has more kinds of blocks than PyTorch compiles of one class by itself."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compile_ = nn.Module.compile
+    with monkeypatch.context() as patch:
+        # Its graphs run as they are: what is made of them is PyTorch's affair
+        patch.setattr(nn.Module, "compile", lambda m, **k: compile_(m, backend=counter, **k))
+        model = backbone(shapes_config(NORMS["GN"], *R50, "MODEL.GROUP_NORM.IMPL", "compiled"))
+    blocks = sum(type(m).__name__ in ("BottleneckBlock", "BasicStem") for m in model.modules())
+    assert blocks == 17
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        model(torch.randn(1, 3, 64, 64))
+        trained = counter.frame_count
+        model.eval()
+        with torch.no_grad():
+            model(torch.randn(1, 3, 64, 96))
+    assert counter.frame_count > trained > 8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+def test_on_a_gpu(norm, channels_last):
+    """The kernels in a whole backbone, in float32 and in half precision, against PyTorch's."""
+    torch.manual_seed(0)
+    opts = (*UNFROZEN, "MODEL.DEVICE", "cuda", "MODEL.CHANNELS_LAST", channels_last)
+    fused, native = (m.cuda() for m in pair(backbone, *R50, *opts, name=NORMS[norm]))
+    x = torch.randn(2, 3, 192, 256, device="cuda")
+    torch.backends.cudnn.allow_tf32 = False
+    for one, two in zip(leaves(fused(x)), leaves(native(x)), strict=True):
+        assert_close(one, two, rtol=1e-4, atol=1e-4 * two.abs().max().item())
+    found, wanted = gradients(fused, x), gradients(native, x)
+    with torch.autocast("cuda", torch.bfloat16):
+        half = gradients(fused, x)
+    for name, gradient in wanted.items():
+        for other, least in ((found[name], 0.9999), (half[name], 0.95)):
+            cosine = torch.cosine_similarity(other.flatten(), gradient.flatten(), dim=0)
+            assert cosine > least, name
 
 
 def test_an_already_built_model():

@@ -7,7 +7,7 @@ from conftest import command
 
 from gn_det.evaluation.timing import Times, interleave
 
-RIVALS = ("Detectron2 GN", "gn_det GN, none", "gn_det GN, conv3", "torchvision GN")
+RIVALS = ("Detectron2 GN", "gn_det GN, none", "gn_det GN, conv3", "torchvision, GN in the backbone")
 
 
 @pytest.fixture(scope="module")
