@@ -11,7 +11,7 @@ from torch import Tensor
 from . import eager, kernels
 from .exporting import is_exporting
 from .layout import dense, like
-from .rebuild import is_rebuilding, remember
+from .rebuild import Recipe, is_rebuilding, remember
 
 _LIBRARY = torch.library.Library("gn_det", "FRAGMENT")
 _LIBRARY.define(
@@ -71,16 +71,7 @@ def group_norm_act(
         residual = like(residual, x)
     if not torch.is_grad_enabled():
         return torch.ops.gn_det.group_norm_act(x, weight, bias, residual, num_groups, eps, relu)[0]
-    y, mean, rstd = _GroupNormAct.apply(x, weight, bias, residual, num_groups, eps, relu)
-    if (
-        not torch.compiler.is_compiling()
-        and is_rebuilding()
-        and residual is None
-        and y.requires_grad
-    ):
-        inputs = (x.detach(), weight.detach(), bias.detach(), mean, rstd, num_groups, eps, relu)
-        remember(y, partial(torch.ops.gn_det.group_norm_act_again, *inputs))
-    return y
+    return _GroupNormAct.apply(x, weight, bias, residual, num_groups, eps, relu)
 
 
 def _check(
@@ -108,29 +99,40 @@ class _GroupNormAct(torch.autograd.Function):
         groups: int,
         eps: float,
         relu: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Tensor:
         y, mean, rstd = torch.ops.gn_det.group_norm_act(
             x, weight, bias, residual, groups, eps, relu
         )
+        ctx.recipe = None
+        # What is compiled keeps what the compiler thinks best
+        eagerly = not torch.compiler.is_compiling()
+        if eagerly and is_rebuilding() and residual is None:
+            inputs = [t.detach() for t in (x, weight, bias, mean, rstd)]
+            again = partial(torch.ops.gn_det.group_norm_act_again, *inputs, groups, eps, relu)
+            ctx.recipe = Recipe(again)
         # The kernels know from x what passes the ReLU, unless something was added
-        not_compiling = not torch.compiler.is_compiling()
-        knows_from_x = not_compiling and (kernels.covers(x) or is_rebuilding())
+        knows_from_x = ctx.recipe is not None or (eagerly and kernels.covers(x))
         needs_y = relu and (residual is not None or not knows_from_x)
         ctx.save_for_backward(x, y if needs_y else None, weight, bias, mean, rstd)
         ctx.constants = groups, eps, relu
         ctx.has_residual = residual is not None
-        ctx.mark_non_differentiable(mean, rstd)
-        return y, mean, rstd
+        if ctx.recipe is not None:
+            remember(y, ctx.recipe)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple:
+    def backward(ctx: Any, dy: Tensor) -> tuple:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "group_norm_act has no second derivative: use torch.nn.functional.group_norm"
             )
-        x, *others = ctx.saved_tensors
+        x, y, *others = ctx.saved_tensors
+        if ctx.recipe is not None:
+            # Where the next operation's gradient has just had it again
+            latest = ctx.recipe.take()
+            y = None if kernels.covers(x) else latest
         dx, dweight, dbias, passed = torch.ops.gn_det.group_norm_act_backward(
-            like(dy, x), x, *others, *ctx.constants
+            like(dy, x), x, y, *others, *ctx.constants
         )
         # Without ReLU nothing is kept back, and no copy was made
         dresidual = passed if ctx.constants[-1] else dy

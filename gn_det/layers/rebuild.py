@@ -44,13 +44,29 @@ def is_rebuilding() -> bool:
     return getattr(_inside, "now", False)
 
 
-def remember(y: Tensor, recipe: Callable[[], Tensor]) -> Tensor:
+class Recipe:
+    """How to have a tensor again; what was computed last can be taken once."""
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self._compute = compute
+        self._latest: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        self._latest = self._compute()
+        return self._latest
+
+    def take(self) -> Tensor | None:
+        """What was computed last, which is not kept any longer."""
+        latest, self._latest = self._latest, None
+        return latest
+
+
+def remember(y: Tensor, recipe: Recipe) -> None:
     """Give y a recipe to have it again, which holds until y is changed in place."""
     y._recipe = y._version, recipe  # type: ignore[attr-defined]
-    return y
 
 
-def _pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
+def _pack(tensor: Tensor) -> Tensor | Recipe:
     version, recipe = getattr(tensor, "_recipe", (None, None))
     if recipe is not None and version == tensor._version:
         return recipe
@@ -58,5 +74,5 @@ def _pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
     return tensor.detach()
 
 
-def _unpack(saved: Tensor | Callable[[], Tensor]) -> Tensor:
+def _unpack(saved: Tensor | Recipe) -> Tensor:
     return saved if isinstance(saved, Tensor) else saved()
