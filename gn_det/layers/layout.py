@@ -11,7 +11,8 @@ def dense(x: Tensor) -> Tensor:
 
 def like(tensor: Tensor, x: Tensor) -> Tensor:
     """`tensor` in the dtype and memory format of a dense x; itself where it is so already."""
-    return tensor.to(x.dtype).contiguous(memory_format=_format(x))
+    tensor = tensor if tensor.dtype == x.dtype else tensor.to(x.dtype)
+    return tensor.contiguous(memory_format=_format(x))
 
 
 def _format(x: Tensor) -> torch.memory_format:
