@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from gn_det.layers import frozen_bn_act, group_norm_act, kernels, rebuilt_activations
 
 pytest.importorskip("triton")
-from gn_det.layers.kernels import split, whole
+from gn_det.layers.kernels import split, tile, whole
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -35,8 +35,8 @@ def on_any_device(monkeypatch) -> None:
 def path(request, monkeypatch) -> str:
     """Both ways, whatever the size; small tiles, so that there are several."""
     monkeypatch.setattr(whole, "LARGEST_TILE", 0 if request.param == "split" else 1 << 20)
-    monkeypatch.setattr(split, "TILE", 32)
-    monkeypatch.setattr(split, "CHANNELS", 4)
+    monkeypatch.setattr(tile, "TILE", 32)
+    monkeypatch.setattr(tile, "CHANNELS", 4)
     monkeypatch.setattr(split, "PROGRAMS", 20)
     return request.param
 

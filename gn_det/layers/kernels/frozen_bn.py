@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .split import _let_through, _offsets, tiles
+from .tile import let_through, offsets, tiles
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _forward_kernel(
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (p < HW)[:, None] & (c < C)[None, :]
-    offset = tl.program_id(2).to(tl.int64) * C * HW + _offsets(p, c, HW, C, CHANNELS_LAST)
+    offset = tl.program_id(2).to(tl.int64) * C * HW + offsets(p, c, HW, C, CHANNELS_LAST)
     scale = _scale(VARIANCE, WEIGHT, c, C, eps)
     mean = tl.load(MEAN + c, c < C, 0.0).to(tl.float32)
     bias = tl.load(BIAS + c, c < C, 0.0).to(tl.float32)
@@ -51,10 +51,10 @@ def _backward_kernel(
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (p < HW)[:, None] & (c < C)[None, :]
-    offset = tl.program_id(2).to(tl.int64) * C * HW + _offsets(p, c, HW, C, CHANNELS_LAST)
+    offset = tl.program_id(2).to(tl.int64) * C * HW + offsets(p, c, HW, C, CHANNELS_LAST)
     dy = tl.load(DY + offset, inside, 0.0).to(tl.float32)
     if RELU:
-        dy = _let_through(dy, tl.load(Y + offset, inside, 0.0).to(tl.float32))
+        dy = let_through(dy, tl.load(Y + offset, inside, 0.0).to(tl.float32))
         if HAS_RESIDUAL:
             tl.store(DRESIDUAL + offset, dy.to(DRESIDUAL.dtype.element_ty), inside)
     dx = dy * _scale(VARIANCE, WEIGHT, c, C, eps)[None, :]

@@ -6,7 +6,6 @@ positions: a first kernel reduces the chunks, a second one, tiny, the chunks to 
 one goes over all elements again. Each slot of the workspace has one writer, so that results are the
 same in every run.
 
-A tile is BLOCK_P positions of BLOCK_C channels; NCHW and channels_last differ in the strides alone.
 Loops are `while` loops, since Triton's interpreter cannot count a `range` to a tensor.
 """
 
@@ -15,24 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements of a tile; channels_last tiles are CHANNELS wide, NCHW ones go along one channel
-TILE, CHANNELS = 2048, 64
+from .tile import let_through, offsets, tiles
+
 # Programs that keep the largest of today's GPUs busy
 PROGRAMS = 16 * 132
-
-
-@triton.jit
-def _offsets(p, c, HW, C, CHANNELS_LAST: tl.constexpr):
-    """Where positions p and channels c lie in an image."""
-    if CHANNELS_LAST:
-        return p[:, None] * C + c[None, :]
-    return c[None, :] * HW + p[:, None]
-
-
-@triton.jit
-def _let_through(dy, y):
-    """What a ReLU that gave y, or got it, passes of the gradient; like PyTorch's, all at NaN."""
-    return tl.where(y <= 0, 0.0, dy)
 
 
 @triton.jit
@@ -57,7 +42,7 @@ def _moments_kernel(
     while first < end:
         p = first + lane
         inside = (p < end)[:, None] & (c < C)[None, :]
-        x = tl.load(x_ptr + _offsets(p, c, HW, C, CHANNELS_LAST), inside, 0.0).to(tl.float32)
+        x = tl.load(x_ptr + offsets(p, c, HW, C, CHANNELS_LAST), inside, 0.0).to(tl.float32)
         count += 1.0
         delta = tl.where(inside, x - mean, 0.0)
         mean += delta * (1.0 / count)
@@ -119,7 +104,7 @@ def _normalise_kernel(
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (p < HW)[:, None] & (c < C)[None, :]
-    offset = n.to(tl.int64) * C * HW + _offsets(p, c, HW, C, CHANNELS_LAST)
+    offset = n.to(tl.int64) * C * HW + offsets(p, c, HW, C, CHANNELS_LAST)
     group = n * G + c // (C // G)
     mean = tl.load(MEAN + group, c < C, 0.0)
     scale = tl.load(RSTD + group, c < C, 0.0) * tl.load(WEIGHT + c, c < C, 0.0).to(tl.float32)
@@ -161,14 +146,14 @@ def _gradient_sums_kernel(
     while first < end:
         p = first + tl.arange(0, BLOCK_P)
         inside = (p < end)[:, None] & (c < C)[None, :]
-        offset = image + _offsets(p, c, HW, C, CHANNELS_LAST)
+        offset = image + offsets(p, c, HW, C, CHANNELS_LAST)
         dy = tl.load(DY + offset, inside, 0.0).to(tl.float32)
         centred = tl.load(X + offset, inside, 0.0).to(tl.float32) - mean[None, :]
         if RELU and HAS_RESIDUAL:
-            dy = _let_through(dy, tl.load(Y + offset, inside, 0.0).to(tl.float32))
+            dy = let_through(dy, tl.load(Y + offset, inside, 0.0).to(tl.float32))
             tl.store(DRESIDUAL + offset, dy.to(DRESIDUAL.dtype.element_ty), inside)
         elif RELU:
-            dy = _let_through(dy, centred * (rstd * weight)[None, :] + bias[None, :])
+            dy = let_through(dy, centred * (rstd * weight)[None, :] + bias[None, :])
         total += dy
         dots += dy * (centred * rstd[None, :])
         first += BLOCK_P
@@ -215,7 +200,7 @@ def _input_gradient_kernel(
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (p < HW)[:, None] & (c < C)[None, :]
-    offset = n.to(tl.int64) * C * HW + _offsets(p, c, HW, C, CHANNELS_LAST)
+    offset = n.to(tl.int64) * C * HW + offsets(p, c, HW, C, CHANNELS_LAST)
     group = n * G + c // (C // G)
     rstd = tl.load(RSTD + group, c < C, 0.0)
     weight = tl.load(WEIGHT + c, c < C, 0.0).to(tl.float32)
@@ -224,22 +209,11 @@ def _input_gradient_kernel(
     centred -= tl.load(MEAN + group, c < C, 0.0)[None, :]
     if RELU:
         bias = tl.load(BIAS + c, c < C, 0.0).to(tl.float32)
-        dy = _let_through(dy, centred * (rstd * weight)[None, :] + bias[None, :])
+        dy = let_through(dy, centred * (rstd * weight)[None, :] + bias[None, :])
     shift = tl.load(SHIFT + group, c < C, 0.0) * rstd
     slope = tl.load(SLOPE + group, c < C, 0.0) * rstd * rstd
     dx = dy * (rstd * weight)[None, :] - shift[None, :] - centred * slope[None, :]
     tl.store(DX + offset, dx.to(DX.dtype.element_ty), inside)
-
-
-def tiles(x: Tensor) -> dict[str, int | bool]:
-    """Shape of the tiles that x is gone through by."""
-    channels, positions = x.shape[1], x.shape[2] * x.shape[3]
-    last = not x.is_contiguous()
-    width = min(CHANNELS, triton.next_power_of_2(channels)) if last else 1
-    height = min(TILE // width, triton.next_power_of_2(positions))
-    # Half precision is read in pieces of 8, if the compiler knows that channels begin at such
-    aligned = positions % 8 == 0
-    return {"ALIGNED": aligned, "CHANNELS_LAST": last, "BLOCK_P": height, "BLOCK_C": width}
 
 
 def _chunks(x: Tensor, tile: dict) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .split import _let_through
+from .tile import let_through
 
 # Elements that a program keeps in registers without spilling them
 LARGEST_TILE = 4096
@@ -85,11 +85,11 @@ def _backward_kernel(
     x = tl.load(X + offset, inside, 0.0).to(tl.float32)
     centred = tl.where(inside, x - mean[None, :, None], 0.0)
     if RELU and HAS_RESIDUAL:
-        dy = _let_through(dy, tl.load(Y + offset, inside, 0.0).to(tl.float32))
+        dy = let_through(dy, tl.load(Y + offset, inside, 0.0).to(tl.float32))
         tl.store(DRESIDUAL + offset, dy.to(DRESIDUAL.dtype.element_ty), inside)
     elif RELU:
         bias = tl.load(BIAS + c, there, 0.0).to(tl.float32)
-        dy = _let_through(dy, centred * (rstd[:, None] * weight)[None, :, :] + bias[None, :, :])
+        dy = let_through(dy, centred * (rstd[:, None] * weight)[None, :, :] + bias[None, :, :])
     normalised = centred * rstd[None, :, None]
     tl.store(SUMS + n * C + c, tl.sum(dy, 0), there)
     tl.store(DOTS + n * C + c, tl.sum(dy * normalised, 0), there)
