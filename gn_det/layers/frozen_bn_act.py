@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from . import eager, kernels
 from .exporting import is_exporting
 from .layout import dense, like
 
-_LIBRARY = torch.library.Library("gn_det", "FRAGMENT")
+_LIBRARY = library.Library("gn_det", "FRAGMENT")
 _LIBRARY.define(
     "frozen_bn_act(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor variance, "
     "Tensor? residual, float eps, bool relu) -> Tensor"
@@ -132,4 +132,4 @@ for _name, _function, _fake in (
     ("frozen_bn_act_backward", _backward, _fake_backward),
 ):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gn_det::{_name}", _fake, lib=_LIBRARY)
+    library.register_fake(f"gn_det::{_name}", _fake, lib=_LIBRARY)

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from . import eager, kernels
 from .exporting import is_exporting
 from .layout import dense, like
 from .rebuild import Recipe, is_rebuilding, remember
 
-_LIBRARY = torch.library.Library("gn_det", "FRAGMENT")
+_LIBRARY = library.Library("gn_det", "FRAGMENT")
 _LIBRARY.define(
     "group_norm_act(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int groups, float eps, "
     "bool relu) -> (Tensor, Tensor, Tensor)"
@@ -212,4 +212,4 @@ for _name, _function, _fake in (
     ("group_norm_act_again", _again, lambda x, *_: torch.empty_like(x)),
 ):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gn_det::{_name}", _fake, lib=_LIBRARY)
+    library.register_fake(f"gn_det::{_name}", _fake, lib=_LIBRARY)

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import library, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
@@ -238,7 +238,7 @@ def test_operators_keep_pytorch_s_rules():
         (ops.frozen_bn_act_backward, (x, y, weight, weight.abs(), 1e-5, True)),
         (ops.frozen_bn_act_backward, (x, y, weight, weight.abs(), 1e-5, False)),
     ):
-        torch.library.opcheck(operator.default, arguments)
+        library.opcheck(operator.default, arguments)
 
 
 @pytest.mark.parametrize(
