@@ -9,7 +9,6 @@ and the command goes on from there.
 import argparse
 import json
 import multiprocessing
-import os
 import random
 import statistics
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from gn_det.data.pictures import load_pictures
 from gn_det.engine.convert_backbone import SIDE, normalise, to_group_norm
 from gn_det.engine.train import Trainer, read_config
 from gn_det.evaluation.linear_probe import mean_auc
+from gn_det.files import write_whole
 from gn_det.modeling.calibrate import measured_moments, promised_moments
 
 ITERATIONS = 250
@@ -319,9 +319,8 @@ def main() -> None:
         for key, result in pool.imap_unordered(execute, left):
             print(key, result, flush=True)
             results[key] = result
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(results, indent=1) + "\n")
-            os.replace(partial, path)
+            with write_whole(path) as file:
+                file.write(json.dumps(results, indent=1) + "\n")
     (args.output_dir / "table.md").write_text(tabulate(runs, results))
     plot(runs, results, args.output_dir / "plot.png")
     print(tabulate(runs, results))

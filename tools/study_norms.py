@@ -27,6 +27,7 @@ try:
     from gn_det.engine.train import read_config
     from gn_det.errors import InputError, exit_on_input_error
     from gn_det.evaluation.figures import COLOURS
+    from gn_det.files import write_whole
 except ImportError as error:
     raise SystemExit(f"error: {error}") from None
 
@@ -124,9 +125,8 @@ def study(output: Path, seeds: int, opts: list[str]) -> dict[str, Any]:
             for i, job in enumerate(as_completed(jobs), start=1):
                 run = job.result()
                 results["runs"].append(run)
-                partial = path.with_suffix(".partial")
-                partial.write_text(json.dumps(results, indent=1) + "\n")
-                partial.replace(path)
+                with write_whole(path) as file:
+                    file.write(json.dumps(results, indent=1) + "\n")
                 name = " ".join(map(str, run["model"].values()))
                 print(f"{i}/{len(todo)} {name}, seed {run['seed']}: {run['error']:.1f}%")
         except BaseException:

@@ -1,16 +1,10 @@
 """Strict loading: every tensor of the model and of the file is accounted for, or training stops."""
 
-import logging
 import re
 from dataclasses import dataclass
-from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
-from torch import nn
-
-from ..errors import InputError
-from ..modeling.parts import PREDICTORS, SETTINGS, TRUNK, count_parts, part_of, weight_names
-from .names import CLASSIFIER, STEM_BIAS, norm_of
+from ..modeling.parts import PREDICTORS, SETTINGS, TRUNK, count_parts, part_of
+from .names import CLASSIFIER, STEM_BIAS
 
 # Start at 0 by design, and are in no file that was trained without them
 DEFORMABLE = r"\.conv2_offset\."
@@ -89,51 +83,6 @@ class Loaded:
             if belongs and not known:
                 return f"it is of another model, with a tensor {name}"
         return None
-
-
-class StrictCheckpointer(DetectionCheckpointer):
-    """Detectron2's, which says in one block what it loaded, and refuses what does not fit.
-
-    Args:
-        whole: whether the file has to fill all of the model, as for evaluation. Always so when
-            training goes on from a checkpoint of its own.
-
-    Raises:
-        InputError: on loading a file that the model does not fit.
-    """
-
-    loaded: Loaded | None = None
-
-    def __init__(
-        self, model: nn.Module, save_dir: str = "", *, whole: bool = False, **kwargs: Any
-    ) -> None:
-        super().__init__(model, save_dir, **kwargs)
-        self._whole = whole
-        self._path = ""
-
-    def load(self, path: str, checkpointables: list[str] | None = None, **kwargs: Any) -> Any:
-        self._path, whole = path, self._whole
-        self._whole = whole or checkpointables is None
-        try:
-            return super().load(path, checkpointables, **kwargs)
-        finally:
-            self._whole = whole
-
-    def _load_model(self, checkpoint: Any) -> None:
-        norm = norm_of(checkpoint["model"])
-        found = super()._load_model(checkpoint)
-        model = weight_names(self.model)
-        misshapen = {name for name, *_ in found.incorrect_shapes}
-        # Where names are matched by their endings, Detectron2 drops what has another shape
-        fresh = {*found.missing_keys, *misshapen} & {*model}
-        lost = {n for n in found.unexpected_keys if any(f.endswith(f".{n}") for f in fresh)}
-        misshapen |= {f for f in fresh if any(f.endswith(f".{n}") for n in lost)}
-        unused = {*found.unexpected_keys} - lost
-        self.loaded = Loaded(model, fresh, misshapen, unused, norm)
-        logging.getLogger(__name__).info(f"Weights of {self._path}\n{self.loaded.block()}")
-        if why := self.loaded.mistake(self._whole):
-            mend = "" if self._whole else self.loaded.mend(self._path)
-            raise InputError(f"MODEL.WEIGHTS {self._path}: {why}{mend}")
 
 
 def conversion_command(weights: str, norm: str | None = None) -> str:

@@ -1,6 +1,5 @@
 """A backbone's file: tensors under Detectron2's names, with the config keys that must agree."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from ..config import value_of
+from ..files import write_whole
 from .facts import GROUP_NORM, KEYS, NORM, STRIDE, Facts
 
 BOTTLENECK = (STRIDE, "MODEL.RESNETS.NUM_GROUPS", "MODEL.RESNETS.WIDTH_PER_GROUP")
@@ -32,16 +32,11 @@ def save_backbone(tensors: Mapping[str, Tensor], cfg: CfgNode, path: Path) -> No
         "matching_heuristics": True,
         "gn_det": facts,
     }
-    finals = (path, path.with_suffix(".yaml"))
-    partials = [final.with_name(f"{final.name}.partial") for final in finals]
-    try:
-        torch.save(content, partials[0])
-        partials[1].write_text(keys_as_yaml(facts, path))
-        for partial, final in zip(partials, finals, strict=True):
-            os.replace(partial, final)
-    finally:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
+    with write_whole(path, "wb") as weights, write_whole(path.with_suffix(".yaml")) as text:
+        torch.save(content, weights)
+        # Before either takes its place: the disk may be full
+        weights.flush()
+        text.write(keys_as_yaml(facts, path))
 
 
 def facts_of(cfg: CfgNode) -> Facts:

@@ -15,8 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..check.weights import group_mismatch
+from ..checkpoint.checkpointer import StrictCheckpointer
 from ..checkpoint.facts import describe
-from ..checkpoint.load import StrictCheckpointer
 from ..config import is_pretraining
 from ..data.image_folder import read_folder
 from ..errors import InputError

@@ -16,6 +16,8 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from torch import nn
 
+from ..files import write_whole
+
 RECORD = "run.json"
 
 
@@ -47,7 +49,8 @@ class RunRecorder(HookBase):
             "versions": versions(),
             "git_commit": git_commit(),
         }
-        self._path.write_text(json.dumps(record, indent=2) + "\n")
+        with write_whole(self._path) as file:
+            file.write(json.dumps(record, indent=2) + "\n")
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -25,7 +25,7 @@ from yaml import YAMLError
 
 from ..check import ConfigError, check_config
 from ..check.weights import check_weights
-from ..checkpoint.load import StrictCheckpointer
+from ..checkpoint.checkpointer import StrictCheckpointer
 from ..config import add_gn_config, is_pretraining
 from ..data import check_dataset
 from ..errors import InputError, exit_on_input_error
@@ -51,10 +51,6 @@ class Trainer(DefaultTrainer):
         if not logging.getLogger("gn_det").isEnabledFor(logging.INFO):
             setup_logger(name="gn_det")
         super().__init__(cfg)
-        # For loading; the hooks, which have the other one, save the same
-        self.checkpointer = StrictCheckpointer(
-            self._trainer.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
 
     @classmethod
     def check_architecture(cls, cfg: CfgNode) -> None:
@@ -108,6 +104,10 @@ class Trainer(DefaultTrainer):
         return model
 
     def build_hooks(self) -> list[HookBase]:
+        # Here, since the hooks save by it
+        self.checkpointer = StrictCheckpointer(
+            self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
         hooks = super().build_hooks()
         if comm.is_main_process():
             # Before the writers, which come last, so that they write what it records

@@ -1,7 +1,6 @@
 """The comparison of finished runs: `results.json`, `report.md` and `report.html`."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..files import write_whole
 from .coco_stats import STATS, coco_stats, load_coco
 from .figures import MIN_SCORE, curves_svg, data_uri, draw
 
@@ -94,9 +94,11 @@ def write_report(
         "pictures": _pictures(runs, annotations, images),
         "min_score": MIN_SCORE,
     }
-    _replace(output / "results.json", json.dumps(results, indent=2) + "\n")
+    with write_whole(output / "results.json") as file:
+        file.write(json.dumps(results, indent=2) + "\n")
     for name in ("report.md", "report.html"):
-        _replace(output / name, environment.get_template(name).render(content))
+        with write_whole(output / name) as file:
+            file.write(environment.get_template(name).render(content))
     return results
 
 
@@ -127,9 +129,3 @@ def _pictures(runs: Sequence[Run], annotations: Path, images: Path) -> list[dict
         cells = {name: data_uri(draw(picture, shown, truth)) for name, shown in objects.items()}
         rows.append({"name": picture.name, "cells": cells})
     return rows
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, TINY, shapes_config
 from detectron2.modeling import build_model
 
-from gn_det.checkpoint.load import StrictCheckpointer
+from gn_det.checkpoint.checkpointer import StrictCheckpointer
 from gn_det.engine.train import Trainer, run
 from gn_det.errors import InputError
 from gn_det.modeling import build_without_memory

@@ -1,5 +1,6 @@
 """`tools/convert_backbone.py`: from anybody's file to one that a config is checked against."""
 
+import os
 import re
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +15,7 @@ from conftest import command, shapes_config
 from torch import nn
 
 from gn_det.check import ConfigError, check_config
-from gn_det.checkpoint.load import StrictCheckpointer
+from gn_det.checkpoint.checkpointer import StrictCheckpointer
 from gn_det.checkpoint.read import read_weights
 from gn_det.engine.convert_backbone import run
 from gn_det.modeling import build_without_memory
@@ -193,7 +194,7 @@ def test_a_disk_that_is_full(bn_file, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises((OSError, SystemExit), match="No space left"):
         run([str(bn_file), str(tmp_path / "out.pth"), "--fold-input"])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

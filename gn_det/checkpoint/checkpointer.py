@@ -1,0 +1,120 @@
+"""Detectron2's checkpointer, made strict in what it loads and safe in what it saves."""
+
+import logging
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.logger import log_first_n
+from torch import nn
+
+from ..errors import InputError
+from ..files import write_whole
+from ..modeling.parts import weight_names
+from .load import Loaded
+from .names import norm_of
+
+
+class StrictCheckpointer(DetectionCheckpointer):
+    """Detectron2's, which says in one block what it loaded, and refuses what does not fit.
+
+    A checkpoint is on the disk whole before `last_checkpoint` names it. On resuming, a checkpoint
+    that is missing or damaged is passed over for the newest whole one, with a warning.
+
+    Args:
+        whole: whether the file has to fill all of the model, as for evaluation. Always so when
+            training goes on from a checkpoint of its own.
+
+    Raises:
+        InputError: on loading a file that the model does not fit.
+    """
+
+    loaded: Loaded | None = None
+
+    def __init__(
+        self, model: nn.Module, save_dir: str = "", *, whole: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(model, save_dir, **kwargs)
+        self._whole = whole
+        self._path = ""
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        if not self.save_dir or not self.save_to_disk:
+            return
+        content = {key: part.state_dict() for key, part in self.checkpointables.items()}
+        content |= {"model": self.model.state_dict(), **kwargs}
+        path = Path(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        with write_whole(path, "wb") as file:
+            torch.save(content, file)
+        self.tag_last_checkpoint(path.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with write_whole(Path(self.save_dir, "last_checkpoint")) as file:
+            file.write(last_filename_basename)
+
+    def has_checkpoint(self) -> bool:
+        return bool(self.get_checkpoint_file())
+
+    def get_checkpoint_file(self) -> str:
+        """The checkpoint to go on from, "" if there is none."""
+        folder = Path(self.save_dir)
+        tag = folder / "last_checkpoint"
+        named = tag.read_text().strip() if tag.is_file() else ""
+        if named and is_whole(folder / named):
+            return str(folder / named)
+        others = [path for path in folder.glob("model_*.pth") if path.name != named]
+        whole = sorted((iteration_of(path), path) for path in others if is_whole(path))
+        found = str(whole[-1][1]) if whole and whole[-1][0] >= 0 else ""
+        if found or tag.is_file():
+            passed = f"{folder / named} is missing or damaged" if named else f"{tag} names no file"
+            instead = (
+                f"going on from {found}" if found else "there is no whole checkpoint beside it"
+            )
+            log_first_n(logging.WARNING, f"{passed}: {instead}", key="message", name=__name__)
+        return found
+
+    def load(self, path: str, checkpointables: list[str] | None = None, **kwargs: Any) -> Any:
+        self._path, whole = path, self._whole
+        self._whole = whole or checkpointables is None
+        try:
+            return super().load(path, checkpointables, **kwargs)
+        finally:
+            self._whole = whole
+
+    def _load_model(self, checkpoint: Any) -> None:
+        norm = norm_of(checkpoint["model"])
+        found = super()._load_model(checkpoint)
+        model = weight_names(self.model)
+        misshapen = {name for name, *_ in found.incorrect_shapes}
+        # Where names are matched by their endings, Detectron2 drops what has another shape
+        fresh = {*found.missing_keys, *misshapen} & {*model}
+        lost = {n for n in found.unexpected_keys if any(f.endswith(f".{n}") for f in fresh)}
+        misshapen |= {f for f in fresh if any(f.endswith(f".{n}") for n in lost)}
+        unused = {*found.unexpected_keys} - lost
+        self.loaded = Loaded(model, fresh, misshapen, unused, norm)
+        logging.getLogger(__name__).info(f"Weights of {self._path}\n{self.loaded.block()}")
+        if why := self.loaded.mistake(self._whole):
+            mend = "" if self._whole else self.loaded.mend(self._path)
+            raise InputError(f"MODEL.WEIGHTS {self._path}: {why}{mend}")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is there and its checksums hold."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def iteration_of(path: Path) -> int:
+    """The last iteration that a whole checkpoint has seen, -1 for another kind of file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError):
+        return -1
+    return content.get("iteration", -1) if isinstance(content, dict) else -1

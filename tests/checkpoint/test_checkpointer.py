@@ -1,0 +1,96 @@
+"""Checkpoints: on the disk whole or not at all, and what training goes on from."""
+
+import errno
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from gn_det.checkpoint.checkpointer import StrictCheckpointer
+
+
+def layer(value: float) -> nn.Module:
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(module.weight, value)
+    return module
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two checkpoints, of weight 1 at iteration 9 and weight 2 at iteration 19."""
+    for value, iteration in ((1.0, 9), (2.0, 19)):
+        name = f"model_{iteration:07}"
+        StrictCheckpointer(layer(value), str(tmp_path)).save(name, iteration=iteration)
+    return tmp_path
+
+
+def resumed(folder) -> tuple[float, int]:
+    """Weight and iteration of a model that goes on from the folder."""
+    model = layer(0.0)
+    found = StrictCheckpointer(model, str(folder)).resume_or_load("", resume=True)
+    return model.weight.item(), found.get("iteration", -1)
+
+
+def test_goes_on_from_the_newest(folder):
+    assert resumed(folder) == (2.0, 19)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("last_checkpoint", "model_0000009.pth", "model_0000019.pth")
+    ]
+    (folder / "last_checkpoint").write_text("model_0000009.pth")
+    assert resumed(folder) == (1.0, 9), "as Detectron2 has it: the file decides"
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def change_a_byte(path):
+    content = bytearray(path.read_bytes())
+    at = content.index(torch.tensor(2.0).numpy().tobytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda folder: truncate(folder / "model_0000019.pth"), 9),
+        (lambda folder: change_a_byte(folder / "model_0000019.pth"), 9),
+        (lambda folder: (folder / "model_0000019.pth").write_bytes(b""), 9),
+        (lambda folder: (folder / "model_0000019.pth").unlink(), 9),
+        (lambda folder: (folder / "last_checkpoint").write_text(""), 19),
+        (lambda folder: (folder / "last_checkpoint").write_text("model_00000"), 19),
+        (lambda folder: (folder / "last_checkpoint").unlink(), 19),
+    ],
+    ids=["truncated", "a bit", "empty", "missing", "empty name", "half a name", "no name"],
+)
+def test_passes_over_what_is_damaged(folder, damage, expected, caplog):
+    damage(folder)
+    # Weights that are no checkpoint
+    torch.save({"model": {"weight": torch.full((1, 1), 3.0)}}, folder / "model_other.pth")
+    weight, iteration = resumed(folder)
+    assert (weight, iteration) == ({9: 1.0, 19: 2.0}[expected], expected)
+    told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert any(f"going on from {folder}/model_00000{expected:02}.pth" in line for line in told)
+
+
+def test_starts_where_nothing_is_left(folder, caplog):
+    for path in folder.glob("*.pth"):
+        truncate(path)
+    assert resumed(folder) == (0.0, -1)
+    assert "there is no whole checkpoint beside it" in caplog.text
+
+
+def test_failed_write_leaves_what_was_there(folder, monkeypatch):
+    """A disk that is full in the middle of the file."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(os, "fsync", full)
+    for name in ("model_0000029", "model_0000019"):
+        with pytest.raises(OSError, match="No space left"):
+            StrictCheckpointer(layer(4.0), str(folder)).save(name, iteration=29)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
