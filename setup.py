@@ -19,5 +19,5 @@ setup(
         *("jinja2", "matplotlib", "numpy", "pillow", "pycocotools", "safetensors", "shapely>=2"),
     ],
     # timm is what conversions are compared with
-    extras_require={"dev": ["mypy", "pytest", "pytest-xdist", "ruff", "timm"]},
+    extras_require={"dev": ["mypy", "playwright", "pytest", "pytest-xdist", "ruff", "timm"]},
 )

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, SCRATCH, TINY, command
+from conftest import ROOT, SCRATCH, TINY, command, shapes_config
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.modeling import build_model
 
 from gn_det.data import make_shapes
 
@@ -126,6 +127,33 @@ def test_train_resume_evaluate(checkout):
     run(resume, checkout, *device, *weights, *longer)
     assert "Starting training from iteration 2" in (checkout / "output/log.txt").read_text()
     assert "bbox" in run(evaluate, checkout, *device, *SHORT)
+
+
+def test_own_data(checkout, shapes):
+    """The plans of both tools; tests/engine/test_compare.py has a whole comparison."""
+    (checkout / "mine").mkdir()
+    (checkout / "mine/images").symlink_to(shapes / "images")
+    for split in ("train", "val"):
+        (checkout / f"mine/{split}.json").symlink_to(shapes / f"instances_{split}.json")
+    plan, compare = commands("python tools/compare.py")
+    for words in (plan, f"{compare} --check"):
+        printed = run(words, checkout)
+        assert "train: 1 pictures without objects" in printed and "made to fit" in printed
+    assert "GN, 1 a batch, seed 0" in printed
+    (train,) = commands("python tools/train_net.py --train")
+    assert "output/data/train.json: " in run(f"{train} --check", checkout)
+
+
+def test_predict(checkout):
+    """A model as a comparison leaves it."""
+    best = checkout / "output/compare/best"
+    best.mkdir(parents=True, exist_ok=True)
+    cfg = shapes_config("mask_rcnn_R_18_FPN_gn", *SCRATCH)
+    (best / "config.yaml").write_text(cfg.dump())
+    torch.save({"model": build_model(cfg).state_dict()}, best / "model_final.pth")
+    (best / "run.json").write_text("{}")
+    (command,) = commands("python tools/predict.py")
+    assert "coco_instances_results.json: " in run(command, checkout)
 
 
 def test_the_demo_step_by_step(checkout):

@@ -6,17 +6,11 @@ folder says that it is done; a demo that was interrupted goes on from there.
 
 import argparse
 import json
-import os
-import re
-import subprocess
-import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from detectron2.config import CfgNode
 
 from ..data import make_shapes
 from ..errors import InputError, exit_on_input_error
@@ -24,6 +18,7 @@ from ..evaluation.report import Run, write_report
 from ..model_zoo import CONFIG_ROOT
 from .pretrain import CHECKPOINT
 from .run_record import RECORD
+from .steps import Launcher, refuse_other_config
 from .train import read_config
 
 TITLE = "BN* against GN: the demo"
@@ -76,7 +71,9 @@ class Demo:
         for name, where, config, pretraining in MODELS:
             weights = str(self.output / pretraining / CHECKPOINT)
             self.step("train", config, weights, RECORD)
-            runs.append(Run(name, where, f"configs/Shapes/{config}.yaml", self.output / config))
+            cfg = read_config(self.arguments(config))
+            folder = self.output / config
+            runs.append(Run(name, cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, folder, where))
         self.report(runs)
 
     def arguments(self, config: str, weights: str = "") -> argparse.Namespace:
@@ -94,55 +91,21 @@ class Demo:
         """Run `gn_det.engine.<module>` on a config of `Shapes`, unless its product is there."""
         folder = self.output / config
         arguments = self.arguments(config, weights)
-        self.check_same(folder, read_config(arguments))
+        refuse_other_config(folder, read_config(arguments), self.output)
         if (folder / product).exists():
             return self.say(f"{config} is finished already")
         self.say(config)
         command = ["--config-file", arguments.config_file, "--resume", *arguments.opts]
-        self.launch(module, command, folder)
+        environment = {"DETECTRON2_DATASETS": str(self.shapes.parent)}
+        Launcher().launch(module, command, folder, self.show, environment)
 
-    def check_same(self, folder: Path, cfg: CfgNode) -> None:
-        """Refuse to go on from a step that was run with another config."""
-        written = folder / "config.yaml"
-        # A step that was stopped while it wrote its config has measured nothing yet
-        started = written.exists() and (folder / "metrics.json").exists()
-        if started and written.read_text() != cfg.dump():
-            raise InputError(
-                f"{self.output} holds a demo with other settings ({written} differs): "
-                "remove that folder or name another with --output-dir"
-            )
+    def show(self, progress: str) -> None:
+        print(f"    {progress}", flush=True)
 
-    def launch(self, module: str, arguments: list[str], folder: Path) -> None:
-        """Run one of the engine's modules, showing its progress lines only."""
-        command = [sys.executable, "-m", f"gn_det.engine.{module}", *arguments]
-        environment = {**os.environ, "DETECTRON2_DATASETS": str(self.shapes.parent)}
-        tail: deque[str] = deque(maxlen=15)
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                tail.append(line)
-                if progress := re.search(r"(eta: .*?)\s+(data_time|time): ", line):
-                    print(f"    {progress[1]}", flush=True)
-        finally:
-            process.terminate()
-            process.wait()
-        if process.returncode:
-            said_why = tail and tail[-1].startswith("error: ")
-            reason = tail[-1].strip() if said_why else f"its last words were\n{''.join(tail)}"
-            raise InputError(f"{folder.name} stopped, see {folder}/log.txt: {reason}")
-
-    def facts(self) -> dict[str, str | int]:
+    def facts(self) -> dict[str, str | int | list[str]]:
         """What the report tells of the data and the schedules."""
         cfg = read_config(self.arguments(MODELS[0][2]))
-        facts: dict[str, str | int] = {}
+        facts: dict[str, str | int | list[str]] = {}
         for split, name in (("train", "training pictures"), ("val", "validation pictures")):
             truth = json.loads((self.shapes / f"instances_{split}.json").read_text())
             facts[name] = len(truth["images"])
@@ -153,16 +116,18 @@ class Demo:
             last = (self.output / name / "metrics.json").read_text().splitlines()[-1]
             top1 = json.loads(last)["accuracy/top1"]
             facts[name] = f"{top1:.1f}% top-1 on validation crops"
+        facts["configs"] = [
+            f"{name}: configs/Shapes/{config}.yaml" for name, _, config, _ in MODELS
+        ]
         return facts
 
     def report(self, runs: list[Run]) -> None:
         """Write the report and show its table."""
         self.say("writing the report")
         about = {"title": TITLE, "text": TEXT, "facts": self.facts()}
-        annotations, images = self.shapes / "instances_val.json", self.shapes / "images"
-        results = write_report(runs, annotations, images, self.output, about)
+        results = write_report(runs, self.shapes / "instances_val.json", self.output, about)
         for model in results["models"]:
-            box, mask = model["bbox"]["AP"], model["segm"]["AP"]
+            box, mask = (model[kind]["AP"]["mean"] for kind in ("bbox", "segm"))
             print(f"    {model['model']:4} box AP {box:5.1f}   mask AP {mask:5.1f}")
         self.say(f"done: open {self.output / 'report.html'}")
 

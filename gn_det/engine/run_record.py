@@ -13,6 +13,7 @@ import detectron2
 import torch
 import torchvision
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 from torch import nn
 
@@ -24,8 +25,8 @@ RECORD = "run.json"
 class RunRecorder(HookBase):
     """Writes `peak_memory_mib` into the metrics, and `run.json` once the run is at its end.
 
-    `run.json` holds the seed, device, parameter counts, versions and git commit. It is written
-    after the last evaluation, so that it also says that the other outputs are whole.
+    `run.json` holds the seed, device, categories, parameter counts, versions and git commit. It is
+    written after the last evaluation, so that it also says that the other outputs are whole.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -45,6 +46,7 @@ class RunRecorder(HookBase):
         record = {
             "seed": self._cfg.SEED,
             "device": device_name(self._cfg.MODEL.DEVICE),
+            "categories": categories_of(self._cfg.DATASETS.TRAIN[0]),
             "parameters": count_parameters(self.trainer.model),
             "versions": versions(),
             "git_commit": git_commit(),
@@ -58,6 +60,14 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     tensors = [*model.parameters(), *model.buffers()]
     trainable = sum(t.numel() for t in tensors if t.requires_grad)
     return {"trainable": trainable, "frozen": sum(t.numel() for t in tensors) - trainable}
+
+
+def categories_of(name: str) -> list[dict[str, Any]]:
+    """A registered data set's categories, in the order of the model's outputs; none if unknown."""
+    metadata = MetadataCatalog.get(name)
+    names = metadata.get("thing_classes", [])
+    ids = metadata.get("thing_dataset_id_to_contiguous_id") or {i: i for i in range(len(names))}
+    return [{"id": number, "name": names[i]} for number, i in ids.items()]
 
 
 def peak_memory_mib(device: str) -> float:

@@ -28,10 +28,12 @@ from ..check.weights import check_weights
 from ..checkpoint.checkpointer import StrictCheckpointer
 from ..config import add_gn_config, is_pretraining
 from ..data import check_dataset
+from ..data.prepare import register
 from ..errors import InputError, exit_on_input_error
 from ..model_zoo import get_config_file
 from ..solver import build_optimizer
 from .accumulate import accumulate_gradients
+from .own_data import add_data_arguments, data_opts, describe_data
 from .recipe import describe_recipe
 from .run_record import RunRecorder
 
@@ -126,18 +128,22 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     """
     cfg = get_cfg()
     add_gn_config(cfg)
-    path = args.config_file
-    if not os.path.isfile(path):
-        path = get_config_file(path)
+    path = find_config(args.config_file)
     try:
         cfg.merge_from_file(path)
         cfg.merge_from_list(args.opts)
+        register((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         if "SOLVER.IMS_PER_BATCH" in args.opts and "SOLVER.REFERENCE_WORLD_SIZE" not in args.opts:
             cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
     except (AssertionError, KeyError, ValueError, YAMLError) as error:
         raise InputError(f"config {path} with {args.opts}: {error}") from None
     cfg.freeze()
     return cfg
+
+
+def find_config(name: str) -> str:
+    """The path of a config file, which may be named as those of `configs/` are there."""
+    return name if os.path.isfile(name) else get_config_file(name)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -188,9 +194,12 @@ def run(argv: Sequence[str] | None = None, trainer_class: type[Trainer] = Traine
         action="store_true",
         help="check the config and print its recipe, without training",
     )
+    add_data_arguments(parser)
     args = parser.parse_args(argv)
     with exit_on_input_error():
         # Before any worker process starts
+        args.config_file = find_config(args.config_file)
+        args.opts = [*data_opts(args, read_config(args)), *args.opts]
         cfg = read_config(args)
         trainer_class.check_architecture(cfg)
         num_gpus = max(args.num_gpus * args.num_machines, 1)
@@ -200,6 +209,7 @@ def run(argv: Sequence[str] | None = None, trainer_class: type[Trainer] = Traine
             raise ConfigError(problems)
         if args.check:
             print(f"{args.config_file}\n\n{describe_recipe(cfg, num_gpus)}")
+            print("\n".join(["", *describe_data(cfg)]))
             return
         if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
             raise InputError("--eval-only would evaluate random weights: give MODEL.WEIGHTS")

@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -13,27 +15,28 @@ RECALLS = ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 STATS = (*PRECISIONS, *RECALLS)
 
 
-def coco_stats(annotations: Path, results: Path) -> dict[str, dict[str, float | None]]:
-    """COCO's 12 numbers for boxes and for masks, in percent.
+def coco_stats(annotations: Path | COCO, results: Path) -> dict[str, dict[str, Any]]:
+    """COCO's 12 numbers for boxes and for masks, and AP class by class, in percent.
 
     Args:
-        annotations: ground truth in COCO's instances format.
-        results: detections in COCO's results format, with `bbox` and `segmentation`, as Detectron2
-            writes them to `inference/coco_instances_results.json`.
+        annotations: ground truth in COCO's instances format, or what `load_coco` made of it.
+        results: detections in COCO's results format, as Detectron2 writes them to
+            `inference/coco_instances_results.json`.
 
     Returns:
-        {"bbox": {...}, "segm": {...}}, each with the keys of `STATS`. A number that the data set
-        has no ground truth for is None; without any detection all others are 0.
+        {"bbox": {...}}, and "segm" if the ground truth has masks, each with the keys of `STATS` and
+        with "classes", which holds AP by the classes' names. A number that the data set has no
+        ground truth for is None; without any detection all others are 0.
     """
-    detections = json.loads(results.read_text())
-    # With a box at hand pycocotools would take the box's area for the mask's.
-    masks = [{k: v for k, v in found.items() if k != "bbox"} for found in detections]
-    truth = load_coco(annotations)
-    with contextlib.redirect_stdout(io.StringIO()):
-        return {
-            "bbox": _summarize(truth, detections, "bbox"),
-            "segm": _summarize(truth, masks, "segm"),
-        }
+    truth = annotations if isinstance(annotations, COCO) else load_coco(annotations)
+    return {kind: _summarize(truth, results, kind) for kind in kinds_of(truth)}
+
+
+def kinds_of(truth: COCO) -> tuple[str, ...]:
+    """What there is to measure: ("bbox", "segm"), or ("bbox",) where no object has a mask."""
+    return (
+        ("bbox", "segm") if any(a.get("segmentation") for a in truth.anns.values()) else ("bbox",)
+    )
 
 
 def load_coco(annotations: Path) -> COCO:
@@ -42,19 +45,38 @@ def load_coco(annotations: Path) -> COCO:
         return COCO(str(annotations))
 
 
-def _summarize(truth: COCO, detections: list[dict], iou_type: str) -> dict[str, float | None]:
+def load_detections(truth: COCO, results: Path, iou_type: str) -> COCO:
+    """A results file as pycocotools compares it with the ground truth.
+
+    Args:
+        iou_type: "bbox" or "segm".
+    """
+    detections = json.loads(results.read_text())
     if not detections:
-        # pycocotools cannot load an empty list; a detection without overlap gives the same zeros.
-        nowhere = {
-            "image_id": truth.getImgIds()[0],
-            "category_id": truth.getCatIds()[0],
-            "score": 0,
-        }
-        empty_mask = {"size": [1, 1], "counts": "1"}
-        detections = [{**nowhere, "bbox": [0, 0, 0, 0], "segmentation": empty_mask}]
-    evaluation = COCOeval(truth, truth.loadRes(detections), iou_type)
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
+        # pycocotools cannot load an empty list
+        return COCO()
+    if iou_type == "segm":
+        # With a box at hand pycocotools would take the box's area for the mask's
+        detections = [{k: v for k, v in found.items() if k != "bbox"} for found in detections]
+    with contextlib.redirect_stdout(io.StringIO()):
+        return truth.loadRes(detections)
+
+
+def _summarize(truth: COCO, results: Path, iou_type: str) -> dict[str, Any]:
+    evaluation = COCOeval(truth, load_detections(truth, results, iou_type), iou_type)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
     percent = (None if stat < 0 else 100 * float(stat) for stat in evaluation.stats)
-    return dict(zip(STATS, percent, strict=True))
+    # (IoU thresholds, recalls, classes) of all sizes and 100 detections; -1 without ground truth
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    classes = {
+        truth.cats[number]["name"]: None if (ap := precision[..., i]).max() < 0 else _mean(ap)
+        for i, number in enumerate(evaluation.params.catIds)
+    }
+    return {**dict(zip(STATS, percent, strict=True)), "classes": classes}
+
+
+def _mean(precision: np.ndarray) -> float:
+    return 100 * float(precision[precision >= 0].mean())

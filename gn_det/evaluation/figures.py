@@ -1,12 +1,13 @@
-"""The report's pictures: curves of a run's metrics, and detections beside the ground truth."""
+"""The report's pictures: curves of metrics, and detections beside the ground truth."""
 
 import base64
 import io
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from PIL import Image
@@ -15,69 +16,134 @@ from torchvision.ops import box_convert
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 MIN_SCORE = 0.5  # detections below are not drawn
-SCALE = 2  # picture pixels to report pixels
+LONG_SIDE = 512  # of a drawn picture, in pixels
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
 
+Lines = Sequence[Mapping[str, float]]
 
-def curves_svg(runs: dict[str, list[dict[str, float]]]) -> str:
-    """Training loss and validation box and mask AP over iterations, as one inline SVG.
+
+def learning_curves(models: Mapping[str, Sequence[Lines]]) -> dict[str, str]:
+    """Training loss and validation AP over the training, as inline SVGs by their titles.
 
     Args:
-        runs: for each model's name the lines of its `metrics.json`.
+        models: for each model's name the lines of `metrics.json` of each of its seeds. The mean of
+            the seeds is drawn, with a band from the least to the greatest.
     """
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    panels = (("total_loss", "training loss"), ("bbox/AP", "box AP"), ("segm/AP", "mask AP"))
-    for axes, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
-        for (name, lines), colour in zip(runs.items(), COLOURS, strict=False):
-            points = [(line["iteration"] + 1, line[key]) for line in lines if key in line]
-            marker = "" if key == "total_loss" else "o"
-            axes.plot(*zip(*points, strict=True), label=name, color=colour, marker=marker)
-        axes.set_title(title)
-        axes.set_xlabel("iterations")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False)
+    panels = {"total_loss": "training loss", "bbox/AP": "box AP", "segm/AP": "mask AP"}
+    return {
+        title: svg
+        for key, title in panels.items()
+        if (svg := _curves(models, key, title)) is not None
+    }
+
+
+def _curves(models: Mapping[str, Sequence[Lines]], key: str, title: str) -> str | None:
+    figure, axes = _panel(title)
+    for (name, seeds), colour in zip(models.items(), COLOURS * 4, strict=False):
+        values: dict[int, list[float]] = {}
+        for lines in seeds:
+            for line in lines:
+                if key in line:
+                    values.setdefault(int(line["iteration"]) + 1, []).append(line[key])
+        points = sorted(values)
+        means = [float(np.mean(values[point])) for point in points]
+        marker = "" if key == "total_loss" else "o"
+        axes.plot(points, means, label=name, color=colour, marker=marker, markersize=4)
+        low, high = ([f(values[point]) for point in points] for f in (min, max))
+        axes.fill_between(points, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xlabel("iterations")
+    axes.set_ylim(bottom=0)
+    if not any(len(line.get_xdata()) for line in axes.lines):  # type: ignore[arg-type]
+        return None
+    axes.legend(frameon=False, fontsize=9)
+    return _svg(figure)
+
+
+def batch_curve(models: Sequence[Mapping[str, Any]], kind: str) -> str:
+    """AP against images per batch, a line for each norm, as an inline SVG; the paper's Figure 1.
+
+    Args:
+        models: entries of `results.json`.
+        kind: "bbox" or "segm".
+    """
+    figure, axes = _panel(f"{'box' if kind == 'bbox' else 'mask'} AP by images per batch")
+    norms = dict.fromkeys(model["norm"] for model in models)
+    for norm, colour in zip(norms, COLOURS * 4, strict=False):
+        mine = sorted((m for m in models if m["norm"] == norm), key=lambda m: m["images_per_batch"])
+        batches = [m["images_per_batch"] for m in mine]
+        means = [m[kind]["AP"]["mean"] for m in mine]
+        spread = [m[kind]["AP"]["sd"] for m in mine]
+        axes.errorbar(batches, means, spread, label=norm, color=colour, marker="o", capsize=3)
+    ticks = sorted({model["images_per_batch"] for model in models})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xlabel("images per batch")
+    axes.legend(frameon=False, fontsize=9)
+    return _svg(figure)
+
+
+def _panel(title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.4, 3.3), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue().partition("<!DOCTYPE")[2].partition(">")[2]
 
 
-def draw(picture: Path, objects: list[dict[str, Any]], truth: COCO) -> np.ndarray:
-    """An RGB uint8 picture with COCO annotations or results drawn on it, one colour a category."""
-    small = Image.open(picture).convert("RGB")
-    size = (SCALE * small.width, SCALE * small.height)
-    image = torch.from_numpy(np.array(small.resize(size))).permute(2, 0, 1)
+def draw(picture: np.ndarray, objects: list[dict[str, Any]], truth: COCO) -> np.ndarray:
+    """A picture with COCO annotations or results drawn on it, one colour a category.
+
+    Args:
+        picture: uint8 of shape (H, W, 3), RGB.
+        truth: has the picture's size, and the categories.
+
+    Returns:
+        uint8 of shape (H, W, 3), RGB, its longer side brought to `LONG_SIDE`.
+    """
+    original = Image.fromarray(picture)
+    scale = LONG_SIDE / max(original.size)
+    size = (max(round(original.width * scale), 1), max(round(original.height * scale), 1))
+    image = torch.from_numpy(np.array(original.resize(size))).permute(2, 0, 1)
     if objects:
         categories = truth.getCatIds()
         colours = [COLOURS[categories.index(o["category_id"]) % len(COLOURS)] for o in objects]
-        masks = np.stack([truth.annToMask(found) for found in objects])
-        large = masks.repeat(SCALE, axis=1).repeat(SCALE, axis=2).astype(bool)
-        image = draw_segmentation_masks(image, torch.from_numpy(large), 0.45, colours)
-        boxes = SCALE * box_convert(torch.tensor([o["bbox"] for o in objects]), "xywh", "xyxy")
-        labels = []
-        for found in objects:
-            score = f" {found['score']:.0%}" if "score" in found else ""
-            labels.append(truth.cats[found["category_id"]]["name"] + score)
-        font = findfont("DejaVu Sans")  # comes with matplotlib
+        if all(found.get("segmentation") for found in objects):
+            masks = [Image.fromarray(truth.annToMask(found)).resize(size) for found in objects]
+            stacked = torch.from_numpy(np.stack([np.array(mask) for mask in masks])).bool()
+            image = draw_segmentation_masks(image, stacked, 0.45, colours)
+        boxes = scale * box_convert(torch.tensor([o["bbox"] for o in objects]), "xywh", "xyxy")
+        # Names would hide small objects, and those of a single class say nothing
+        labels = [_label(found, truth) for found in objects] if len(categories) > 1 else None
         image = draw_bounding_boxes(
             image,
             boxes,
             labels,
             colours,
-            width=3,
-            font=font,
-            font_size=20,
-            label_colors="white",
-            label_background_colors=colours,
-            fill_labels=True,
+            width=2,
+            font=findfont("DejaVu Sans"),  # comes with matplotlib
+            font_size=16,
+            label_colors="white" if labels else None,
+            label_background_colors=colours if labels else None,
+            fill_labels=labels is not None,
         )
     return image.permute(1, 2, 0).numpy()
+
+
+def _label(found: Mapping[str, Any], truth: COCO) -> str:
+    score = f" {found['score']:.0%}" if "score" in found else ""
+    return truth.cats[found["category_id"]]["name"] + score
 
 
 def data_uri(image: np.ndarray) -> str:
     """An RGB uint8 picture as a JPEG that a page can hold in itself."""
     data = io.BytesIO()
-    Image.fromarray(image).save(data, format="JPEG", quality=88)
+    Image.fromarray(image).save(data, format="JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")

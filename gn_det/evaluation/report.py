@@ -1,19 +1,27 @@
 """The comparison of finished runs: `results.json`, `report.md` and `report.html`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from pycocotools.coco import COCO
 
+from ..data.picture_files import read_picture
 from ..files import write_whole
-from .coco_stats import STATS, coco_stats, load_coco
-from .figures import MIN_SCORE, curves_svg, data_uri, draw
+from .bootstrap import ImageMatches, paired_difference
+from .coco_stats import STATS, coco_stats, kinds_of, load_coco
+from .figures import MIN_SCORE, batch_curve, data_uri, draw, learning_curves
 
 NUM_PICTURES = 6
+# Among so many the pictures are searched that models differ on
+NUM_SEARCHED = 200
+WORDS = {"bbox": "box", "segm": "mask"}
 
 
 @dataclass(frozen=True)
@@ -21,21 +29,24 @@ class Run:
     """A finished training.
 
     Args:
-        name: of the model, as the report calls it.
-        where: which parts have which norm, in a few words.
-        config_file: the config that was trained.
+        norm: of the model, as the report calls it.
+        images_per_batch: that it was trained with.
+        seed: that runs of different norms are paired by.
         folder: its `OUTPUT_DIR`, with `run.json`, `metrics.json` and `inference/`.
+        where: which parts have which norm, in a few words.
     """
 
-    name: str
-    where: str
-    config_file: str
+    norm: str
+    images_per_batch: int
+    seed: int
     folder: Path
+    where: str = ""
 
     @property
     def detections(self) -> Path:
         return self.folder / "inference" / "coco_instances_results.json"
 
+    @cached_property
     def metrics(self) -> list[dict[str, float]]:
         """The lines of `metrics.json`; after a resume the newest of each iteration counts."""
         lines = map(json.loads, (self.folder / "metrics.json").read_text().splitlines())
@@ -43,39 +54,79 @@ class Run:
         return [newest[iteration] for iteration in sorted(newest)]
 
 
-def summarize(run: Run, annotations: Path) -> dict[str, Any]:
-    """One model's entry of `results.json`: COCO's numbers in percent, costs, and what was run."""
-    metrics = run.metrics()
-    seconds = [line["time"] for line in metrics if "time" in line]
-    memory = [line["peak_memory_mib"] for line in metrics if "peak_memory_mib" in line]
+def summarize(run: Run, truth: COCO) -> dict[str, Any]:
+    """One run's entry of `results.json`: COCO's numbers in percent, costs, and what was run."""
+    seconds = [line["time"] for line in run.metrics if "time" in line]
+    memory = [line["peak_memory_mib"] for line in run.metrics if "peak_memory_mib" in line]
     return {
-        "model": run.name,
+        "norm": run.norm,
         "where": run.where,
-        "config_file": run.config_file,
-        **coco_stats(annotations, run.detections),
+        "images_per_batch": run.images_per_batch,
+        "folder": str(run.folder),
+        **coco_stats(truth, run.detections),
         "seconds_per_iteration": median(seconds) if seconds else None,  # none below 4 iterations
         "peak_memory_mib": max(memory),
         **json.loads((run.folder / "run.json").read_text()),
+        "seed": run.seed,
     }
 
 
 def write_report(
-    runs: Sequence[Run], annotations: Path, images: Path, output: Path, about: dict[str, Any]
+    runs: Sequence[Run], annotations: Path, output: Path, about: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write `results.json`, `report.md` and the self-contained `report.html` into `output`.
 
     Args:
-        runs: the models that are compared, the baseline first.
-        annotations: ground truth of the validation pictures, in COCO's format.
-        images: folder of the validation pictures.
-        about: goes into `results.json` and the report's heading as it is: `title`, `text`, and a
-            table `facts` of names and values.
+        runs: what is compared. The norm of the first is the baseline, at each number of images.
+        annotations: ground truth of the validation pictures in COCO's format, with paths in
+            `file_name` that are whole, or relative to `images/` beside it.
+        about: goes into `results.json` and the report as it is: `title`, `text`, and `facts`, lists
+            of lines by what they are about.
 
     Returns:
         what `results.json` holds.
     """
-    models = [summarize(run, annotations) for run in runs]
-    results = {**about, "models": models}
+    truth = load_coco(annotations)
+    kinds = kinds_of(truth)
+    entries = [summarize(run, truth) for run in runs]
+    models = _models(entries, kinds)
+    matches = {kind: _match(runs, truth, kind) for kind in kinds}
+    differences = [
+        found for kind in kinds for found in _differences(runs, matches[kind], WORDS[kind])
+    ]
+    kind = kinds[-1]
+    best = max(entries, key=lambda entry: entry[kind]["AP"])
+    validation = {
+        "pictures": len(truth.imgs),
+        "objects": sum(not a["iscrowd"] for a in truth.anns.values()),
+    }
+    results = {
+        **about,
+        "answer": _answer(differences, models, kinds),
+        "validation": validation,
+        "differences": differences,
+        "models": models,
+        "best": {key: best[key] for key in ("norm", "images_per_batch", "seed", "folder")},
+        "runs": entries,
+    }
+    pictures = _pictures(runs, matches[kind], truth, annotations.parent / "images")
+    curves = {m["model"]: [r.metrics for r in runs if _same(r, m)] for m in models}
+    batches = {model["images_per_batch"] for model in models}
+    figures = {
+        "curves": learning_curves(curves),
+        "batches": [batch_curve(models, k) for k in kinds] if len(batches) > 1 else [],
+        "pictures": pictures,
+    }
+    content = {**results, **figures, "stats": STATS, "kinds": kinds, "words": WORDS}
+    with write_whole(output / "results.json") as file:
+        file.write(json.dumps(results, indent=2) + "\n")
+    for name in ("report.md", "report.html"):
+        with write_whole(output / name) as file:
+            file.write(_environment().get_template(name).render(content, min_score=MIN_SCORE))
+    return results
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader(__package__, "templates"),
         undefined=StrictUndefined,
@@ -84,48 +135,133 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.filters["number"] = lambda x, digits=1: "–" if x is None else f"{x:.{digits}f}"
-    content = {
-        **about,
-        "models": models,
-        "answer": _answer(models),
-        "stats": STATS,
-        "best": {kind: max(model[kind]["AP"] for model in models) for kind in ("bbox", "segm")},
-        "curves": curves_svg({run.name: run.metrics() for run in runs}),
-        "pictures": _pictures(runs, annotations, images),
-        "min_score": MIN_SCORE,
-    }
-    with write_whole(output / "results.json") as file:
-        file.write(json.dumps(results, indent=2) + "\n")
-    for name in ("report.md", "report.html"):
-        with write_whole(output / name) as file:
-            file.write(environment.get_template(name).render(content))
-    return results
+    environment.filters["signed"] = lambda x: f"{x:+.1f}".replace("-", "−")
+    return environment
 
 
-def _answer(models: list[dict[str, Any]]) -> str:
-    """The comparison in one sentence, the first model being the baseline."""
-    baseline, *others = models
+def _same(run: Run, model: Mapping[str, Any]) -> bool:
+    """Whether a run is of a model, whatever its seed."""
+    return (run.norm, run.images_per_batch) == (model["norm"], model["images_per_batch"])
+
+
+def _models(entries: Sequence[dict[str, Any]], kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """The entries of norm and batch size, means and standard deviations over the seeds."""
+    several = len({entry["images_per_batch"] for entry in entries}) > 1
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for entry in entries:
+        found.setdefault((entry["norm"], entry["images_per_batch"]), []).append(entry)
+    models = []
+    for (norm, images), mine in found.items():
+        seconds = [e["seconds_per_iteration"] for e in mine if e["seconds_per_iteration"]]
+        model = {
+            "model": f"{norm}, {images} a batch" if several else norm,
+            "norm": norm,
+            "where": mine[0]["where"],
+            "images_per_batch": images,
+            "seeds": [entry["seed"] for entry in mine],
+            "seconds_per_iteration": median(seconds) if seconds else None,
+            "peak_memory_mib": max(entry["peak_memory_mib"] for entry in mine),
+            "parameters": mine[0]["parameters"],
+        }
+        for kind in kinds:
+            model[kind] = {stat: _spread([e[kind][stat] for e in mine]) for stat in STATS}
+            names = mine[0][kind]["classes"]
+            model[kind]["classes"] = {
+                name: _spread([e[kind]["classes"][name] for e in mine]) for name in names
+            }
+        models.append(model)
+    return models
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean and standard deviation over seeds; None without ground truth."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return {"mean": None, "sd": None}
+    return {"mean": mean(known), "sd": stdev(known) if len(known) > 1 else 0.0}
+
+
+def _match(runs: Sequence[Run], truth: COCO, kind: str) -> dict[Run, ImageMatches]:
+    return {run: ImageMatches.from_results(truth, run.detections, kind) for run in runs}
+
+
+def _differences(
+    runs: Sequence[Run], matches: Mapping[Run, ImageMatches], word: str
+) -> list[dict[str, Any]]:
+    """Every norm against the baseline at the same batch size, over the seeds that both have."""
+    found = []
+    baseline = runs[0].norm
+    for images in dict.fromkeys(run.images_per_batch for run in runs):
+        mine = {(r.norm, r.seed): matches[r] for r in runs if r.images_per_batch == images}
+        for norm in dict.fromkeys(run.norm for run in runs):
+            seeds = [s for n, s in mine if n == norm and (baseline, s) in mine]
+            if norm == baseline or not seeds:
+                continue
+            pairs = [[mine[name, seed] for seed in seeds] for name in (baseline, norm)]
+            gap = paired_difference(*pairs)
+            numbers = {"mean": gap.mean, "low": gap.low, "high": gap.high, "seen": gap.seen}
+            names = {"norm": norm, "baseline": baseline, "images_per_batch": images}
+            found.append({**names, "of": word, "seeds": seeds, **numbers})
+    return found
+
+
+def _answer(
+    differences: Sequence[Mapping[str, Any]],
+    models: Sequence[Mapping[str, Any]],
+    kinds: Sequence[str],
+) -> str:
+    """The comparison in one sentence."""
+    if not differences:
+        first, word = models[0], WORDS[kinds[-1]]
+        ap = first[kinds[-1]]["AP"]["mean"]
+        return f"{first['model']} reaches {word} AP {ap:.1f}; there is nothing to compare it with."
+    several = len({gap["images_per_batch"] for gap in differences}) > 1
     told = []
-    for model in others:
-        gain = model["bbox"]["AP"] - baseline["bbox"]["AP"]
-        side = f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'}"
-        told.append(f"{model['model']} reaches {model['bbox']['AP']:.1f}, {side} it")
-    return f"{baseline['model']} reaches box AP {baseline['bbox']['AP']:.1f}; {'; '.join(told)}."
+    for norm, images in dict.fromkeys((g["norm"], g["images_per_batch"]) for g in differences):
+        mine = [g for g in differences if (g["norm"], g["images_per_batch"]) == (norm, images)]
+        at = f"at {images} a batch " * several
+        told.append(f"{at}{norm} against {mine[0]['baseline']}: {', '.join(map(_verdict, mine))}")
+    seeds = len(differences[0]["seeds"])
+    over = f"over {seeds} seeds" if seeds > 1 else "for one seed, so of the pictures alone"
+    sentence = "; ".join(told)
+    return f"{sentence[0].upper()}{sentence[1:]} (95% intervals {over})."
 
 
-def _pictures(runs: Sequence[Run], annotations: Path, images: Path) -> list[dict[str, Any]]:
-    """Rows of pictures: the ground truth, then each model's detections, as data URIs."""
-    truth = load_coco(annotations)
-    found = {run.name: json.loads(run.detections.read_text()) for run in runs}
-    busy = [i for i in truth.getImgIds() if len(truth.getAnnIds(i, iscrowd=False)) >= 3]
+def _verdict(gap: Mapping[str, Any]) -> str:
+    interval = f"{gap['low']:+.1f} to {gap['high']:+.1f}".replace("-", "−")
+    if not gap["seen"]:
+        return f"no difference seen in {gap['of']} AP ({interval})"
+    side = "higher" if gap["mean"] > 0 else "lower"
+    return f"{gap['of']} AP {abs(gap['mean']):.1f} {side} ({interval})"
+
+
+def _pictures(
+    runs: Sequence[Run], matches: Mapping[Run, ImageMatches], truth: COCO, images: Path
+) -> list[dict[str, Any]]:
+    """The pictures on which norms differ most: ground truth, then detections, as data URIs."""
+    first = runs[0].images_per_batch
+    mine = [run for run in runs if run.images_per_batch == first]
+    ids = matches[runs[0]].image_ids[:NUM_SEARCHED]
+    alone = np.eye(len(matches[runs[0]].image_ids))[: len(ids)]
+    shown = {}
+    scores = []
+    for norm in dict.fromkeys(run.norm for run in mine):
+        same = [run for run in mine if run.norm == norm]
+        scores.append(np.mean([matches[run].resampled_ap(alone) for run in same], axis=0))
+        shown[norm] = json.loads(same[0].detections.read_text())
+    gaps = np.nan_to_num(np.ptp(np.array(scores), axis=0), nan=-1.0)
     rows = []
-    for image_id in busy[:NUM_PICTURES]:
-        picture = images / truth.imgs[image_id]["file_name"]
-        objects = {"ground truth": truth.imgToAnns[image_id]}
-        for name, detections in found.items():
-            objects[name] = [
-                d for d in detections if d["image_id"] == image_id and d["score"] >= MIN_SCORE
+    for i in np.argsort(-gaps, kind="stable")[:NUM_PICTURES]:
+        number = int(ids[i])
+        entry = truth.imgs[number]
+        objects = {"ground truth": truth.imgToAnns[number]}
+        for norm, found in shown.items():
+            objects[norm] = [
+                d for d in found if d["image_id"] == number and d["score"] >= MIN_SCORE
             ]
-        cells = {name: data_uri(draw(picture, shown, truth)) for name, shown in objects.items()}
-        rows.append({"name": picture.name, "cells": cells})
+        cells = {
+            name: data_uri(draw(read_picture(images / entry["file_name"]), found, truth))
+            for name, found in objects.items()
+        }
+        rows.append({"name": Path(entry.get("listed_as", entry["file_name"])).name, "cells": cells})
     return rows

@@ -65,12 +65,14 @@ def test_results(demo):
     results = json.loads((output / "results.json").read_text())
     assert [m["model"] for m in results["models"]] == ["BN*", "GN", "BN"]
     for model, name in zip(results["models"], MODELS, strict=True):
-        assert set(model["bbox"]) == set(model["segm"]) == set(STATS)
-        assert model["config_file"] == f"configs/Shapes/{name}.yaml"
-        assert (ROOT / model["config_file"]).is_file()
+        assert set(model["bbox"]) == set(model["segm"]) == {*STATS, "classes"}
+        config = f"configs/Shapes/{name}.yaml"
+        assert f"{model['model']}: {config}" in results["facts"]["configs"]
+        assert (ROOT / config).is_file()
         assert model["seconds_per_iteration"] > 0 and model["peak_memory_mib"] > 100
-        assert model["seed"] == 0 and set(model["versions"]) >= {"torch", "detectron2"}
         assert model["parameters"]["trainable"] > 1_000_000
+    for run in results["runs"]:
+        assert run["seed"] == 0 and set(run["versions"]) >= {"torch", "detectron2"}
     # gamma and beta train under GN, and are frozen buffers under BN*
     frozen, gn, _ = (m["parameters"] for m in results["models"])
     assert gn["trainable"] > frozen["trainable"]
@@ -79,23 +81,23 @@ def test_results(demo):
 def test_report_is_one_whole_file(demo):
     output, _ = demo
     page = (output / "report.html").read_text()
-    assert page.count("<svg") == page.count("</svg>") == 1
+    assert page.count("<svg") == page.count("</svg>") == 3, "loss, box AP and mask AP"
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page), "nothing from elsewhere"
     results = json.loads((output / "results.json").read_text())
     pictures = len(re.findall(r'<img src="data:image/jpeg;base64,', page))
     assert pictures % 4 == 0 and pictures > 0, "ground truth and three models"
     text = (output / "report.md").read_text()
     for model in results["models"]:
-        row = f"| {model['model']} | {model['where']} | {model['bbox']['AP']:.1f} |"
-        assert row in text
-        assert f"{model['bbox']['AP']:.1f}" in page
+        ap = f"{model['bbox']['AP']['mean']:.1f}"
+        assert f"| {model['model']} | {model['where']} | 1 | {ap} |" in text
+        assert ap in page
 
 
 def test_other_settings_are_refused(demo):
     output, _ = demo
     done = command("tools/demo.py", "--output-dir", output, *OPTS, "SOLVER.BASE_LR", 0.1)
     assert done.returncode == 1
-    assert re.fullmatch(rf"error: {output} holds a demo with other settings .*\n", done.stderr)
+    assert re.fullmatch(rf"error: {output} was begun with other settings .*\n", done.stderr)
 
 
 def test_output_that_cannot_be_written():

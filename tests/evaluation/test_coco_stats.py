@@ -6,6 +6,8 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from detectron2.data import DatasetCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
@@ -18,6 +20,7 @@ def evaluated(shapes, tmp_path_factory) -> tuple[OrderedDict, dict]:
     """Ground truth, shifted, half of it wrongly named: Detectron2's numbers, and ours."""
     output = tmp_path_factory.mktemp("inference")
     truth = COCO(str(shapes / "instances_val.json"))
+    DatasetCatalog.get("shapes_val")  # so that the classes have names
     evaluator = COCOEvaluator("shapes_val", tasks=("bbox", "segm"), output_dir=str(output))
     evaluator.reset()
     rng = np.random.default_rng(0)
@@ -43,7 +46,10 @@ def evaluated(shapes, tmp_path_factory) -> tuple[OrderedDict, dict]:
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 def test_equal_to_detectron2(evaluated, kind):
     theirs, ours = evaluated
-    assert list(ours[kind]) == list(STATS)
+    assert list(ours[kind]) == [*STATS, "classes"]
+    for name, ap in ours[kind]["classes"].items():
+        expected = theirs[kind][f"AP-{name}"]
+        assert ap is None if np.isnan(expected) else ap == pytest.approx(expected)
     for name in PRECISIONS:
         expected = theirs[kind][name]
         if np.isnan(expected):
@@ -79,3 +85,23 @@ def test_perfect_and_empty(shapes, tmp_path):
         for kind in ("bbox", "segm"):
             assert stats[kind]["AP"] == stats[kind]["AR100"] == pytest.approx(expected)
             assert stats[kind]["AP75"] == pytest.approx(expected)
+
+
+FIXTURE = ROOT.parent / "shared/data/cocoeval_fixture"
+
+
+@pytest.mark.skipif(not FIXTURE.is_dir(), reason=f"{FIXTURE} is not here")
+def test_known_results(tmp_path):
+    """COCO's own example detections, whose AP is published."""
+    path = FIXTURE / "instances_val2014_100.json"
+    masks = coco_stats(path, FIXTURE / "instances_val2014_fakesegm100_results.json")
+    assert masks["segm"]["AP"] == pytest.approx(31.9545, abs=1e-4)
+    truth = json.loads(path.read_text())
+    for annotation in truth["annotations"]:
+        del annotation["segmentation"]
+    (tmp_path / "boxes.json").write_text(json.dumps(truth))
+    boxes = coco_stats(
+        tmp_path / "boxes.json", FIXTURE / "instances_val2014_fakebbox100_results.json"
+    )
+    assert list(boxes) == ["bbox"], "nothing to measure masks on"
+    assert boxes["bbox"]["AP"] == pytest.approx(50.4581, abs=1e-4)

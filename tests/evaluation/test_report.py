@@ -1,6 +1,7 @@
-"""What a report says of runs: folders made for it; tests/engine/test_demo.py has real ones."""
+"""What a report says of runs: folders made for it; tests/engine has real ones."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,50 +19,201 @@ LINES = [
 ]
 
 
-@pytest.fixture
-def runs(tmp_path, shapes) -> list[Run]:
-    """One model that finds everything, and one that finds nothing."""
-    truth = COCO(str(shapes / "instances_val.json"))
-    perfect = []
+def perfect(annotations: Path) -> list[dict]:
+    """Detections that are the ground truth."""
+    truth, found = COCO(str(annotations)), []
     for a in truth.anns.values():
         rle = truth.annToRLE(a)
         if isinstance(rle["counts"], bytes):
             rle = {**rle, "counts": rle["counts"].decode()}
         keys = {key: a[key] for key in ("image_id", "category_id", "bbox")}
-        perfect.append({**keys, "segmentation": rle, "score": 0.9})
-    found = {"all <of it>": perfect, "nothing": []}
-    for name, detections in found.items():
-        folder = tmp_path / name
-        (folder / "inference").mkdir(parents=True)
-        (folder / "metrics.json").write_text("\n".join(map(json.dumps, LINES)))
-        record = {"seed": 0, "device": "abacus", "parameters": {"trainable": 1234, "frozen": 5}}
-        record |= {"versions": {"torch": "2"}, "git_commit": None}
-        (folder / "run.json").write_text(json.dumps(record))
-        (folder / "inference/coco_instances_results.json").write_text(json.dumps(detections))
-    return [Run(name, "somewhere", f"{name}.yaml", tmp_path / name) for name in reversed(found)]
+        found.append({**keys, "segmentation": rle, "score": 0.9})
+    return found
+
+
+def make_run(folder: Path, norm: str, images: int, seed: int, detections: list[dict]) -> Run:
+    """What a training leaves."""
+    (folder / "inference").mkdir(parents=True)
+    (folder / "metrics.json").write_text("\n".join(map(json.dumps, LINES)))
+    record = {"seed": seed, "device": "abacus", "parameters": {"trainable": 1234, "frozen": 5}}
+    record |= {"versions": {"torch": "2"}, "git_commit": None}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "inference/coco_instances_results.json").write_text(json.dumps(detections))
+    return Run(norm, images, seed, folder, "somewhere")
+
+
+@pytest.fixture
+def runs(tmp_path, shapes) -> list[Run]:
+    """One model that finds nothing, and one that finds everything."""
+    found = {"nothing": [], "all <of it>": perfect(shapes / "instances_val.json")}
+    return [make_run(tmp_path / norm, norm, 2, 0, found[norm]) for norm in found]
+
+
+ABOUT = {"title": "T", "text": "Text.", "facts": {"command": "do it", "noticed": ["<one>", "two"]}}
 
 
 def report(runs: list[Run], shapes: Path, output: Path) -> dict:
-    about = {"title": "T", "text": "Text.", "facts": {"validation pictures": 6}}
-    return write_report(runs, shapes / "instances_val.json", shapes / "images", output, about)
+    return write_report(runs, shapes / "instances_val.json", output, ABOUT)
 
 
 def test_numbers(runs, shapes, tmp_path):
     results = report(runs, shapes, tmp_path)
     assert results == json.loads((tmp_path / "results.json").read_text())
-    nothing, everything = results["models"]
+    nothing, everything = results["runs"]
     assert nothing["bbox"]["AP"] == nothing["segm"]["AR100"] == 0
     assert everything["bbox"]["AP"] == everything["segm"]["AP"] == pytest.approx(100)
     # the resumed 0.1 replaces the abandoned 9.0
     assert nothing["seconds_per_iteration"] == 0.2
     assert nothing["peak_memory_mib"] == 900
+    assert results["best"]["norm"] == "all <of it>"
+    truth = json.loads((shapes / "instances_val.json").read_text())
+    assert results["validation"]["pictures"] == len(truth["images"])
 
 
 def test_says_what_was_found(runs, shapes, tmp_path):
     report(runs, shapes, tmp_path)
-    sentence = "nothing reaches box AP 0.0; all <of it> reaches 100.0, 100.0 points above it."
+    sentence = (
+        "All <of it> against nothing: box AP 100.0 higher (+100.0 to +100.0), mask AP 100.0 higher "
+        "(+100.0 to +100.0) (95% intervals for one seed, so of the pictures alone)."
+    )
     assert sentence in (tmp_path / "report.md").read_text()
     page = (tmp_path / "report.html").read_text()
     assert sentence.replace("<of it>", "&lt;of it&gt;") in page
-    assert "<of it>" not in page, "escaped"
+    assert "<of it>" not in page and "<one>" not in page, "escaped"
     assert "abacus" in page and "1,234" in page
+
+
+def test_no_difference(shapes, tmp_path):
+    """Two models that find the same: the interval holds 0, and it is said."""
+    found = perfect(shapes / "instances_val.json")[::2]
+    runs = [make_run(tmp_path / norm, norm, 2, 0, found) for norm in ("one", "two")]
+    results = report(runs, shapes, tmp_path)
+    assert "no difference seen in box AP (+0.0 to +0.0)" in results["answer"]
+    assert not any(gap["seen"] for gap in results["differences"])
+
+
+@pytest.fixture
+def grid(tmp_path, shapes) -> list[Run]:
+    """Two norms, two batch sizes, two seeds; the more is found, the larger the batch and seed."""
+    truth = perfect(shapes / "instances_val.json")
+    runs = []
+    for seed in (0, 1):
+        for images in (1, 2):
+            for norm, missed in (("FrozenBN", 6), ("GN", 3)):
+                some = [d for i, d in enumerate(truth) if i % (missed * images + seed)]
+                folder = tmp_path / f"{norm}_{images}_{seed}"
+                runs.append(make_run(folder, norm, images, seed, some))
+    return runs
+
+
+def test_seeds_and_batches(grid, shapes, tmp_path):
+    """Means and deviations over seeds; differences at the same batch, over the same seeds."""
+    results = report(grid, shapes, tmp_path)
+    assert [m["model"] for m in results["models"]] == [
+        *("FrozenBN, 1 a batch", "GN, 1 a batch", "FrozenBN, 2 a batch", "GN, 2 a batch")
+    ]
+    entries = {(r["norm"], r["images_per_batch"], r["seed"]): r for r in results["runs"]}
+    for model in results["models"]:
+        key = model["norm"], model["images_per_batch"]
+        one, two = (entries[(*key, seed)]["segm"]["AP"] for seed in (0, 1))
+        assert model["segm"]["AP"]["mean"] == pytest.approx((one + two) / 2)
+        assert model["segm"]["AP"]["sd"] == pytest.approx(abs(one - two) / 2**0.5)
+    assert len(results["differences"]) == 4
+    for gap in results["differences"]:
+        images, kind = gap["images_per_batch"], {"box": "bbox", "mask": "segm"}[gap["of"]]
+        gaps = [
+            entries["GN", images, s][kind]["AP"] - entries["FrozenBN", images, s][kind]["AP"]
+            for s in (0, 1)
+        ]
+        assert gap["mean"] == pytest.approx(sum(gaps) / 2) and gap["low"] <= gap["mean"]
+    assert results["answer"].startswith("At 1 a batch GN against FrozenBN: ")
+    assert "; at 2 a batch GN against FrozenBN: " in results["answer"]
+    page = (tmp_path / "report.html").read_text()
+    # loss, box AP and mask AP over the training; box and mask AP by batch
+    assert page.count("<svg") == 5
+
+
+def test_unpaired_seeds(grid, shapes, tmp_path):
+    """After a failure the seeds that both have are compared."""
+    left = [run for run in grid if run.folder.name != "GN_1_1"]
+    results = report(left, shapes, tmp_path)
+    seeds = {(g["images_per_batch"], g["of"]): g["seeds"] for g in results["differences"]}
+    assert seeds == {(1, "box"): [0], (2, "box"): [0, 1], (1, "mask"): [0], (2, "mask"): [0, 1]}
+
+
+def test_boxes_alone(shapes, tmp_path):
+    """Nothing is said of masks where there are none."""
+    truth = json.loads((shapes / "instances_val.json").read_text())
+    for annotation in truth["annotations"]:
+        del annotation["segmentation"]
+    (tmp_path / "boxes.json").write_text(json.dumps(truth))
+    shutil.copytree(shapes / "images", tmp_path / "images")
+    found = [
+        {k: v for k, v in d.items() if k != "segmentation"}
+        for d in perfect(shapes / "instances_val.json")
+    ]
+    runs = [make_run(tmp_path / norm, norm, 2, 0, found) for norm in ("one", "two")]
+    write_report(runs, tmp_path / "boxes.json", tmp_path, ABOUT)
+    assert "mask" not in (tmp_path / "report.md").read_text()
+
+
+# In a real browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture
+def page(grid, shapes, tmp_path):
+    """The report in headless Chromium; what its console says fails the test."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    report(grid, shapes, tmp_path)
+    said = []
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900}, offline=True)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto((tmp_path / "report.html").as_uri())
+        yield page
+        browser.close()
+    assert not said
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+def test_in_a_browser(page):
+    """Every picture shows, tables sort by what is clicked, pictures open large and close."""
+    shown = "[...document.images].filter(i => i.alt).every(i => i.complete && i.naturalWidth > 0)"
+    assert page.evaluate(shown) and page.locator(".pictures img").count() >= 3
+    table = page.locator("table.sortable").first
+    column = 3  # box AP
+    head = table.locator("th").nth(column)
+    for direction in ("descending", "ascending"):
+        head.get_by_role("button").click()
+        assert head.get_attribute("aria-sort") == direction
+        cells = table.locator(f"tbody tr td:nth-child({column + 1})").all_inner_texts()
+        values = [float(cell.split()[0]) for cell in cells]
+        assert values == sorted(values, reverse=direction == "descending")
+        assert len(set(values)) > 1
+    small = page.locator(".pictures button").first
+    small.click()
+    dialog = page.locator("dialog")
+    assert dialog.is_visible()
+    width = "(image) => image.getBoundingClientRect().width"
+    large = dialog.locator("img").evaluate(width)
+    assert large > 1.5 * small.locator("img").evaluate(width)
+    page.keyboard.press("Escape")
+    assert not dialog.is_visible()
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+def test_on_a_phone_and_on_paper(page, tmp_path):
+    """Nothing but wide tables is wider than the screen, and these scroll by themselves."""
+    page.set_viewport_size({"width": 375, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    assert page.evaluate("[...document.querySelectorAll('svg')].every(s => s.clientWidth > 250)")
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 720, "height": 1000})
+    wide = "[...document.querySelectorAll('.wide')].filter(w => w.scrollWidth > w.clientWidth + 1)"
+    assert page.evaluate(f"{wide}.length") == 0, "paper cannot scroll"
+    page.pdf(path=tmp_path / "report.pdf", format="A4")
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")

@@ -1,0 +1,233 @@
+"""Would GN help on these pictures? Norms x batch sizes x seeds, trained alike, and their report.
+
+Every training is one of `tools/train_net.py`'s, in a process of its own. What is finished is kept:
+the same command goes on where it was interrupted, in the middle of a training too.
+"""
+
+import argparse
+import json
+import logging
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.logger import setup_logger
+
+from ..check import check_config
+from ..data.prepare import keys_of
+from ..errors import InputError, exit_on_input_error
+from ..evaluation.report import Run, write_report
+from .cells import (
+    DISTILL_STEPS,
+    NORM_KEYS,
+    Cell,
+    check_pairs,
+    find_weights,
+    norm_keys,
+    plan,
+    weight_keys,
+    where,
+)
+from .fit import (
+    DataSizes,
+    Proposal,
+    chosen,
+    pictures_seen,
+    propose_schedule,
+    propose_sizes,
+    unmatched_objects,
+)
+from .own_data import add_data_arguments, prepare_data
+from .recipe import describe_recipe
+from .run_cells import Comparison, run_cells
+from .run_record import RECORD
+from .train import check_machine, find_config, read_config
+
+BASE = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_4conv1fc.yaml"
+# What a config key looks like
+KEY = r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+"
+# Flag -> the keys that it decides
+DECIDED = {
+    "--norms": NORM_KEYS,
+    "--images-per-batch": ("SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE"),
+    "--budget": ("SOLVER.MAX_ITER", "SOLVER.STEPS"),
+    "--seeds": ("SEED",),
+    "--init": ("MODEL.WEIGHTS",),
+    "--output-dir": ("OUTPUT_DIR",),
+    "--train": ("DATASETS.TRAIN",),
+    "--val": ("DATASETS.TEST",),
+}
+
+
+def prepare_comparison(args: argparse.Namespace) -> Comparison:
+    """Look at the data, fit the recipe to it, and check every training that is to come.
+
+    Raises:
+        InputError: for anything that would train wrongly, or differ in more than the norm.
+    """
+    cells = plan(args.norms, args.images_per_batch, args.seeds)
+    refuse_decided(args.opts)
+    opts = ["MODEL.DEVICE", "cuda" if torch.cuda.is_available() else "cpu", *args.opts]
+    output, config = args.output_dir, find_config(args.base)
+    base = read_base(config, opts)
+    data = prepare_data(args, base, output / "data", (output / "runs").exists())
+    train = Path(data.train)
+    sizes = DataSizes.of(train)
+    recipes = fit_recipes(base, sizes, args, opts)
+    told = dict.fromkeys(f"{line}" for lines in recipes.values() for line in lines)
+    found = Comparison(output, config, data, proposals=list(told))
+    weights = initial_weights(args, base, train)
+    shared = keys_of(data, base)
+    for cell in cells:
+        keys = {
+            **shared,
+            **{proposal.key: proposal.value for proposal in recipes[cell.images]},
+            **norm_keys(cell.norm, base),
+            **weight_keys(weights[cell.norm]),
+            "SEED": cell.seed,
+            "OUTPUT_DIR": str(found.folder(cell).resolve()),
+        }
+        # What the user gives comes last, and counts
+        found.opts[cell] = [*(str(word) for pair in keys.items() for word in pair), *opts]
+        found.configs[cell] = read_base(config, found.opts[cell])
+        try:
+            check_config(found.configs[cell], num_gpus=1)
+        except InputError as error:
+            raise InputError(f"{cell}: {error}") from None
+    check_pairs(found.configs)
+    found.proposals += unmatched_objects(found.configs[cells[0]], sizes)
+    return found
+
+
+def fit_recipes(
+    base: CfgNode, sizes: DataSizes, args: argparse.Namespace, opts: Sequence[str]
+) -> dict[int, list[Proposal]]:
+    """What is made to fit the data, for each batch size; keys among `opts` are left to these."""
+    batches = args.images_per_batch
+    seen, why = pictures_seen(args.budget, len(sizes.pictures), max(batches))
+    shared = list(propose_sizes(base, sizes))
+    return {
+        batch: chosen([*shared, *propose_schedule(base, seen, batch, why)], opts)
+        for batch in batches
+    }
+
+
+def initial_weights(args: argparse.Namespace, base: CfgNode, train: Path) -> dict[str, str]:
+    """Where each norm starts, on files that are made from a BN backbone if need be."""
+    entries = json.loads(train.read_text())["images"]
+    pictures = [Path(entry["file_name"]) for entry in entries]
+    # A plan needs the file of a backbone, but not its quality
+    steps = 0 if args.check else DISTILL_STEPS
+    folder = args.output_dir / "backbones"
+    return find_weights(args.norms, args.init, base, pictures, folder, steps)
+
+
+def refuse_decided(opts: Sequence[str]) -> None:
+    """Refuse `KEY VALUE` pairs whose key a flag decides.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    if len(opts) % 2:
+        raise InputError(f"{opts[-1]} has no value: give KEY VALUE pairs")
+    for flag, keys in DECIDED.items():
+        if wrong := [key for key in opts[::2] if key in keys]:
+            raise InputError(f"{wrong[0]} differs between the trainings: give {flag} instead")
+
+
+def read_base(base: str, opts: Sequence[str]) -> CfgNode:
+    """The config of a file and `KEY VALUE` pairs."""
+    return read_config(argparse.Namespace(config_file=base, opts=list(opts)))
+
+
+def keep_best(found: Comparison, results: Mapping[str, Any]) -> Path:
+    """Copy the best model, with all that `DefaultPredictor` needs, to `OUTPUT/best`."""
+    best = found.output / "best"
+    source = Path(results["best"]["folder"])
+    best.mkdir(exist_ok=True)
+    for name in ("model_final.pth", RECORD):
+        shutil.copy2(source / name, best / name)
+    cfg = read_base(str(source / "config.yaml"), [])
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = str((best / "model_final.pth").resolve())
+    cfg.OUTPUT_DIR = str(best.resolve())
+    (best / "config.yaml").write_text(cfg.dump())
+    return best
+
+
+def report(found: Comparison, failed: Mapping[Cell, str], command: str) -> None:
+    """Write the report of all finished cells, and keep the best model."""
+    runs = [
+        Run(cell.norm, cell.images, cell.seed, found.folder(cell), where(cell.norm))
+        for cell in found.opts
+        if cell not in failed
+    ]
+    if not runs:
+        raise InputError("no training came to its end, so there is nothing to report")
+    noticed = [f"{name}: {line}" for name, lines in found.data.findings.items() for line in lines]
+    facts: dict[str, Any] = {"command": command, "recipe": [found.base, *found.proposals]}
+    facts["noticed in the data"] = noticed or ["nothing"]
+    if failed:
+        facts["failed"] = [f"{cell}: {why}" for cell, why in failed.items()]
+    title = " against ".join(dict.fromkeys(run.norm for run in runs))
+    about = {"title": title, "text": "", "facts": facts}
+    results = write_report(runs, Path(found.data.val), found.output, about)
+    print(f"\n{results['answer']}\n")
+    best = keep_best(found, results)
+    print(f"report      {found.output / 'report.html'}\nbest model  {best}")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_data_arguments(parser)
+    add = parser.add_argument
+    help_ = "of the backbone, or BACKBONE/HEADS; the first is the baseline"
+    add("--norms", nargs="+", default=["FrozenBN", "GN"], metavar="NORM", help=help_)
+    add("--images-per-batch", nargs="+", type=int, default=[2], metavar="N")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
+    add("--base", default=BASE, metavar="CONFIG", help=f"recipe of all (default {BASE})")
+    help_ = "initial weights, or NORM=WEIGHTS; a BN backbone is converted for GN"
+    add("--init", nargs="+", default=[], metavar="CHECKPOINT", help=help_)
+    help_ = "iterations of the largest batch, or epochs as 24epochs; by the number of pictures"
+    add("--budget", metavar="ITERS|EPOCHS", help=help_)
+    add("--num-gpus", type=int, default=1, metavar="N", help="trainings at once, one on each")
+    add("--output-dir", type=Path, default=Path("output/compare"), metavar="FOLDER")
+    add("--check", action="store_true", help="look at the data and print the plan, train nothing")
+    add("opts", nargs="*", help="KEY VALUE pairs, for every training")
+    words = list(sys.argv[1:] if argv is None else argv)
+    # Flags that take several values would take the first key for another
+    first = next((i for i, word in enumerate(words) if re.fullmatch(KEY, word)), len(words))
+    args = parser.parse_args([*words[:first], "--", *words[first:]])
+    if not args.train:
+        parser.error("--train JSON IMAGES is needed")
+    return args
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """The whole of `tools/compare.py`."""
+    args = parse(argv)
+    setup_logger(name="gn_det")
+    logging.getLogger("fvcore").setLevel(logging.WARNING)
+    with exit_on_input_error():
+        found = prepare_comparison(args)
+        print("\n".join(["", "made to fit", *(f"  {line}" for line in found.proposals)]))
+        if args.check:
+            for cell in found.opts:
+                if cell.seed == args.seeds[0]:
+                    print(f"\n{cell}\n\n{describe_recipe(found.configs[cell], 1)}")
+            return
+        check_machine(next(iter(found.configs.values())))
+        failed = run_cells(found, args.num_gpus)
+        command = shlex.join(["python", "tools/compare.py", *(argv or sys.argv[1:])])
+        report(found, failed, command)
+        if failed:
+            raise InputError(f"{len(failed)} of {len(found.opts)} trainings failed, see above")

@@ -1,0 +1,90 @@
+"""`--train` and `--val`: a COCO-format data set of one's own, for the tools that train on one."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from ..data.findings import refuse
+from ..data.prepare import Prepared, Source, keys_of, prepare, survey
+from ..errors import InputError
+from .fit import DataSizes, unmatched_objects
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name training and validation data."""
+    add = parser.add_argument
+    pair: dict[str, Any] = {"nargs": 2, "metavar": ("JSON", "IMAGES"), "type": Path}
+    add("--train", help="COCO-format annotations to train on, and their folder of pictures", **pair)
+    add("--val", help="the same to measure on; a part of --train by default", **pair)
+    help_ = "share of --train that is measured on, without --val (default 0.2)"
+    add("--val-fraction", type=float, metavar="F", help=help_)
+    help_ = "what must not be divided by that: a field of the JSON's images, or a regular "
+    help_ += "expression that finds the group in file_name"
+    add("--group-by", metavar="KEY", help=help_)
+
+
+def prepare_data(
+    args: argparse.Namespace, cfg: CfgNode, folder: Path, going_on: bool = False
+) -> Prepared:
+    """Look at the data that the flags name, say what was noticed, and write it to `folder`.
+
+    Args:
+        args: with the flags of `add_data_arguments`.
+        cfg: tells whether masks are wanted.
+        going_on: whether something has been trained on what `folder` holds.
+
+    Raises:
+        InputError: for data that would train wrongly, and flags that do not go together.
+    """
+    if args.val and (args.val_fraction is not None or args.group_by is not None):
+        raise InputError("--val-fraction and --group-by divide --train: leave out them, or --val")
+    options: dict[str, Any] = {"masks": cfg.MODEL.MASK_ON}
+    if not args.val:
+        options |= {
+            "val_fraction": 0.2 if args.val_fraction is None else args.val_fraction,
+            "group_by": args.group_by,
+        }
+    val = Source(*args.val) if args.val else None
+    prepared = prepare(Source(*args.train), val, folder, going_on=going_on, **options)
+    for name, findings in prepared.findings.items():
+        for finding in findings:
+            print(f"{name}: {finding}", flush=True)
+    return prepared
+
+
+def describe_data(cfg: CfgNode) -> Iterator[str]:
+    """What there is to notice in a config's data sets, as far as they are on this machine.
+
+    Raises:
+        InputError: for what would train or measure wrongly.
+    """
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        metadata = MetadataCatalog.get(name)
+        path = Path(metadata.get("json_file") or "")
+        # What was prepared has been looked at
+        if path.is_file() and str(path) != name:
+            findings = survey(Source(path, Path(metadata.image_root)))
+            refuse({name: findings})
+            yield from (f"{name}: {finding}" for finding in findings)
+        if path.is_file() and name in cfg.DATASETS.TRAIN:
+            yield from (f"{name}: {line}" for line in unmatched_objects(cfg, DataSizes.of(path)))
+
+
+def data_opts(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
+    """`KEY VALUE` pairs that take the data of the flags; nothing without `--train`.
+
+    Raises:
+        InputError: as `prepare_data`, and for flags without `--train`.
+    """
+    if not args.train:
+        if args.val or args.val_fraction is not None or args.group_by is not None:
+            raise InputError("--val, --val-fraction and --group-by need --train JSON IMAGES")
+        return []
+    folder = Path(cfg.OUTPUT_DIR) / "data"
+    going_on = args.resume or args.eval_only
+    keys = keys_of(prepare_data(args, cfg, folder, going_on), cfg)
+    return [str(word) for pair in keys.items() for word in pair]

@@ -1,0 +1,143 @@
+"""What a trained model finds in pictures: drawn, and as COCO results.
+
+MODEL is the OUTPUT_DIR of a training, or a comparison's `best`. IMAGES are files or folders.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.engine import DefaultPredictor
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.modeling import build_model
+from PIL import Image
+from pycocotools.coco import COCO
+
+from ..checkpoint.checkpointer import StrictCheckpointer
+from ..data.picture_files import read_picture
+from ..data.pictures import SUFFIXES
+from ..errors import InputError, exit_on_input_error
+from ..evaluation.figures import MIN_SCORE, draw
+from ..files import write_whole
+from .run_record import RECORD
+from .train import check_machine, read_config
+
+
+class Predictor(DefaultPredictor):
+    """Detectron2's, with strict loading of its weights.
+
+    Args:
+        cfg: `MODEL.WEIGHTS` must fill all of the model.
+
+    Raises:
+        InputError: on weights that do not.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self.cfg = cfg
+        self.model = build_model(cfg).eval()
+        StrictCheckpointer(self.model, whole=True).load(cfg.MODEL.WEIGHTS)
+        self.aug = ResizeShortestEdge(
+            [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
+        )
+        self.input_format = cfg.INPUT.FORMAT
+
+
+def load_run(folder: Path, opts: Sequence[str]) -> tuple[CfgNode, list[dict[str, Any]]]:
+    """A finished training's config with its own weights, and its categories.
+
+    Args:
+        opts: `KEY VALUE` pairs that override the config.
+
+    Raises:
+        InputError: if the folder is none of a finished training.
+    """
+    for name in ("config.yaml", "model_final.pth", RECORD):
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{folder} has no {name}: give the OUTPUT_DIR of a training that came to its end"
+            )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    keys = ["MODEL.WEIGHTS", str(folder / "model_final.pth"), "MODEL.DEVICE", device]
+    config = str(folder / "config.yaml")
+    cfg = read_config(argparse.Namespace(config_file=config, opts=[*keys, *opts]))
+    categories = json.loads((folder / RECORD).read_text()).get("categories")
+    unnamed = [{"id": i, "name": f"class {i}"} for i in range(cfg.MODEL.ROI_HEADS.NUM_CLASSES)]
+    return cfg, categories or unnamed
+
+
+def find_pictures(paths: Sequence[Path]) -> list[Path]:
+    """The files among `paths`, and the pictures in the folders among them.
+
+    Raises:
+        InputError: for what does not exist, and if there is no picture at all.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path} does not exist")
+        inside = sorted(path.rglob("*")) if path.is_dir() else []
+        found += [p for p in inside if p.suffix.lower() in SUFFIXES] if path.is_dir() else [path]
+    if not found:
+        raise InputError(f"there are no pictures in {', '.join(map(str, paths))}")
+    return found
+
+
+def predict(
+    predictor: Predictor, pictures: Sequence[Path], categories: list[dict[str, Any]]
+) -> tuple[COCO, list[dict[str, Any]]]:
+    """Find the objects in pictures.
+
+    Returns:
+        the pictures, numbered from 1, and categories as pycocotools has them, and COCO results:
+        `image_id`, `category_id`, `bbox`, `score`, `segmentation` where the model has masks, and
+        `file_name`.
+    """
+    listed, results = COCO(), []
+    listed.dataset = {"images": [], "annotations": [], "categories": categories}
+    for number, path in enumerate(pictures, start=1):
+        image = read_picture(path)
+        # BGR whatever INPUT.FORMAT is, which is applied to it
+        found = predictor(np.ascontiguousarray(image[..., ::-1]))["instances"].to("cpu")
+        entry = {"id": number, "file_name": str(path)}
+        listed.dataset["images"].append(entry | {"height": len(image), "width": len(image[0])})
+        for result in instances_to_coco_json(found, number):
+            result["category_id"] = categories[result["category_id"]]["id"]
+            results.append({**result, "file_name": str(path)})
+    listed.createIndex()
+    return listed, results
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """The whole of `tools/predict.py`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="MODEL")
+    add("images", type=Path, nargs="+", metavar="IMAGES")
+    add("--output-dir", type=Path, default=Path("output/predictions"), metavar="FOLDER")
+    help_ = f"least score of what is drawn, from 0 to 1 (default {MIN_SCORE})"
+    add("--min-score", type=float, default=MIN_SCORE, metavar="S", help=help_)
+    add("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs")
+    args = parser.parse_args(argv)
+    with exit_on_input_error():
+        cfg, categories = load_run(args.model, args.opts)
+        check_machine(cfg)
+        pictures = find_pictures(args.images)
+        listed, results = predict(Predictor(cfg), pictures, categories)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        for number, path in enumerate(pictures, start=1):
+            mine = [r for r in results if r["image_id"] == number and r["score"] >= args.min_score]
+            target = args.output_dir / f"{number:05}_{path.stem}.jpg"
+            Image.fromarray(draw(read_picture(path), mine, listed)).save(target, quality=90)
+            print(f"{target}: {len(mine)} objects")
+        with write_whole(args.output_dir / "coco_instances_results.json") as file:
+            file.write(json.dumps(results) + "\n")
+        print(f"{args.output_dir / 'coco_instances_results.json'}: {len(results)} of any score")

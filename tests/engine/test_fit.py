@@ -1,0 +1,154 @@
+"""Recipes made to fit: against sizes and rates that are worked out by hand."""
+
+import json
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from torchvision.ops import box_iou
+
+from gn_det.engine.fit import (
+    DataSizes,
+    chosen,
+    pictures_seen,
+    propose_schedule,
+    propose_sizes,
+    unmatched_objects,
+)
+from gn_det.engine.train import read_config
+from gn_det.errors import InputError
+
+
+def config(name: str = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_gn.yaml"):
+    return read_config(Namespace(config_file=name, opts=[]))
+
+
+def sizes_of(side: int, objects: float, count: int = 40) -> DataSizes:
+    """Square pictures with one square object each."""
+    pictures = np.full((count, 2), float(side))
+    return DataSizes(pictures, np.full((count, 2), float(objects)), np.arange(count))
+
+
+def proposed(cfg, sizes: DataSizes) -> dict:
+    return {p.key: p.value for p in propose_sizes(cfg, sizes)}
+
+
+def share(cfg, sizes: DataSizes) -> float:
+    """Of the objects that no anchor meets."""
+    told = list(unmatched_objects(cfg, sizes))
+    return float(told[0].partition("%")[0]) / 100 if told else 0.0
+
+
+def test_pictures_as_large_as_cocos():
+    """Nothing has to change for what the recipe was made for."""
+    assert proposed(config(), sizes_of(1000, 100)) == {}
+
+
+def test_small_pictures_of_small_objects():
+    """256 pixels, objects of 20: enlarged until objects have 32, and the scale jitter with it."""
+    keys = proposed(config(), sizes_of(256, 20))
+    assert keys["INPUT.MIN_SIZE_TEST"] == 416  # 256 * 32 / 20 = 409.6, in steps of 32
+    assert keys["INPUT.MAX_SIZE_TEST"] == round(1333 * 416 / 800)
+    assert keys["INPUT.MIN_SIZE_TRAIN"] == tuple(
+        round(side * 416 / 800) for side in (640, 672, 704, 736, 768, 800)
+    )
+    # 20 * 416 / 256 = 32.5 pixels: the recipe's smallest anchor of 32 is right
+    assert "MODEL.ANCHOR_GENERATOR.SIZES" not in keys
+
+
+def test_tiny_objects():
+    """At most twice the pictures' own size, and anchors that meet what is still small."""
+    cfg = config()
+    sizes = sizes_of(256, 8)
+    keys = proposed(cfg, sizes)
+    assert keys["INPUT.MIN_SIZE_TEST"] == 512
+    assert keys["MODEL.ANCHOR_GENERATOR.SIZES"] == [[16], [32], [64], [128], [256]]
+    anchors = keys.pop("MODEL.ANCHOR_GENERATOR.SIZES")
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list([str(word) for pair in keys.items() for word in pair])
+    assert share(cfg, sizes) == 1
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = anchors
+    assert share(cfg, sizes) == 0
+
+
+def test_unmatched_objects():
+    """As Detectron2's own anchors overlap, once its own transform has resized the picture."""
+    cfg = config("Shapes/mask_rcnn_R_18_FPN_gn.yaml")
+    rng = np.random.default_rng(0)
+    objects = rng.uniform(2, 300, (200, 2))
+    pictures = rng.uniform(300, 600, (200, 2)).round()
+    found = share(cfg, DataSizes(pictures, objects, np.arange(200)))
+    sizes, ratios = (cfg.MODEL.ANCHOR_GENERATOR[key] for key in ("SIZES", "ASPECT_RATIOS"))
+    cells = DefaultAnchorGenerator(
+        sizes=sizes, aspect_ratios=ratios, strides=[4, 8, 16, 32, 64]
+    ).cell_anchors
+    anchors = torch.cat(list(cells))
+    unmatched = 0
+    for (width, height), (w, h) in zip(pictures.astype(int), objects, strict=True):
+        resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+        transform = resize.get_transform(np.zeros((height, width, 3), dtype=np.uint8))
+        box = transform.apply_box(np.array([[0, 0, w, h]]))[0]
+        (x, y) = box[2:] / 2
+        centred = torch.tensor([[-x, -y, x, y]], dtype=torch.float32)
+        unmatched += bool(box_iou(centred, anchors).max() < 0.5)
+    assert found == pytest.approx(unmatched / 200, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("budget", "pictures", "seen"),
+    [
+        ("24epochs", 100, 2400),
+        ("2.5e", 100, 250),
+        ("500", 100, 2000),
+        (None, 2800, 12 * 2800),
+        (None, 100_000, 1_200_000),
+        (None, 175, 48 * 175),
+    ],
+)
+def test_budget(budget, pictures, seen):
+    assert pictures_seen(budget, pictures, largest_batch=4)[0] == seen
+
+
+@pytest.mark.parametrize("budget", ["", "0", "0epochs", "-5", "5 days", "nan"])
+def test_no_budget(budget):
+    with pytest.raises(InputError, match=r"--budget .*: give iterations, as 5000, or epochs"):
+        pictures_seen(budget, 100, 4)
+
+
+def test_schedule():
+    """Pictures seen are equal, the rate is linear in the batch, steps keep their places."""
+    cfg = config()  # 16 images, rate 0.02, 90000 iterations, steps at 60000 and 80000
+    keys = {}
+    for batch in (1, 4):
+        keys[batch] = {p.key: p.value for p in propose_schedule(cfg, 9000, batch, "")}
+        assert keys[batch]["SOLVER.MAX_ITER"] * batch == 9000
+    assert keys[1]["SOLVER.BASE_LR"] == pytest.approx(0.02 / 16)
+    assert keys[4]["SOLVER.BASE_LR"] == pytest.approx(0.02 / 4)
+    assert keys[4]["SOLVER.STEPS"] == (1500, 2000)
+    assert keys[4]["SOLVER.WARMUP_ITERS"] == 225 and keys[1]["SOLVER.WARMUP_ITERS"] == 900
+    assert keys[4]["SOLVER.REFERENCE_WORLD_SIZE"] == 0
+
+
+def test_what_is_given_counts():
+    proposals = list(propose_sizes(config(), sizes_of(256, 20)))
+    left = chosen(proposals, ["INPUT.MIN_SIZE_TEST", "300"])
+    assert {p.key for p in proposals} - {p.key for p in left} == {"INPUT.MIN_SIZE_TEST"}
+
+
+def test_sizes_of_a_file(tmp_path):
+    """Crowds and pictures without objects do not count."""
+    entry = {"width": 10, "height": 20}
+    boxes = [(1, [0, 0, 3, 4], 0), (1, [0, 0, 9, 9], 1), (3, [1, 1, 5, 6], 0)]
+    content = {
+        "images": [{"id": number, **entry} for number in (1, 2, 3)],
+        "annotations": [{"image_id": i, "bbox": box, "iscrowd": c} for i, box, c in boxes],
+    }
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    sizes = DataSizes.of(tmp_path / "train.json")
+    assert sizes.pictures.tolist() == [[10, 20]] * 2
+    assert sizes.objects.tolist() == [[3, 4], [5, 6]] and sizes.owners.tolist() == [0, 1]
+    assert sizes.resized(20, 30).tolist() == [[4.5, 6], [7.5, 9]]
