@@ -144,6 +144,12 @@ def test_own_data(checkout, shapes):
     assert "output/data/train.json: " in run(f"{train} --check", checkout)
 
 
+def test_replicate(checkout):
+    """tests/tools/test_replicate.py has its trainings; they would take an hour."""
+    (command,) = commands("python tools/replicate.py")
+    assert "--profile {cpu,gpu}" in run(command, checkout, "--help")
+
+
 def test_predict(checkout):
     """A model as a comparison leaves it."""
     best = checkout / "output/compare/best"

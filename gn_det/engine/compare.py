@@ -12,6 +12,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 
 from ..check import check_config
-from ..data.prepare import keys_of
+from ..data.prepare import Prepared, keys_of
 from ..errors import InputError, exit_on_input_error
 from ..evaluation.report import Run, write_report
 from .cells import (
@@ -45,9 +46,9 @@ from .fit import (
 )
 from .own_data import add_data_arguments, prepare_data
 from .recipe import describe_recipe
-from .run_cells import Comparison, run_cells
 from .run_record import RECORD
 from .train import check_machine, find_config, read_config
+from .trainings import Training, run_trainings
 
 BASE = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_4conv1fc.yaml"
 # What a config key looks like
@@ -63,6 +64,21 @@ DECIDED = {
     "--train": ("DATASETS.TRAIN",),
     "--val": ("DATASETS.TEST",),
 }
+
+
+@dataclass
+class Comparison:
+    """All that is decided before the first training.
+
+    Args:
+        cells: what is trained, and how.
+        proposals: what was made to fit, in words.
+    """
+
+    output: Path
+    data: Prepared
+    cells: dict[Cell, Training] = field(default_factory=dict)
+    proposals: list[str] = field(default_factory=list)
 
 
 def prepare_comparison(args: argparse.Namespace) -> Comparison:
@@ -81,7 +97,7 @@ def prepare_comparison(args: argparse.Namespace) -> Comparison:
     sizes = DataSizes.of(train)
     recipes = fit_recipes(base, sizes, args, opts)
     told = dict.fromkeys(f"{line}" for lines in recipes.values() for line in lines)
-    found = Comparison(output, config, data, proposals=list(told))
+    found = Comparison(output, data, proposals=list(told))
     weights = initial_weights(args, base, train)
     shared = keys_of(data, base)
     for cell in cells:
@@ -91,17 +107,18 @@ def prepare_comparison(args: argparse.Namespace) -> Comparison:
             **norm_keys(cell.norm, base),
             **weight_keys(weights[cell.norm]),
             "SEED": cell.seed,
-            "OUTPUT_DIR": str(found.folder(cell).resolve()),
+            "OUTPUT_DIR": str((output / "runs" / cell.folder).resolve()),
         }
         # What the user gives comes last, and counts
-        found.opts[cell] = [*(str(word) for pair in keys.items() for word in pair), *opts]
-        found.configs[cell] = read_base(config, found.opts[cell])
+        words = (*(str(word) for pair in keys.items() for word in pair), *opts)
+        training = Training(str(cell), Path(keys["OUTPUT_DIR"]), config, words)
+        found.cells[cell] = training
         try:
-            check_config(found.configs[cell], num_gpus=1)
+            check_config(training.cfg, num_gpus=1)
         except InputError as error:
             raise InputError(f"{cell}: {error}") from None
-    check_pairs(found.configs)
-    found.proposals += unmatched_objects(found.configs[cells[0]], sizes)
+    check_pairs({cell: training.cfg for cell, training in found.cells.items()})
+    found.proposals += unmatched_objects(found.cells[cells[0]].cfg, sizes)
     return found
 
 
@@ -161,20 +178,21 @@ def keep_best(found: Comparison, results: Mapping[str, Any]) -> Path:
     return best
 
 
-def report(found: Comparison, failed: Mapping[Cell, str], command: str) -> None:
+def report(found: Comparison, failed: Mapping[str, str], command: str) -> None:
     """Write the report of all finished cells, and keep the best model."""
     runs = [
-        Run(cell.norm, cell.images, cell.seed, found.folder(cell), where(cell.norm))
-        for cell in found.opts
-        if cell not in failed
+        Run(cell.norm, cell.images, cell.seed, training.folder, where(cell.norm))
+        for cell, training in found.cells.items()
+        if training.name not in failed
     ]
     if not runs:
         raise InputError("no training came to its end, so there is nothing to report")
     noticed = [f"{name}: {line}" for name, lines in found.data.findings.items() for line in lines]
-    facts: dict[str, Any] = {"command": command, "recipe": [found.base, *found.proposals]}
+    base = next(iter(found.cells.values())).config_file
+    facts: dict[str, Any] = {"command": command, "recipe": [base, *found.proposals]}
     facts["noticed in the data"] = noticed or ["nothing"]
     if failed:
-        facts["failed"] = [f"{cell}: {why}" for cell, why in failed.items()]
+        facts["failed"] = [f"{name}: {why}" for name, why in failed.items()]
     title = " against ".join(dict.fromkeys(run.norm for run in runs))
     about = {"title": title, "text": "", "facts": facts}
     results = write_report(runs, Path(found.data.val), found.output, about)
@@ -221,13 +239,14 @@ def run(argv: Sequence[str] | None = None) -> None:
         found = prepare_comparison(args)
         print("\n".join(["", "made to fit", *(f"  {line}" for line in found.proposals)]))
         if args.check:
-            for cell in found.opts:
+            for cell, training in found.cells.items():
                 if cell.seed == args.seeds[0]:
-                    print(f"\n{cell}\n\n{describe_recipe(found.configs[cell], 1)}")
+                    print(f"\n{cell}\n\n{describe_recipe(training.cfg, 1)}")
             return
-        check_machine(next(iter(found.configs.values())))
-        failed = run_cells(found, args.num_gpus)
+        trainings = list(found.cells.values())
+        check_machine(trainings[0].cfg)
+        failed = run_trainings(trainings, args.output_dir, max(args.num_gpus, 1))
         command = shlex.join(["python", "tools/compare.py", *(argv or sys.argv[1:])])
         report(found, failed, command)
         if failed:
-            raise InputError(f"{len(failed)} of {len(found.opts)} trainings failed, see above")
+            raise InputError(f"{len(failed)} of {len(trainings)} trainings failed, see above")

@@ -7,7 +7,7 @@ folder says that it is done; a demo that was interrupted goes on from there.
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,11 +15,10 @@ import torch
 from ..data import make_shapes
 from ..errors import InputError, exit_on_input_error
 from ..evaluation.report import Run, write_report
-from ..model_zoo import CONFIG_ROOT
+from ..model_zoo import get_config_file
 from .pretrain import CHECKPOINT
 from .run_record import RECORD
-from .steps import Launcher, refuse_other_config
-from .train import read_config
+from .trainings import Training, run_trainings
 
 TITLE = "BN* against GN: the demo"
 TEXT = (
@@ -65,46 +64,34 @@ class Demo:
         if not self.shapes.exists():
             self.say("drawing the data set `shapes`")
             make_shapes(self.shapes)
-        for pretraining in PRETRAININGS:
-            self.step("pretrain", pretraining, "", CHECKPOINT)
-        runs = []
-        for name, where, config, pretraining in MODELS:
+        pretrainings = [self.training(name, "pretrain", CHECKPOINT) for name in PRETRAININGS]
+        tunings = []
+        for _, _, config, pretraining in MODELS:
             weights = str(self.output / pretraining / CHECKPOINT)
-            self.step("train", config, weights, RECORD)
-            cfg = read_config(self.arguments(config))
-            folder = self.output / config
-            runs.append(Run(name, cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, folder, where))
-        self.report(runs)
+            tunings.append(self.training(config, "train", RECORD, weights))
+        environment = {"DETECTRON2_DATASETS": str(self.shapes.parent)}
+        for trainings in (pretrainings, tunings):
+            for failure in run_trainings(trainings, self.output, 1, environment).values():
+                raise InputError(failure)
+        self.report(
+            Run(name, t.cfg.SOLVER.IMS_PER_BATCH, t.cfg.SEED, t.folder, where)
+            for (name, where, *_), t in zip(MODELS, tunings, strict=True)
+        )
 
-    def arguments(self, config: str, weights: str = "") -> argparse.Namespace:
-        """Detectron2's arguments for a config of `Shapes`."""
-        path = str(CONFIG_ROOT / "Shapes" / f"{config}.yaml")
+    def training(self, config: str, module: str, product: str, weights: str = "") -> Training:
+        """A training of a config of `Shapes`."""
         keys = {
             "MODEL.DEVICE": self.device,
             "MODEL.WEIGHTS": weights,
             "OUTPUT_DIR": str(self.output / config),
         }
-        opts = [word for pair in keys.items() for word in pair]
-        return argparse.Namespace(config_file=path, opts=[*opts, *self.opts])
-
-    def step(self, module: str, config: str, weights: str, product: str) -> None:
-        """Run `gn_det.engine.<module>` on a config of `Shapes`, unless its product is there."""
-        folder = self.output / config
-        arguments = self.arguments(config, weights)
-        refuse_other_config(folder, read_config(arguments), self.output)
-        if (folder / product).exists():
-            return self.say(f"{config} is finished already")
-        self.say(config)
-        command = ["--config-file", arguments.config_file, "--resume", *arguments.opts]
-        environment = {"DETECTRON2_DATASETS": str(self.shapes.parent)}
-        Launcher().launch(module, command, folder, self.show, environment)
-
-    def show(self, progress: str) -> None:
-        print(f"    {progress}", flush=True)
+        opts = (*(word for pair in keys.items() for word in pair), *self.opts)
+        path = get_config_file(f"Shapes/{config}.yaml")
+        return Training(config, self.output / config, path, opts, module, product)
 
     def facts(self) -> dict[str, str | int | list[str]]:
         """What the report tells of the data and the schedules."""
-        cfg = read_config(self.arguments(MODELS[0][2]))
+        cfg = self.training(MODELS[0][2], "train", RECORD).cfg
         facts: dict[str, str | int | list[str]] = {}
         for split, name in (("train", "training pictures"), ("val", "validation pictures")):
             truth = json.loads((self.shapes / f"instances_{split}.json").read_text())
@@ -121,11 +108,11 @@ class Demo:
         ]
         return facts
 
-    def report(self, runs: list[Run]) -> None:
+    def report(self, runs: Iterable[Run]) -> None:
         """Write the report and show its table."""
         self.say("writing the report")
         about = {"title": TITLE, "text": TEXT, "facts": self.facts()}
-        results = write_report(runs, self.shapes / "instances_val.json", self.output, about)
+        results = write_report(list(runs), self.shapes / "instances_val.json", self.output, about)
         for model in results["models"]:
             box, mask = (model[kind]["AP"]["mean"] for kind in ("bbox", "segm"))
             print(f"    {model['model']:4} box AP {box:5.1f}   mask AP {mask:5.1f}")

@@ -47,7 +47,7 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode) -> None:
         self.check_architecture(cfg)
-        check_config(cfg)
+        self.check_recipe(cfg)
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
         # As Detectron2 does for its own logger, where `setup` was not called
         if not logging.getLogger("gn_det").isEnabledFor(logging.INFO):
@@ -63,6 +63,11 @@ class Trainer(DefaultTrainer):
         """
         if is_pretraining(cfg):
             raise InputError("this config pretrains a classifier: run tools/pretrain_net.py")
+
+    @classmethod
+    def check_recipe(cls, cfg: CfgNode, num_gpus: int | None = None) -> None:
+        """Refuse a config that would train wrongly, as `gn_det.check_config` does."""
+        check_config(cfg, num_gpus)
 
     @classmethod
     def check_inputs(cls, cfg: CfgNode, eval_only: bool) -> None:
@@ -204,7 +209,7 @@ def run(argv: Sequence[str] | None = None, trainer_class: type[Trainer] = Traine
         trainer_class.check_architecture(cfg)
         num_gpus = max(args.num_gpus * args.num_machines, 1)
         if not args.eval_only:
-            check_config(cfg, num_gpus)
+            trainer_class.check_recipe(cfg, num_gpus)
         elif problems := list(check_weights(cfg)):
             raise ConfigError(problems)
         if args.check:

@@ -13,11 +13,11 @@ import torch
 from conftest import ROOT, TINY, command, hear_interrupts
 from detectron2.engine import DefaultPredictor
 
-import gn_det.engine.run_cells as run_cells_module
+import gn_det.engine.trainings as trainings_module
 from gn_det.engine.cells import Cell, check_pairs, find_weights, norm_keys, plan, published
 from gn_det.engine.compare import parse, prepare_comparison, read_base
 from gn_det.engine.predict import load_run
-from gn_det.engine.run_cells import run_cells
+from gn_det.engine.trainings import run_trainings
 from gn_det.errors import InputError
 from gn_det.evaluation.coco_stats import coco_stats
 
@@ -131,7 +131,7 @@ def test_other_settings_are_refused(compared, shapes):
     output, _ = compared
     done = command("tools/compare.py", *words(shapes, output), "SOLVER.BASE_LR", "0.001")
     assert done.returncode == 1
-    assert "was begun with other settings" in done.stdout
+    assert "was begun with other settings" in done.stderr
     assert (output / "results.json").exists(), "what was written stays"
 
 
@@ -151,11 +151,11 @@ def test_one_failure_does_not_lose_the_others(shapes, tmp_path, monkeypatch, cap
         if folder.name == "GN_1_seed0":
             raise InputError("out of memory")
 
-    monkeypatch.setattr(run_cells_module.Launcher, "launch", launch)
-    failed = run_cells(found, num_gpus=2)
-    assert {str(cell): why for cell, why in failed.items()} == {
-        "GN, 1 a batch, seed 0": "out of memory"
-    }
+    monkeypatch.setattr(trainings_module.Launcher, "launch", launch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    failed = run_trainings(list(found.cells.values()), tmp_path, at_once=2)
+    assert failed == {"GN, 1 a batch, seed 0": "out of memory"}
     assert len(seen) == 4 and {gpu for _, gpu in seen} == {"0", "1"}
     printed = capsys.readouterr().out
     assert "GN, 1 a batch, seed 0 FAILED, the others go on: out of memory" in printed
@@ -166,8 +166,9 @@ def test_one_failure_does_not_lose_the_others(shapes, tmp_path, monkeypatch, cap
 
 def test_batches_see_equally_many_pictures(shapes, tmp_path):
     found = comparison(shapes, tmp_path, "--images-per-batch", "1", "2")
-    assert len(found.configs) == 4
-    for cell, cfg in found.configs.items():
+    assert len(found.cells) == 4
+    for cell, training in found.cells.items():
+        cfg = training.cfg
         assert cfg.SOLVER.IMS_PER_BATCH == cell.images
         assert cfg.SOLVER.MAX_ITER * cell.images == 12
         assert pytest.approx(0.02 * cell.images / 2) == cfg.SOLVER.BASE_LR
@@ -260,7 +261,7 @@ def test_bn_backbone_becomes_gn(shapes, tmp_path):
     save_backbone(build_backbone(cfg).bottom_up.state_dict(), cfg, tmp_path / "bn.pth")
     more = ["--norms", "FrozenBN", "GN", "--init", str(tmp_path / "bn.pth"), "--check"]
     found = comparison(shapes, tmp_path / "out", *more)
-    weights = {cell.norm: Path(cfg.MODEL.WEIGHTS) for cell, cfg in found.configs.items()}
+    weights = {cell.norm: Path(t.cfg.MODEL.WEIGHTS) for cell, t in found.cells.items()}
     assert weights["FrozenBN"] == tmp_path / "bn.pth"
     assert weights["GN"].parent == tmp_path / "out" / "backbones"
     made = weights["GN"].stat().st_mtime_ns

@@ -55,8 +55,8 @@ def demo(tmp_path_factory) -> tuple[Path, str]:
 def test_goes_on_from_what_is_finished(demo):
     _, printed = demo
     for name in ("pretrain_R_18_bn", "pretrain_R_18_gn", MODELS[0]):
-        assert f"{name} is finished already" in printed
-    assert f"{MODELS[2]} is finished" not in printed
+        assert f"{name}: finished already" in printed
+    assert f"{MODELS[2]}: finished" not in printed
     assert re.search(r"eta: \S+  iter: \d+  total_loss: ", printed)
 
 

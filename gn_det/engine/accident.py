@@ -1,0 +1,17 @@
+"""Training by a recipe that the checks refuse, to measure what the accident costs."""
+
+from detectron2.config import CfgNode
+
+from .train import Trainer, run
+
+
+class AccidentTrainer(Trainer):
+    """The trainer without its checks of the recipe."""
+
+    @classmethod
+    def check_recipe(cls, cfg: CfgNode, num_gpus: int | None = None) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    run(trainer_class=AccidentTrainer)
