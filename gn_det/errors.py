@@ -1,5 +1,6 @@
 """How a mistake in what the user gave ends: one sentence, exit code not 0, no traceback."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,3 +18,17 @@ def exit_on_input_error() -> Iterator[None]:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise `SystemExit` in the main thread, so that what was begun is put in order."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

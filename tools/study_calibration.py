@@ -57,6 +57,8 @@ CORE = (
 )
 MORE = (
     Model("GN distilled, stem and res2 trained", "distilled", freeze_at=0),
+    Model("GN distilled, 16 channels per group", "distilled", ("DIM_PER_GP", 16)),
+    Model("GN distilled, gamma and beta at 10 times the rate", "distilled", affine_rate=10.0),
     Model("GN calibrated, stem and res2 trained", "calibrated", freeze_at=0),
     Model("BN*, stem and res2 trained", "bn", freeze_at=0),
     Model("GN calibrated, 16 groups", "calibrated", ("NUM_GROUPS", 16)),

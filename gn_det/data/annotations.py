@@ -2,20 +2,19 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pycocotools.mask as coco_mask
-from shapely.geometry import Polygon
-
 from ..errors import InputError
 from .findings import Findings
+from .masks import area_of, bounds_of, clean_mask, is_number
 
 # COCO's evaluation counts no more detections in a picture
 CAP = 100
 LEFT_OUT = "they are left out"
+# Of all objects, that may look as if boxes were meant in another way before a training is stopped
+TOLERATED = 0.05
 
 
 def read_instances(path: Path) -> dict[str, Any]:
@@ -25,7 +24,7 @@ def read_instances(path: Path) -> dict[str, Any]:
         InputError: if it cannot be read, or is no such file.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -38,21 +37,25 @@ def read_instances(path: Path) -> dict[str, Any]:
 
 
 def inspect_ids(content: Mapping[str, list[dict]], found: Findings) -> None:
-    """Ids that are missing, used twice, or point nowhere.
+    """Ids and names that are missing, used twice, or point nowhere.
+
+    The annotations' own ids do not count: `clean_objects` gives them new ones.
 
     Args:
         content: of a COCO instances file.
         found: what is noticed goes in here.
     """
-    for key in ("images", "annotations", "categories"):
+    for key in ("images", "categories"):
         for number, count in Counter(_hashable(entry.get("id")) for entry in content[key]).items():
             if count > 1 or type(number) is not int:
                 then = "give each its own whole number"
                 found.add(f"ids of {key} that are missing, no number or twice", number, then, True)
-    for name, count in Counter(str(image.get("file_name")) for image in content["images"]).items():
-        if count > 1:
-            then = "list each picture once, with all of its objects"
-            found.add("file names that are listed more than once", name, then, True)
+    for key, field in (("images", "file_name"), ("categories", "name")):
+        names = [e.get(field) if _is_name(e.get(field)) else None for e in content[key]]
+        for name, count in Counter(names).items():
+            if count > 1 or name is None:
+                then = "give each its own text"
+                found.add(f"{field}s of {key} that are missing, no text or twice", name, then, True)
     pictures = {_hashable(image.get("id")) for image in content["images"]}
     categories = {_hashable(category.get("id")) for category in content["categories"]}
     for annotation in content["annotations"]:
@@ -65,12 +68,36 @@ def inspect_ids(content: Mapping[str, list[dict]], found: Findings) -> None:
             found.add("annotations of unknown categories", number, then, True)
 
 
+def inspect_annotation_ids(annotations: Sequence[dict], found: Findings) -> None:
+    """Ids that Detectron2 refuses, or that pycocotools takes for "nothing found".
+
+    Args:
+        annotations: that are used with the ids that they have.
+        found: what is noticed goes in here.
+    """
+    for number, count in Counter(_hashable(a.get("id")) for a in annotations).items():
+        if count > 1 or type(number) is not int or number < 1:
+            what = "ids of annotations that are missing, below 1, no number or twice"
+            then = "number them from 1, or give the file with --train or --val, which does"
+            found.add(what, number, then, True)
+
+
 def _hashable(value: object) -> object:
-    return value if isinstance(value, int | str) else repr(value)
+    return value if type(value) in (int, str) else repr(value)
+
+
+def _is_name(value: object) -> bool:
+    """Whether a value is a text that a file can be called."""
+    if not isinstance(value, str) or not value or "\0" in value:
+        return False
+    try:
+        return bool(value.encode("utf-8"))
+    except UnicodeEncodeError:
+        return False
 
 
 def clean_objects(
-    annotations: Iterable[dict], sizes: Mapping[int, tuple[int, int]], found: Findings
+    annotations: Sequence[dict], sizes: Mapping[int, tuple[int, int]], found: Findings
 ) -> Iterator[dict[str, Any]]:
     """The objects that can be trained on, with every key that training and evaluation read.
 
@@ -80,145 +107,73 @@ def clean_objects(
         found: what is noticed goes in here.
 
     Yields:
-        annotations with `bbox` inside the picture, `area` and `iscrowd`, and `segmentation` if
-        there is one.
+        annotations, numbered from 1, with `bbox` inside the picture, `area` and `iscrowd`, and
+        `segmentation` if there is one.
     """
-    for annotation in annotations:
+    tiny, apart = [], []
+    for number, annotation in enumerate(annotations, start=1):
         if annotation["image_id"] not in sizes:
             continue
         width, height = sizes[annotation["image_id"]]
-        box = clean_box(annotation, width, height, found)
+        shown = annotation.get("id", f"the {number}th")
+        box = clean_box(annotation, shown, width, height, found)
         if box is None:
             continue
-        crowd = int(bool(annotation.get("iscrowd") or annotation.get("ignore")))
-        keys = ("id", "image_id", "category_id")
-        cleaned = {**{key: annotation[key] for key in keys}, "bbox": box, "iscrowd": crowd}
-        mask = annotation.get("segmentation")
-        if not mask:
-            yield cleaned | {"area": box[2] * box[3]}
-            continue
-        mask = clean_mask(annotation["id"], mask, (height, width), found)
-        if mask is None:
-            continue
-        area = annotation.get("area")
-        if not isinstance(area, int | float) or not area > 0:
-            area = area_of(mask, height, width)
-        yield cleaned | {"segmentation": mask, "area": area}
+        crowd = int(annotation.get("iscrowd") in (1, True) or annotation.get("ignore") in (1, True))
+        keys = {key: annotation[key] for key in ("image_id", "category_id")}
+        cleaned = {"id": number, **keys, "bbox": box, "iscrowd": crowd, "area": box[2] * box[3]}
+        if min(box[2:]) < 1:
+            tiny.append(shown)
+        if mask := annotation.get("segmentation"):
+            mask = clean_mask(shown, mask, (height, width), found)
+            if mask is None:
+                continue
+            if not crowd and _overlap(annotation["bbox"], bounds_of(mask)) < 0.5:
+                apart.append(shown)
+            area: Any = annotation.get("area")
+            known = is_number(area) and area > 0
+            cleaned["area"] = area if known else area_of(mask, height, width)
+            cleaned["segmentation"] = mask
+        yield cleaned
+    then = "boxes are x, y, width and height in pixels"
+    for what, numbers in (
+        ("boxes of less than one pixel", tiny),
+        ("boxes that are not around their masks", apart),
+    ):
+        for shown in numbers:
+            found.add(what, shown, then, stops=len(numbers) > TOLERATED * len(annotations))
 
 
 def clean_box(
-    annotation: dict, width: int, height: int, found: Findings
+    annotation: dict, shown: object, width: int, height: int, found: Findings
 ) -> tuple[float, float, float, float] | None:
     """x, y, width and height in pixels, cut at the picture's border; None if nothing is left."""
-    number, box = annotation.get("id"), annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
+    box = annotation.get("bbox")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
         then = "give x, y, width and height in pixels"
-        found.add("annotations without a box of four numbers", number, then, stops=True)
+        found.add("annotations without a box of four numbers", shown, then, stops=True)
         return None
     x, y, w, h = box
     if w <= 0 or h <= 0:
-        found.add("empty boxes", number, LEFT_OUT)
+        found.add("empty boxes", shown, LEFT_OUT)
         return None
     if x >= width or y >= height or x + w <= 0 or y + h <= 0:
         then = "mend them: boxes are x, y, width and height in pixels of the picture"
-        found.add("boxes outside their picture", number, then, stops=True)
+        found.add("boxes outside their picture", shown, then, stops=True)
         return None
     left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
     # Many tools count the last pixel in or out
     if max(left - x, top - y, x + w - right, y + h - bottom) > 1:
-        found.add("boxes that leave their picture", number, "they are cut at its border")
+        found.add("boxes that leave their picture", shown, "they are cut at its border")
     return left, top, right - left, bottom - top
 
 
-def area_of(mask: list | dict, height: int, width: int) -> int:
-    """Pixels that polygons or compressed RLE cover."""
-    if isinstance(mask, list):
-        mask = coco_mask.merge(coco_mask.frPyObjects(mask, height, width))
-    return int(coco_mask.area(mask))
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and bool(np.isfinite(value))
-
-
-def clean_mask(
-    number: object, mask: object, size: tuple[int, int], found: Findings
-) -> list | dict | None:
-    """Polygons of three points or more, or RLE; None if the object has to be left out.
-
-    Args:
-        size: (height, width) of the picture in pixels.
-    """
-    if isinstance(mask, dict):
-        return _clean_rle(number, mask, size, found)
-    polygons = mask if isinstance(mask, list) else []
-    whole = [p for p in polygons if _is_polygon(p)]
-    shapes = [Polygon(list(zip(p[::2], p[1::2], strict=True))) for p in whole]
-    # The signed areas of one that crosses itself may add up to 0
-    kept = [p for p, s in zip(whole, shapes, strict=True) if s.convex_hull.area > 0]
-    if not kept:
-        found.add("masks without area", number, LEFT_OUT)
-        return None
-    if len(kept) < len(polygons):
-        found.add("masks with polygons without area", number, "their other polygons are used")
-    if not all(shape.is_valid for shape in shapes if shape.convex_hull.area > 0):
-        then = "they are filled as pycocotools fills them"
-        found.add("polygons that cross themselves", number, then)
-    return kept
-
-
-def _is_polygon(points: object) -> bool:
-    if not isinstance(points, list) or len(points) < 6 or len(points) % 2:
-        return False
-    return all(map(_is_finite, points))
-
-
-def _clean_rle(
-    number: object, mask: dict, size: tuple[int, int], found: Findings
-) -> dict[str, Any] | None:
-    """Compressed RLE of the picture's size."""
-    if list(mask.get("size") or ()) != list(size):
-        then = "RLE has to be of the picture's height and width"
-        found.add("masks of another size than their picture", number, then, stops=True)
-        return None
-    counts = mask.get("counts")
-    area = None
-    if isinstance(counts, list) and all(type(c) is int and c >= 0 for c in counts):
-        # pycocotools would read past the picture's end
-        if sum(counts) == size[0] * size[1]:
-            mask = coco_mask.frPyObjects(mask, *size)
-            mask["counts"] = mask["counts"].decode("ascii")
-            area = coco_mask.area(mask)
-    elif isinstance(counts, str) and _length_of_rle(counts) == size[0] * size[1]:
-        area = coco_mask.area(mask)
-    if area is None:
-        then = "write them anew with pycocotools.mask.encode"
-        found.add("masks that are no RLE of their picture", number, then, stops=True)
-    elif area == 0:
-        found.add("masks without area", number, LEFT_OUT)
-    return mask if area else None
-
-
-def _length_of_rle(counts: str) -> int | None:
-    """How many pixels COCO's compressed run lengths cover, None if they are malformed."""
-    runs: list[int] = []
-    value = shift = 0
-    for letter in counts:
-        code = ord(letter) - 48
-        if not 0 <= code < 64:
-            return None
-        value |= (code & 31) << shift
-        shift += 5
-        if code & 32:
-            continue
-        if code & 16:
-            value -= 1 << shift
-        # From the fourth on a run is told by its difference to the one before the last
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        if runs[-1] < 0:
-            return None
-        value = shift = 0
-    return None if shift else sum(runs)
+def _overlap(one: Sequence[float], two: Sequence[float]) -> float:
+    """Intersection over union of two boxes, x, y, width and height."""
+    width = min(one[0] + one[2], two[0] + two[2]) - max(one[0], two[0])
+    height = min(one[1] + one[3], two[1] + two[3]) - max(one[1], two[1])
+    common = max(width, 0) * max(height, 0)
+    return common / (one[2] * one[3] + two[2] * two[3] - common)
 
 
 def inspect_counts(content: Mapping[str, list[dict]], found: Findings) -> None:
@@ -240,5 +195,5 @@ def inspect_counts(content: Mapping[str, list[dict]], found: Findings) -> None:
     used = {annotation["category_id"] for annotation in real}
     for category in content["categories"]:
         if category["id"] not in used:
-            then = "they are kept, and have no AP"
-            found.add("categories without objects", category.get("name"), then)
+            then = "here they are neither learnt nor measured"
+            found.add("categories without objects", category["name"], then)

@@ -12,11 +12,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import InputError
+from ..files import write_whole
 from .findings import Findings
 
 ORIENTATION = 0x0112  # EXIF's tag
 # Of a picture's values, that black and white are set to when more than 8 bits become 8
 PERCENTILES = (0.1, 99.9)
+# What Pillow raises on files that it cannot read
+READ_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -24,42 +27,67 @@ class PictureFile:
     """What a file turned out to be.
 
     Args:
-        size: (width, height) in pixels that the annotations are meant in; None if unreadable.
-        turned: (width, height) as Detectron2 would read it, after EXIF's rotation.
-        digest: of the file's bytes.
-        deep: whether it has more than 8 bits a value.
+        stored: (width, height) in pixels without EXIF's rotation.
+        turned: (width, height) with it.
+        digest: of the file's bytes, "" if there is none.
+        orientation: EXIF's, 1 for none.
+        deep: "grey" or "colour" if it has more than 8 bits a value, else "".
+        format: as Pillow calls it.
         error: why it cannot be used, or "".
     """
 
-    size: tuple[int, int] | None
-    turned: tuple[int, int] | None
-    digest: str
-    deep: bool
-    error: str
+    stored: tuple[int, int] = (0, 0)
+    turned: tuple[int, int] = (0, 0)
+    digest: str = ""
+    orientation: int = 1
+    deep: str = ""
+    format: str = ""
+    error: str = ""
 
 
 def examine(path: Path) -> PictureFile:
     """Read a file whole, and decode it."""
     try:
         content = path.read_bytes()
-    except OSError as error:
-        return PictureFile(None, None, "", False, error.strerror or str(error))
+    except (OSError, ValueError) as error:
+        return PictureFile(error=str(error))
     digest = sha256(content).hexdigest()
     try:
         with Image.open(BytesIO(content)) as file:
-            file.load()
-            turned = file.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-            size, deep = file.size, file.mode.startswith(("I", "F"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return PictureFile(None, None, digest, False, str(error))
-    return PictureFile(size, size[::-1] if turned else size, digest, deep, "")
+            orientation = file.getexif().get(ORIENTATION, 1)
+            turned = ImageOps.exif_transpose(file).size
+            crosswise = orientation in (5, 6, 7, 8)
+            return PictureFile(
+                turned[::-1] if crosswise else turned,
+                turned,
+                digest,
+                orientation,
+                _depth(file, content),
+                file.format or "",
+            )
+    except READ_ERRORS as error:
+        return PictureFile(digest=digest, error=str(error))
+
+
+def _depth(file: Image.Image, content: bytes) -> str:
+    """Whether a picture has more than 8 bits, as `PictureFile.deep`."""
+    if file.mode.startswith(("I", "F")):
+        return "grey"
+    bits = 8
+    if file.format == "PNG":
+        # Of the header; Pillow drops the lower half of colours of 16
+        bits = content[24]
+    elif file.format == "TIFF":
+        tags = file.tag_v2.get(258, (8,))  # type: ignore[attr-defined]
+        bits = max(tags) if isinstance(tags, tuple) else tags
+    return "colour" if bits > 8 else ""
 
 
 def missing_pictures(entries: Sequence[dict[str, Any]], folder: Path, found: Findings) -> None:
     """Find files that are missing, without reading the others; see `inspect_pictures`."""
     for entry in entries:
-        if not (folder / str(entry.get("file_name"))).is_file():
-            found.add("pictures missing", entry.get("file_name"), _put_into(folder), stops=True)
+        if not (folder / entry["file_name"]).is_file():
+            found.add("pictures missing", entry["file_name"], _put_into(folder), stops=True)
 
 
 def _put_into(folder: Path) -> str:
@@ -81,38 +109,62 @@ def inspect_pictures(
         how it has to be copied: "" not at all, "turned" as EXIF has it, or "as stored".
     """
     with ThreadPoolExecutor() as pool:
-        paths = [folder / str(entry.get("file_name")) for entry in entries]
+        paths = [folder / entry["file_name"] for entry in entries]
         for entry, file in zip(entries, pool.map(examine, paths), strict=True):
-            name = str(entry.get("file_name"))
-            if file.size is None or file.turned is None:
-                what = "pictures that cannot be read" if file.digest else "pictures missing"
-                told = f"{name}: {file.error}" if file.digest else name
-                found.add(what, told, _put_into(folder), stops=True)
-                continue
-            listed = (entry.get("width"), entry.get("height"))
-            copy = "turned" if file.deep else ""
-            if file.deep:
-                then = f"copies of 8 bits are made, black and white at {PERCENTILES} percent"
-                found.add("pictures of more than 8 bits", name, then)
-            width, height = file.turned
-            if listed == file.size != file.turned:
-                then = "their annotations are not: copies without that rotation are made"
-                found.add("pictures that EXIF rotates", name, then)
-                (width, height), copy = file.size, "as stored"
-            elif listed not in (file.turned, (None, None)):
-                told = f"{name}: {width}x{height}, listed as {listed[0]}x{listed[1]}"
-                then = "mend width and height, or the boxes would be somewhere else"
-                found.add("pictures of another size than listed", told, then, stops=True)
-            yield {**entry, "width": width, "height": height}, file.digest, copy
+            name = entry["file_name"]
+            if file.error and not file.digest:
+                found.add("pictures missing", name, _put_into(folder), stops=True)
+            elif file.error:
+                then = "replace them, or take them out of the annotation file"
+                found.add("pictures that cannot be read", f"{name}: {file.error}", then, stops=True)
+            else:
+                size, copy = _read_as(entry, file, found)
+                yield {**entry, "width": size[0], "height": size[1]}, file.digest, copy
+
+
+def _read_as(
+    entry: dict[str, Any], file: PictureFile, found: Findings
+) -> tuple[tuple[int, int], str]:
+    """The size that a picture's annotations are meant in, and how it has to be copied."""
+    name, listed = entry["file_name"], (entry.get("width"), entry.get("height"))
+    copy = ""
+    if file.deep == "colour":
+        then = "bring them to 8 bits a channel"
+        found.add("pictures of more than 8 bits in colour", name, then, stops=True)
+    elif file.deep:
+        then = f"copies of 8 bits are made, black and white at {PERCENTILES} percent"
+        found.add("pictures of more than 8 bits", name, then)
+        copy = "turned"
+    if listed == file.stored != file.turned:
+        then = "their annotations are not: copies without that rotation are made"
+        found.add("pictures that EXIF rotates", name, then)
+        return file.stored, "as stored"
+    if file.orientation != 1:
+        then = "they are read as turned; if annotated otherwise, take that tag out of them"
+        found.add("pictures that EXIF turns", name, then)
+        if file.format == "TIFF":
+            # Detectron2 would turn what Pillow has turned
+            copy = "turned"
+    if listed not in (file.turned, (None, None)):
+        told = f"{name}: {file.turned[0]}x{file.turned[1]}, listed as {listed[0]!r}x{listed[1]!r}"
+        then = "mend width and height, or the boxes would be somewhere else"
+        found.add("pictures of another size than listed", told, then, stops=True)
+    return file.turned, copy
 
 
 def copy_picture(source: Path, target: Path, how: str) -> None:
     """Write a lossless copy of 8 bits without EXIF's tags, "turned" by them or "as stored"."""
-    with Image.open(source) as file:
-        picture = to_eight_bits(ImageOps.exif_transpose(file) if how == "turned" else file)
+    with Image.open(BytesIO(source.read_bytes())) as file:
+        undo = {5: 5, 6: 8, 7: 7, 8: 6}.get(file.getexif().get(ORIENTATION, 1), 1)
+        picture = to_eight_bits(ImageOps.exif_transpose(file))
+    if how == "as stored":
+        # From what all formats agree on, back
+        picture.getexif()[ORIENTATION] = undo
+        picture = ImageOps.exif_transpose(picture)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A new picture has none of the old one's tags
-    Image.fromarray(np.asarray(picture)).save(target)
+    with write_whole(target, "wb") as file:
+        # A new picture has none of the old one's tags
+        Image.fromarray(np.asarray(picture)).save(file, format="PNG")
 
 
 def to_eight_bits(picture: Image.Image) -> Image.Image:
@@ -123,8 +175,7 @@ def to_eight_bits(picture: Image.Image) -> Image.Image:
     """
     if not picture.mode.startswith(("I", "F")):
         return picture.convert("RGB")
-    values = np.asarray(picture, dtype=np.float64)
-    values = np.nan_to_num(values)
+    values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
     low, high = np.percentile(values, PERCENTILES)
     stretched = (values - low) / max(high - low, 1e-12)
     return Image.fromarray((255 * stretched.clip(0, 1)).round().astype(np.uint8))
@@ -140,7 +191,7 @@ def read_picture(path: Path) -> np.ndarray:
         InputError: if it cannot be read.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(BytesIO(path.read_bytes())) as file:
             return np.asarray(to_eight_bits(ImageOps.exif_transpose(file)).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except READ_ERRORS as error:
         raise InputError(f"{path} cannot be read as a picture: {error}") from None

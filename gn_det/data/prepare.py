@@ -1,4 +1,4 @@
-"""A COCO-format data set of one's own, looked at and made ready to be trained on.
+"""A COCO-format data set of one's own, made ready to be trained on.
 
 What is trained on is a cleaned copy of the annotation file. Pictures stay where they are, but for
 those that Detectron2 would misread. A copy is registered by its own path, so that a config which
@@ -6,8 +6,9 @@ names it in DATASETS is complete.
 """
 
 import json
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,121 +19,11 @@ from detectron2.data.datasets import register_coco_instances
 
 from ..errors import InputError
 from ..files import write_whole
-from .annotations import clean_objects, inspect_counts, inspect_ids, read_instances
-from .findings import Finding, Findings, refuse
-from .picture_files import copy_picture, inspect_pictures, missing_pictures
-from .split import split
-
-
-@dataclass(frozen=True)
-class Source:
-    """A COCO instances file, and the folder that its file names are meant in."""
-
-    annotations: Path
-    images: Path
-
-
-@dataclass
-class Cleaned:
-    """One data set, ready to be written: its content, and the copies of pictures it needs."""
-
-    images: Path
-    content: dict[str, Any]
-    findings: list[Finding]
-    digests: list[str] = field(default_factory=list)
-    copies: list[str] = field(default_factory=list)
-
-
-def clean(source: Source) -> Cleaned:
-    """Look at a data set, and bring its annotations to what training relies on.
-
-    Raises:
-        InputError: if the annotation file cannot be read, or is no such file.
-    """
-    content, found = read_instances(source.annotations), Findings()
-    inspect_ids(content, found)
-    if any(finding.stops for finding in found):
-        # Nothing that follows could be counted
-        return Cleaned(source.images, content, list(found))
-    pictures = list(inspect_pictures(content["images"], source.images, found))
-    entries = [entry for entry, *_ in pictures]
-    sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in entries}
-    objects = list(clean_objects(content["annotations"], sizes, found))
-    content = {"categories": content["categories"], "images": entries, "annotations": objects}
-    inspect_counts(content, found)
-    digests, copies = [digest for _, digest, _ in pictures], [copy for *_, copy in pictures]
-    return Cleaned(source.images, content, list(found), digests, copies)
-
-
-def survey(source: Source) -> list[Finding]:
-    """What there is to notice in a data set without reading its pictures.
-
-    Raises:
-        InputError: if the annotation file cannot be read, or is no such file.
-    """
-    content, found = read_instances(source.annotations), Findings()
-    inspect_ids(content, found)
-    if any(finding.stops for finding in found):
-        return list(found)
-    missing_pictures(content["images"], source.images, found)
-    sizes = {}
-    for image in content["images"]:
-        if all(isinstance(image.get(side), int) for side in ("width", "height")):
-            sizes[image["id"]] = image["width"], image["height"]
-        else:
-            then = "give them, in pixels"
-            found.add("pictures without width and height", image["file_name"], then, stops=True)
-    objects = list(clean_objects(content["annotations"], sizes, found))
-    inspect_counts({**content, "annotations": objects}, found)
-    return list(found)
-
-
-def divide(data: Cleaned, val_fraction: float, group_by: str | None) -> tuple[Cleaned, Cleaned]:
-    """Training and validation set of one data set; see `split`."""
-    chosen = split(data.content["images"], data.digests, val_fraction, group_by)
-    halves = []
-    for wanted in (False, True):
-        mine = [i for i, validates in enumerate(chosen) if validates == wanted]
-        entries = [data.content["images"][i] for i in mine]
-        ids = {entry["id"] for entry in entries}
-        objects = [a for a in data.content["annotations"] if a["image_id"] in ids]
-        content = {**data.content, "images": entries, "annotations": objects}
-        digests, copies = [data.digests[i] for i in mine], [data.copies[i] for i in mine]
-        findings = [] if wanted else data.findings
-        halves.append(Cleaned(data.images, content, findings, digests, copies))
-    return halves[0], halves[1]
-
-
-def compare_splits(train: Cleaned, val: Cleaned, masks: bool) -> list[Finding]:
-    """What is wrong between the two, each of them being right in itself.
-
-    Args:
-        masks: whether masks are wanted, if there are any.
-    """
-    found = Findings()
-    names = dict(zip(train.digests, (e["file_name"] for e in train.content["images"]), strict=True))
-    for digest, entry in zip(val.digests, val.content["images"], strict=True):
-        if digest in names:
-            one, two = names[digest], entry["file_name"]
-            told = one if one == two else f"{one} is {two}"
-            found.add("pictures in both sets", told, "take them out of one", stops=True)
-    one, two = (
-        {c["id"]: c.get("name") for c in data.content["categories"]} for data in (train, val)
-    )
-    for number in sorted(one.keys() | two.keys()):
-        if one.get(number) != two.get(number):
-            told = f"{number} is {one.get(number)} and {two.get(number)}"
-            found.add("categories that differ", told, "give both sets the same list", stops=True)
-    real = [a for data in (train, val) for a in data.content["annotations"] if not a["iscrowd"]]
-    if masks and any("segmentation" in a for a in real):
-        for annotation in real:
-            if "segmentation" not in annotation:
-                then = "give them one, or train boxes alone with MODEL.MASK_ON False"
-                found.add("objects without a mask, others having one", annotation["id"], then, True)
-    for name, data in (("training", train), ("validation", val)):
-        if all(a["iscrowd"] for a in data.content["annotations"]):
-            found.add("sets without any object", name, "annotate some", stops=True)
-    return list(found)
+from .annotations import read_instances
+from .clean import Cleaned, Source, look
+from .findings import refuse
+from .masks import box_mask
+from .picture_files import copy_picture
 
 
 @dataclass(frozen=True)
@@ -148,36 +39,6 @@ class Prepared:
     train: str
     val: str
     findings: dict[str, list[str]]
-
-
-def look(
-    train: Source,
-    val: Source | None,
-    *,
-    val_fraction: float = 0.2,
-    group_by: str | None = None,
-    masks: bool = True,
-) -> tuple[Cleaned, Cleaned, dict[str, list[Finding]]]:
-    """Look at training and validation set, without writing anything.
-
-    Args:
-        val: None to take `val_fraction` of the training set, as `split` does.
-        masks: whether masks are wanted, if there are any.
-
-    Raises:
-        InputError: for files that cannot be read, and splits that cannot be made.
-    """
-    first = clean(train)
-    if any(finding.stops for finding in first.findings):
-        return first, first, {"train": first.findings}
-    if val is None:
-        first, second = divide(first, val_fraction, group_by)
-    else:
-        second = clean(val)
-        if any(finding.stops for finding in second.findings):
-            return first, second, {"train": first.findings, "val": second.findings}
-    both = compare_splits(first, second, masks)
-    return first, second, {"train": first.findings, "val": second.findings, "both": both}
 
 
 def prepare(
@@ -196,9 +57,10 @@ def prepare(
             on from and holds other data.
     """
     record = folder / "prepared.json"
-    mark = fingerprint([source for source in (train, val) if source], options)
+    mark = fingerprint([source for source in (train, val) if source], folder, options)
     names = {split: str((folder / f"{split}.json").resolve()) for split in ("train", "val")}
-    if record.is_file():
+    whole = all(map(is_prepared, names.values()))
+    if record.is_file() and whole:
         before = json.loads(record.read_text())
         if before["fingerprint"] == mark:
             return Prepared(**names, findings=before["findings"])
@@ -209,29 +71,39 @@ def prepare(
             )
     first, second, found = look(train, val, **options)
     refuse(found)
-    masks = options.get("masks", True)
-    for data, path in ((first, names["train"]), (second, names["val"])):
-        write(data, Path(path), masks)
     told = {name: [str(finding) for finding in findings] for name, findings in found.items()}
-    with write_whole(record) as file:
-        file.write(json.dumps({"fingerprint": mark, "findings": told}, indent=1) + "\n")
+    masks = options.get("masks", True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        record.unlink(missing_ok=True)
+        for data, path in ((first, names["train"]), (second, names["val"])):
+            write(data, Path(path), masks)
+        # Last, since it says that the others are there
+        with write_whole(record) as file:
+            file.write(json.dumps({"fingerprint": mark, "findings": told}, indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
     return Prepared(**names, findings=told)
 
 
-def fingerprint(sources: Iterable[Source], options: dict[str, Any]) -> str:
+def fingerprint(sources: Iterable[Source], folder: Path, options: dict[str, Any]) -> str:
     """Tells whether annotations, pictures and options are those of an earlier time.
 
-    Pictures are compared by name, size and time of change.
+    Pictures are compared by name and size.
+
+    Args:
+        folder: that copies of pictures lie in, by their whole paths.
     """
-    digest = sha256(json.dumps(options, sort_keys=True).encode())
+    digest = sha256(json.dumps([str(folder.resolve()), options], sort_keys=True).encode())
     for source in sources:
         content = read_instances(source.annotations)
         digest.update(f"{source.images.resolve()}\n{json.dumps(content)}\n".encode())
         for entry in content["images"]:
-            path = source.images / str(entry.get("file_name"))
-            if path.is_file():
-                state = path.stat()
-                digest.update(f"{path} {state.st_size} {state.st_mtime_ns}\n".encode())
+            try:
+                size = os.path.getsize(source.images / str(entry.get("file_name")))
+            except (OSError, ValueError):
+                size = -1  # is found out later
+            digest.update(f"{size}\n".encode())
     return digest.hexdigest()
 
 
@@ -240,8 +112,16 @@ MARK = '{"info": {"description": "prepared by gn_det"'
 
 
 def write(data: Cleaned, path: Path, masks: bool) -> None:
-    """Write a data set's annotation file, and the copies of pictures that it needs beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a data set's annotation file, and the copies of pictures that it needs beside it.
+
+    Args:
+        masks: whether masks are wanted, if there are any.
+
+    Raises:
+        InputError: for a file in its place that is not of this function.
+    """
+    if path.exists() and not is_prepared(path):
+        raise InputError(f"{path} is yours, and would be overwritten: name another output folder")
     entries = []
     for entry, digest, how in zip(data.content["images"], data.digests, data.copies, strict=True):
         picture = (data.images / entry["file_name"]).resolve()
@@ -251,11 +131,23 @@ def write(data: Cleaned, path: Path, masks: bool) -> None:
                 copy_picture(source, picture, how)
         entries.append({**entry, "file_name": str(picture), "listed_as": entry["file_name"]})
     objects = data.content["annotations"]
-    if not masks:
+    if masks and any("segmentation" in a and not a["iscrowd"] for a in objects):
+        # Detectron2's evaluation of masks wants one of crowds, too
+        objects = [{"segmentation": box_mask(a["bbox"]), **a} for a in objects]
+    else:
         objects = [{k: v for k, v in a.items() if k != "segmentation"} for a in objects]
     content = {"images": entries, "annotations": objects, "categories": data.content["categories"]}
     with write_whole(path) as file:
         file.write(f"{MARK}}}, {json.dumps(content)[1:]}\n")
+
+
+def is_prepared(path: str | Path) -> bool:
+    """Whether a file was written by `write`."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(len(MARK)) == MARK
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def register(names: Sequence[str]) -> None:
@@ -267,12 +159,11 @@ def register(names: Sequence[str]) -> None:
     for name in names:
         if not name.endswith(".json") or name in DatasetCatalog.list() or not Path(name).is_file():
             continue
-        with open(name, encoding="utf-8") as file:
-            if file.read(len(MARK)) != MARK:
-                raise InputError(
-                    f"DATASETS names {name}, which has not been looked at: give it with --train or "
-                    "--val and the folder of its pictures"
-                )
+        if not is_prepared(name):
+            raise InputError(
+                f"DATASETS names {name}, which has not been looked at: give it with --train or "
+                "--val and the folder of its pictures"
+            )
         # The pictures' own paths are whole
         register_coco_instances(name, {}, name, "")
 
@@ -282,7 +173,16 @@ def keys_of(prepared: Prepared, cfg: CfgNode) -> dict[str, Any]:
 
     Args:
         cfg: tells whether masks are wanted.
+
+    Raises:
+        InputError: for a model that a set of boxes and masks cannot be given to by these keys.
     """
+    if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN" or cfg.MODEL.KEYPOINT_ON:
+        what = "keypoints" if cfg.MODEL.KEYPOINT_ON else cfg.MODEL.META_ARCHITECTURE
+        raise InputError(
+            f"--train is for Faster and Mask R-CNN, and this config is for {what}: "
+            "register the data set in Detectron2's catalog, and name it in DATASETS"
+        )
     content = json.loads(Path(prepared.train).read_text())
     real = [a for a in content["annotations"] if not a["iscrowd"]]
     masks = [a["segmentation"] for a in real if "segmentation" in a]

@@ -1,8 +1,10 @@
 """The trainings of a comparison: norms x batch sizes x seeds, alike in all but the norm."""
 
+import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from detectron2.config import CfgNode
 
 from ..checkpoint.convert import convert
-from ..checkpoint.facts import GROUP_NORM, KEYS, NORM, describe
+from ..checkpoint.facts import GROUP_NORM, NORM, PIXELS, STRIDE, describe
 from ..checkpoint.read import read_weights
 from ..checkpoint.save import save_backbone
 from ..config import value_of
@@ -63,6 +65,8 @@ def plan(norms: Sequence[str], batches: Sequence[int], seeds: Sequence[int]) -> 
             raise InputError(f"--norms {norm}: give {', '.join(NORMS)}, or two as BACKBONE/HEADS")
     if any(batch < 1 for batch in batches):
         raise InputError("--images-per-batch: a batch has one image or more")
+    if any(seed < 0 for seed in seeds):
+        raise InputError("--seeds: below 0 Detectron2 would draw another one every time")
     order = product(seeds, batches, norms)
     return [Cell(norm, images, seed) for seed, images, norm in order]
 
@@ -73,23 +77,43 @@ def split_norm(norm: str) -> tuple[str, str]:
     return backbone, heads if slash else backbone * is_group_norm(backbone)
 
 
-def where(norm: str) -> str:
-    """Which parts have which norm, in words."""
-    backbone, heads = split_norm(norm)
-    if backbone == heads:
-        return f"everywhere {backbone}"
-    return f"backbone: {backbone}; FPN and heads: {heads or 'none'}"
+def where(cfg: CfgNode) -> str:
+    """Which parts of a model have which norm, in words."""
+    parts = {
+        "backbone": cfg.MODEL.RESNETS.NORM,
+        "FPN": cfg.MODEL.FPN.NORM if has_fpn(cfg) else "",
+        "box head": cfg.MODEL.ROI_BOX_HEAD.NORM if has_box_convs(cfg) else "",
+        "mask head": cfg.MODEL.ROI_MASK_HEAD.NORM if has_mask_convs(cfg) else "",
+    }
+    norms = dict.fromkeys(norm for norm in parts.values() if norm)
+    return "; ".join(
+        f"{norm}: {', '.join(part for part, own in parts.items() if own == norm)}" for norm in norms
+    )
+
+
+def has_fpn(cfg: CfgNode) -> bool:
+    """Whether a model has an FPN, whose norm can be told."""
+    return "fpn" in cfg.MODEL.BACKBONE.NAME
+
+
+def has_box_convs(cfg: CfgNode) -> bool:
+    """Whether its box head has convolutions, whose norm can be told."""
+    heads = cfg.MODEL.ROI_HEADS.NAME in ("StandardROIHeads", "CascadeROIHeads")
+    return heads and cfg.MODEL.ROI_BOX_HEAD.NUM_CONV > 0
+
+
+def has_mask_convs(cfg: CfgNode) -> bool:
+    """Whether it has a mask head of its own, whose norm can be told."""
+    heads = cfg.MODEL.ROI_HEADS.NAME in ("StandardROIHeads", "CascadeROIHeads")
+    return heads and cfg.MODEL.MASK_ON
 
 
 def norm_keys(norm: str, cfg: CfgNode) -> dict[str, str]:
     """The `NORM` keys that a model of this config has layers for."""
     backbone, heads = split_norm(norm)
     keys = {NORM: backbone}
-    if "fpn" in cfg.MODEL.BACKBONE.NAME:
-        keys["MODEL.FPN.NORM"] = heads
-    if cfg.MODEL.ROI_HEADS.NAME == "StandardROIHeads":
-        keys["MODEL.ROI_BOX_HEAD.NORM"] = heads if cfg.MODEL.ROI_BOX_HEAD.NUM_CONV else ""
-        keys["MODEL.ROI_MASK_HEAD.NORM"] = heads if cfg.MODEL.MASK_ON else ""
+    for key, has in zip(NORM_KEYS[1:], (has_fpn, has_box_convs, has_mask_convs), strict=True):
+        keys[key] = heads if has(cfg) else ""
     return keys
 
 
@@ -129,7 +153,7 @@ def find_weights(
     default = files[0] if files else cfg.MODEL.WEIGHTS
     if Path(default).is_file():
         default = str(Path(default).resolve())
-    found = {norm: named.get(norm) or published(norm, default, cfg) for norm in norms}
+    found = {n: named[n] if n in named else published(n, default, cfg) for n in norms}
     for norm, weights in found.items():
         if weights is None:
             file = make_group_norm(Path(default), cfg, pictures, output, distill_steps)
@@ -174,11 +198,13 @@ def make_group_norm(
         cfg: has the division into groups.
 
     Returns:
-        the file, which is made if it is not there.
+        the file, which is made if it is not there; its name tells all that it depends on.
     """
     division = {key: value_of(cfg, key) for key in GROUP_NORM}
-    facts = (*division.values(), distill_steps)
-    path = (output / f"{weights.stem}_gn_{'_'.join(map(str, facts))}.pth").resolve()
+    chosen = random.Random(0).sample(sorted(pictures), min(NUM_PICTURES, len(pictures)))
+    mark = sha256(weights.read_bytes())
+    mark.update(json.dumps([division, distill_steps, *map(str, chosen)]).encode())
+    path = (output / f"{weights.stem}_gn_{mark.hexdigest()[:12]}.pth").resolve()
     if path.is_file():
         return path
     output.mkdir(parents=True, exist_ok=True)
@@ -186,7 +212,6 @@ def make_group_norm(
     conversion.refuse_gaps([], [])
     if torch.cuda.is_available():
         conversion.cfg.MODEL.DEVICE = "cuda"
-    chosen = random.Random(0).sample(sorted(pictures), min(NUM_PICTURES, len(pictures)))
     torch.manual_seed(0)
     opts = [str(word) for pair in division.items() for word in pair]
     to_group_norm(conversion, opts, chosen, distill_steps)
@@ -197,10 +222,12 @@ def make_group_norm(
 def check_pairs(configs: Mapping[Cell, CfgNode]) -> None:
     """Refuse cells of one batch size and seed that differ in more than norm and initial weights.
 
+    Weights bring the pixels that they were trained on, where their strides are, and GN's groups.
+
     Raises:
         InputError: naming the keys.
     """
-    allowed = {*NORM_KEYS, *KEYS, "MODEL.WEIGHTS", "OUTPUT_DIR"}
+    allowed = {*NORM_KEYS, *PIXELS, *GROUP_NORM, STRIDE, "MODEL.WEIGHTS", "OUTPUT_DIR"}
 
     def pair(cell: Cell) -> tuple[int, int]:
         return cell.images, cell.seed

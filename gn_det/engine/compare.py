@@ -7,7 +7,6 @@ the same command goes on where it was interrupted, in the middle of a training t
 import argparse
 import json
 import logging
-import re
 import shlex
 import shutil
 import sys
@@ -17,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.logger import setup_logger
 
 from ..check import check_config
+from ..config import add_gn_config
 from ..data.prepare import Prepared, keys_of
 from ..errors import InputError, exit_on_input_error
 from ..evaluation.report import Run, write_report
@@ -30,6 +30,7 @@ from .cells import (
     Cell,
     check_pairs,
     find_weights,
+    flatten,
     norm_keys,
     plan,
     weight_keys,
@@ -47,12 +48,10 @@ from .fit import (
 from .own_data import add_data_arguments, prepare_data
 from .recipe import describe_recipe
 from .run_record import RECORD
-from .train import check_machine, find_config, read_config
+from .train import check_machine, check_weights_file, find_config, read_config
 from .trainings import Training, run_trainings
 
 BASE = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_4conv1fc.yaml"
-# What a config key looks like
-KEY = r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+"
 # Flag -> the keys that it decides
 DECIDED = {
     "--norms": NORM_KEYS,
@@ -114,6 +113,7 @@ def prepare_comparison(args: argparse.Namespace) -> Comparison:
         training = Training(str(cell), Path(keys["OUTPUT_DIR"]), config, words)
         found.cells[cell] = training
         try:
+            check_weights_file(training.cfg)
             check_config(training.cfg, num_gpus=1)
         except InputError as error:
             raise InputError(f"{cell}: {error}") from None
@@ -128,7 +128,7 @@ def fit_recipes(
     """What is made to fit the data, for each batch size; keys among `opts` are left to these."""
     batches = args.images_per_batch
     seen, why = pictures_seen(args.budget, len(sizes.pictures), max(batches))
-    shared = list(propose_sizes(base, sizes))
+    shared = list(propose_sizes(base, sizes, opts))
     return {
         batch: chosen([*shared, *propose_schedule(base, seen, batch, why)], opts)
         for batch in batches
@@ -151,11 +151,20 @@ def refuse_decided(opts: Sequence[str]) -> None:
     Raises:
         InputError: naming the flag.
     """
+    if flags := [word for word in opts[::2] if word.startswith("--")]:
+        raise InputError(f"{flags[0]}: flags stand before the KEY VALUE pairs")
     if len(opts) % 2:
         raise InputError(f"{opts[-1]} has no value: give KEY VALUE pairs")
     for flag, keys in DECIDED.items():
         if wrong := [key for key in opts[::2] if key in keys]:
             raise InputError(f"{wrong[0]} differs between the trainings: give {flag} instead")
+
+
+def base_config() -> CfgNode:
+    """All keys that there are, with their defaults."""
+    cfg = get_cfg()
+    add_gn_config(cfg)
+    return cfg
 
 
 def read_base(base: str, opts: Sequence[str]) -> CfgNode:
@@ -181,7 +190,7 @@ def keep_best(found: Comparison, results: Mapping[str, Any]) -> Path:
 def report(found: Comparison, failed: Mapping[str, str], command: str) -> None:
     """Write the report of all finished cells, and keep the best model."""
     runs = [
-        Run(cell.norm, cell.images, cell.seed, training.folder, where(cell.norm))
+        Run(cell.norm, cell.images, cell.seed, training.folder, where(training.cfg))
         for cell, training in found.cells.items()
         if training.name not in failed
     ]
@@ -223,7 +232,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("opts", nargs="*", help="KEY VALUE pairs, for every training")
     words = list(sys.argv[1:] if argv is None else argv)
     # Flags that take several values would take the first key for another
-    first = next((i for i, word in enumerate(words) if re.fullmatch(KEY, word)), len(words))
+    known = {*flatten(base_config())}
+    first = next((i for i, word in enumerate(words) if word in known), len(words))
     args = parser.parse_args([*words[:first], "--", *words[first:]])
     if not args.train:
         parser.error("--train JSON IMAGES is needed")
@@ -245,6 +255,9 @@ def run(argv: Sequence[str] | None = None) -> None:
             return
         trainings = list(found.cells.values())
         check_machine(trainings[0].cfg)
+        if args.num_gpus > max(torch.cuda.device_count(), 1):
+            count = torch.cuda.device_count()
+            raise InputError(f"--num-gpus {args.num_gpus}, but PyTorch sees {count}")
         failed = run_trainings(trainings, args.output_dir, max(args.num_gpus, 1))
         command = shlex.join(["python", "tools/compare.py", *(argv or sys.argv[1:])])
         report(found, failed, command)

@@ -15,6 +15,7 @@ from ..errors import InputError
 
 # Half of the objects should be at least so large, in pixels of the network's input
 GOOD_SIZE = 32
+SIZE_KEYS = {f"INPUT.{end}_SIZE_{split}" for end in ("MIN", "MAX") for split in ("TRAIN", "TEST")}
 # A training has so many evaluations and checkpoints, which make its learning curve
 NUM_EVALUATIONS = 8
 # Detectron's 1x on COCO, and the size of a data set that gets more passes than that
@@ -70,17 +71,23 @@ class DataSizes:
             longest: the longer side is made no longer than this.
         """
         short, long = self.pictures.min(1), self.pictures.max(1)
+        if side == 0:
+            return self.objects  # Detectron2 leaves the pictures as they are
         return self.objects * np.minimum(side / short, longest / long)[self.owners, None]
 
 
-def propose_sizes(cfg: CfgNode, sizes: DataSizes) -> Iterator[Proposal]:
-    """Input size and anchors."""
+def propose_sizes(cfg: CfgNode, sizes: DataSizes, given: Sequence[str] = ()) -> Iterator[Proposal]:
+    """Input size and anchors.
+
+    Args:
+        given: the user's `KEY VALUE` pairs, which `cfg` has; a size among them is kept.
+    """
     short = float(np.median(sizes.pictures.min(1)))
     size = float(np.median(np.sqrt(sizes.objects.prod(1))))
     old, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
     side = old
     enlarged = short * min(max(GOOD_SIZE / size, 1), 2)
-    if enlarged < old:
+    if enlarged < old and not SIZE_KEYS & {*given[::2]}:
         side = max(32 * round(enlarged / 32), 32)
         why = f"pictures are {short:.0f} pixels on their shorter side, objects {size:.0f}"
         ratio = side / old
@@ -174,7 +181,12 @@ def propose_schedule(cfg: CfgNode, seen: int, batch: int, why: str) -> Iterator[
 def chosen(proposals: Sequence[Proposal], given: Sequence[str]) -> list[Proposal]:
     """The proposals for keys that the user has not given a value.
 
+    The sizes of pictures go together: who gives one of them gives them all.
+
     Args:
         given: `KEY VALUE` pairs.
     """
-    return [proposal for proposal in proposals if proposal.key not in given[::2]]
+    keys = {*given[::2]}
+    if keys & SIZE_KEYS:
+        keys |= SIZE_KEYS
+    return [proposal for proposal in proposals if proposal.key not in keys]

@@ -8,8 +8,9 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
+from ..data.clean import Source, survey
 from ..data.findings import refuse
-from ..data.prepare import Prepared, Source, keys_of, prepare, survey
+from ..data.prepare import Prepared, keys_of, prepare
 from ..errors import InputError
 from .fit import DataSizes, unmatched_objects
 

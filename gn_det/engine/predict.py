@@ -49,10 +49,14 @@ class Predictor(DefaultPredictor):
         self.input_format = cfg.INPUT.FORMAT
 
 
-def load_run(folder: Path, opts: Sequence[str]) -> tuple[CfgNode, list[dict[str, Any]]]:
+def load_run(
+    folder: Path, output: Path, opts: Sequence[str]
+) -> tuple[CfgNode, list[dict[str, Any]]]:
     """A finished training's config with its own weights, and its categories.
 
     Args:
+        folder: its `OUTPUT_DIR`.
+        output: the `OUTPUT_DIR` of what is done with it.
         opts: `KEY VALUE` pairs that override the config.
 
     Raises:
@@ -65,6 +69,8 @@ def load_run(folder: Path, opts: Sequence[str]) -> tuple[CfgNode, list[dict[str,
             )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     keys = ["MODEL.WEIGHTS", str(folder / "model_final.pth"), "MODEL.DEVICE", device]
+    # What the training had may lie on another machine
+    keys += ["OUTPUT_DIR", str(output), "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
     config = str(folder / "config.yaml")
     cfg = read_config(argparse.Namespace(config_file=config, opts=[*keys, *opts]))
     categories = json.loads((folder / RECORD).read_text()).get("categories")
@@ -90,28 +96,34 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
 
 
 def predict(
-    predictor: Predictor, pictures: Sequence[Path], categories: list[dict[str, Any]]
-) -> tuple[COCO, list[dict[str, Any]]]:
-    """Find the objects in pictures.
+    predictor: Predictor, picture: np.ndarray, number: int, categories: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Find the objects in a picture.
+
+    Args:
+        picture: uint8 of shape (H, W, 3), RGB.
+        number: becomes `image_id`.
+        categories: in the order of the model's outputs.
 
     Returns:
-        the pictures, numbered from 1, and categories as pycocotools has them, and COCO results:
-        `image_id`, `category_id`, `bbox`, `score`, `segmentation` where the model has masks, and
-        `file_name`.
+        COCO results: `image_id`, `category_id`, `bbox`, `score`, and `segmentation` where the model
+        has masks.
     """
-    listed, results = COCO(), []
-    listed.dataset = {"images": [], "annotations": [], "categories": categories}
-    for number, path in enumerate(pictures, start=1):
-        image = read_picture(path)
-        # BGR whatever INPUT.FORMAT is, which is applied to it
-        found = predictor(np.ascontiguousarray(image[..., ::-1]))["instances"].to("cpu")
-        entry = {"id": number, "file_name": str(path)}
-        listed.dataset["images"].append(entry | {"height": len(image), "width": len(image[0])})
-        for result in instances_to_coco_json(found, number):
-            result["category_id"] = categories[result["category_id"]]["id"]
-            results.append({**result, "file_name": str(path)})
+    # BGR whatever INPUT.FORMAT is, which is applied to it
+    found = predictor(np.ascontiguousarray(picture[..., ::-1]))["instances"].to("cpu")
+    results = instances_to_coco_json(found, number)
+    for result in results:
+        result["category_id"] = categories[result["category_id"]]["id"]
+    return results
+
+
+def as_coco(picture: np.ndarray, number: int, categories: list[dict[str, Any]]) -> COCO:
+    """A single picture and the categories, as pycocotools has them."""
+    listed = COCO()
+    size = {"height": picture.shape[0], "width": picture.shape[1]}
+    listed.dataset = {"images": [{"id": number, **size}], "categories": categories}
     listed.createIndex()
-    return listed, results
+    return listed
 
 
 def run(argv: Sequence[str] | None = None) -> None:
@@ -128,16 +140,26 @@ def run(argv: Sequence[str] | None = None) -> None:
     add("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs")
     args = parser.parse_args(argv)
     with exit_on_input_error():
-        cfg, categories = load_run(args.model, args.opts)
+        cfg, categories = load_run(args.model, args.output_dir, args.opts)
         check_machine(cfg)
-        pictures = find_pictures(args.images)
-        listed, results = predict(Predictor(cfg), pictures, categories)
-        args.output_dir.mkdir(parents=True, exist_ok=True)
+        pictures, predictor = find_pictures(args.images), Predictor(cfg)
+        results, unread = [], 0
         for number, path in enumerate(pictures, start=1):
-            mine = [r for r in results if r["image_id"] == number and r["score"] >= args.min_score]
+            try:
+                picture = read_picture(path)
+            except InputError as error:
+                print(error)
+                unread += 1
+                continue
+            found = predict(predictor, picture, number, categories)
+            results += [{**result, "file_name": str(path)} for result in found]
+            shown = [result for result in found if result["score"] >= args.min_score]
+            drawn = draw(picture, shown, as_coco(picture, number, categories))
             target = args.output_dir / f"{number:05}_{path.stem}.jpg"
-            Image.fromarray(draw(read_picture(path), mine, listed)).save(target, quality=90)
-            print(f"{target}: {len(mine)} objects")
+            Image.fromarray(drawn).save(target, quality=90)
+            print(f"{target}: {len(shown)} objects", flush=True)
         with write_whole(args.output_dir / "coco_instances_results.json") as file:
             file.write(json.dumps(results) + "\n")
         print(f"{args.output_dir / 'coco_instances_results.json'}: {len(results)} of any score")
+        if unread:
+            raise InputError(f"{unread} of {len(pictures)} files could not be read, see above")

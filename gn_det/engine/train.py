@@ -163,18 +163,23 @@ def check_machine(cfg: CfgNode) -> None:
     """Raise an `InputError` for a device, weights file or output folder that cannot be used."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("MODEL.DEVICE is cuda, but PyTorch sees no GPU: add MODEL.DEVICE cpu")
-    weights = cfg.MODEL.WEIGHTS.partition("?")[0]
-    if weights and "://" not in weights and not os.path.isfile(weights):
-        raise InputError(
-            f"MODEL.WEIGHTS {weights} does not exist: give the file of a backbone or a detector, "
-            'or "" with MODEL.BACKBONE.FREEZE_AT 0 to train from scratch'
-        )
+    check_weights_file(cfg)
     try:
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be made: {error.strerror}") from None
     if not os.access(cfg.OUTPUT_DIR, os.W_OK):
         raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written to")
+
+
+def check_weights_file(cfg: CfgNode) -> None:
+    """Raise an `InputError` for a weights file that does not exist."""
+    weights = cfg.MODEL.WEIGHTS.partition("?")[0]
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise InputError(
+            f"MODEL.WEIGHTS {weights} does not exist: give the file of a backbone or a detector, "
+            'or "" with MODEL.BACKBONE.FREEZE_AT 0 to train from scratch'
+        )
 
 
 def main(args: argparse.Namespace, trainer_class: type[Trainer]) -> dict | None:

@@ -6,7 +6,7 @@ import queue
 import re
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from detectron2.config import CfgNode
 
 from ..config import is_pretraining
-from ..errors import InputError
+from ..errors import InputError, exit_on_sigterm
 from .run_record import RECORD
 from .steps import Launcher, refuse_other_config
 from .train import read_config
@@ -121,7 +121,7 @@ def run_trainings(
     """
     for training in trainings:
         refuse_other_config(training.folder, training.cfg, output)
-    progress, launcher, failed = Progress(trainings), Launcher(), {}
+    progress, launcher = Progress(trainings), Launcher()
     places: queue.Queue[dict[str, str]] = queue.Queue()
     for number in range(at_once):
         places.put(place(number, at_once))
@@ -139,19 +139,25 @@ def run_trainings(
         finally:
             places.put(mine)
 
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(at_once) as pool, exit_on_sigterm():
         jobs = {pool.submit(train, training): training.name for training in trainings}
         try:
-            for job in as_completed(jobs):
-                try:
-                    job.result()
-                except InputError as error:
-                    failed[jobs[job]] = str(error)
-                    progress.say(f"{jobs[job]} FAILED, the others go on: {error}")
+            return collect_failures(jobs, progress)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             launcher.stop()
             raise
+
+
+def collect_failures(jobs: Mapping[Future, str], progress: Progress) -> dict[str, str]:
+    """Wait for all jobs, and return why some of them failed."""
+    failed = {}
+    for job in as_completed(jobs):
+        try:
+            job.result()
+        except InputError as error:
+            failed[jobs[job]] = str(error)
+            progress.say(f"{jobs[job]} FAILED, the others go on: {error}")
     return failed
 
 

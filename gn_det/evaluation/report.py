@@ -49,8 +49,12 @@ class Run:
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
         """The lines of `metrics.json`; after a resume the newest of each iteration counts."""
-        lines = map(json.loads, (self.folder / "metrics.json").read_text().splitlines())
-        newest = {line["iteration"]: line for line in lines}
+        newest = {}
+        for text in (self.folder / "metrics.json").read_text().splitlines():
+            # A training that was killed may have left half a line
+            if text.endswith("}"):
+                line = json.loads(text)
+                newest[line["iteration"]] = line
         return [newest[iteration] for iteration in sorted(newest)]
 
 
@@ -117,6 +121,8 @@ def write_report(
         "batches": [batch_curve(models, k) for k in kinds] if len(batches) > 1 else [],
         "pictures": pictures,
     }
+    used = (", ".join(f"{k} {v}" for k, v in entry["versions"].items()) for entry in entries)
+    figures["versions"] = list(dict.fromkeys(used))
     content = {**results, **figures, "stats": STATS, "kinds": kinds, "words": WORDS}
     with write_whole(output / "results.json") as file:
         file.write(json.dumps(results, indent=2) + "\n")
@@ -221,8 +227,10 @@ def _answer(
         mine = [g for g in differences if (g["norm"], g["images_per_batch"]) == (norm, images)]
         at = f"at {images} a batch " * several
         told.append(f"{at}{norm} against {mine[0]['baseline']}: {', '.join(map(_verdict, mine))}")
-    seeds = len(differences[0]["seeds"])
-    over = f"over {seeds} seeds" if seeds > 1 else "for one seed, so of the pictures alone"
+    counts = sorted({len(gap["seeds"]) for gap in differences})
+    over = f"over {' to '.join(map(str, counts))} seeds"
+    if counts == [1]:
+        over = "for one seed, so of the pictures alone"
     sentence = "; ".join(told)
     return f"{sentence[0].upper()}{sentence[1:]} (95% intervals {over})."
 
@@ -242,7 +250,7 @@ def _pictures(
     first = runs[0].images_per_batch
     mine = [run for run in runs if run.images_per_batch == first]
     ids = matches[runs[0]].image_ids[:NUM_SEARCHED]
-    alone = np.eye(len(matches[runs[0]].image_ids))[: len(ids)]
+    alone = np.eye(len(ids), len(matches[runs[0]].image_ids))
     shown = {}
     scores = []
     for norm in dict.fromkeys(run.norm for run in mine):

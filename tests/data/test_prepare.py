@@ -1,7 +1,10 @@
 """A data set of one's own: what is noticed, what is done about it, and what is trained on."""
 
+import io
 import json
 import re
+import struct
+import zlib
 from argparse import Namespace
 from pathlib import Path
 
@@ -9,12 +12,14 @@ import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, detection_utils
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 
-from gn_det.data.annotations import clean_mask
+from gn_det.data.clean import Source, look, survey
 from gn_det.data.findings import Findings
-from gn_det.data.prepare import Prepared, Source, keys_of, look, prepare, register, survey
+from gn_det.data.masks import clean_mask
+from gn_det.data.picture_files import read_picture
+from gn_det.data.prepare import Prepared, keys_of, prepare, register
 from gn_det.data.split import split
 from gn_det.engine.train import read_config
 from gn_det.errors import InputError
@@ -64,8 +69,8 @@ def noticed(data, **options) -> dict[str, list[str]]:
 
 def test_a_good_one(data, tmp_path):
     """What Detectron2 makes of the prepared files is what it would make of good originals."""
-    three = {"train": ["1 categories without objects (three): they are kept, and have no AP"]}
-    assert noticed(data) == {**three, "val": three["train"], "both": []}
+    told = ["1 categories without objects (three): here they are neither learnt nor measured"]
+    assert noticed(data) == {"train": told, "val": told, "both": []}
     prepared = prepare(*data, tmp_path / "out")
     register([prepared.train, prepared.val])
     records = DatasetCatalog.get(prepared.train)
@@ -91,6 +96,10 @@ def annotation(**changes):
     return apply
 
 
+def category(**changes):
+    return lambda content: content["categories"][0].update(changes)
+
+
 def image(**changes):
     return lambda content: content["images"][0].update(changes)
 
@@ -103,10 +112,18 @@ BOWTIE = [[10, 10, 20, 20, 20, 10, 10, 20]]
 STOPPING = {
     "an unknown category": (annotation(category_id=5), "annotations of unknown categories"),
     "an unknown picture": (annotation(image_id=5), "annotations of pictures that are not listed"),
-    "one id for two": (annotation(id=2), "ids of annotations that are missing, no number or twice"),
-    "no id": (annotation(id=None), "ids of annotations that are missing"),
     "an id of text": (image(id="a"), "ids of images that are missing, no number or twice"),
-    "a file listed twice": (image(file_name="2.png"), "file names that are listed more than once"),
+    "a file listed twice": (
+        image(file_name="2.png"),
+        "file_names of images that are missing, no text or twice",
+    ),
+    "no file name": (image(file_name=None), "file_names of images that are missing, no text"),
+    "no name for a file": (image(file_name="a\0"), "file_names of images that are missing"),
+    "no name of a category": (category(name=None), "names of categories that are missing"),
+    "one name for two": (
+        category(name="three"),
+        "names of categories that are missing, no text or",
+    ),
     "a missing picture": (image(file_name="9.png"), r"1 pictures missing \(9\.png\): put them"),
     "a folder as picture": (image(file_name="."), "pictures missing"),
     "another size": (image(width=41), r"of another size than listed \(1\.png: 40x30, listed as 41"),
@@ -127,6 +144,17 @@ STOPPING = {
         "masks that are no RLE of their picture",
     ),
     "RLE of nonsense": (annotation(segmentation={**RLE, "counts": "ÿ\n"}), "masks that are no RLE"),
+    "RLE without a size": (
+        annotation(segmentation={**RLE, "size": 5}),
+        "masks of another size than their picture",
+    ),
+    "points in pairs": (
+        annotation(segmentation=[[[1, 1], [5, 5], [1, 5]]]),
+        "masks that are neither polygons nor RLE",
+    ),
+    "two corners as a box": (annotation(bbox=[10, 10, 20, 20]), "not around their masks"),
+    "shares of the picture": (annotation(bbox=[0.25, 0.3, 0.25, 0.3]), "less than one pixel"),
+    "a huge box": (annotation(bbox=[1, 1, 10**400, 5]), "annotations without a box"),
     "no mask beside others": (annotation(segmentation=None), "objects without a mask, others"),
 }
 
@@ -146,7 +174,8 @@ def test_what_stops(case, data, tmp_path):
 MENDED = {
     "an empty box": (annotation(bbox=[1, 1, 0, 5]), "empty boxes", None),
     "a box across the border": (
-        *(annotation(bbox=[30, 20, 20, 20]), "boxes that leave their picture"),
+        annotation(bbox=[30, 20, 20, 20], segmentation=[[30, 20, 50, 20, 50, 40, 30, 40]]),
+        "boxes that leave their picture",
         {"bbox": [30, 20, 10, 10]},
     ),
     "a mask of two points": (annotation(segmentation=[[1, 1, 2, 2]]), "masks without area", None),
@@ -158,6 +187,12 @@ MENDED = {
         *(annotation(segmentation=[*SQUARE, [1, 1]]), "masks with polygons without area"),
         {"segmentation": SQUARE},
     ),
+    "a polygon without brackets": (
+        *(annotation(segmentation=SQUARE[0]), "", {"segmentation": SQUARE}),
+    ),
+    "an id of 0": (annotation(id=0), "", {"id": 1}),
+    "an id of another": (annotation(id=2), "", {"id": 1}),
+    "no id": (annotation(id=None), "", {"id": 1}),
     "a bow tie": (
         *(annotation(segmentation=BOWTIE), "polygons that cross themselves"),
         {"segmentation": BOWTIE},
@@ -239,7 +274,7 @@ def test_keys_that_follow(data, tmp_path):
     keys = keys_of(prepare(*data, tmp_path / "one"), cfg)
     assert keys["MODEL.ROI_HEADS.NUM_CLASSES"] == 2 and keys["MODEL.MASK_ON"] is True
     assert "INPUT.MASK_FORMAT" not in keys
-    change(data[0], annotation(segmentation=RLE))
+    change(data[0], annotation(segmentation=RLE, bbox=[0, 0, 30, 30]))
     assert keys_of(prepare(*data, tmp_path / "two"), cfg)["INPUT.MASK_FORMAT"] == "bitmask"
 
 
@@ -388,3 +423,88 @@ def test_survey(data):
     assert sum(f.stops for f in survey(data[0])) == 2
     change(data[0], lambda c: c["images"][0].pop("width"))
     assert any("without width and height (9.png)" in str(f) for f in survey(data[0]))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif"])
+def test_every_orientation(ending, orientation, data, tmp_path):
+    """What is trained on is what Pillow shows upright, in every format."""
+    rng = np.random.default_rng(5)
+    pixels = rng.integers(0, 256, (3, 4, 3), dtype=np.uint8).repeat(10, 0).repeat(10, 1)[:30]
+    stored, file = Image.fromarray(pixels), data[0].images / f"1.{ending}"
+    exif = stored.getexif()
+    exif[0x0112] = orientation
+    stored.save(file, exif=exif, **({"quality": 100} if ending == "jpg" else {}))
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(file.read_bytes())))
+    size = {"width": upright.width, "height": upright.height}
+    change(data[0], image(file_name=file.name, **size))
+    told = any("pictures that EXIF turns" in line for line in noticed(data)["train"])
+    assert told == (orientation != 1)
+    read, _ = read_as_trained(prepare(*data, tmp_path / "out"), tmp_path)
+    assert np.array_equal(read, np.asarray(upright))
+    assert np.array_equal(read_picture(file), np.asarray(upright)), "and predicted on"
+
+
+def test_colours_of_16_bits_are_refused(data):
+    """Pillow would keep their upper halves, and show a dark picture without a word."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        length, check = (struct.pack(">I", n) for n in (len(body), zlib.crc32(name + body)))
+        return length + name + body + check
+
+    values = np.full((SIZE[1], SIZE[0], 3), 700, dtype=">u2")
+    lines = zlib.compress(b"".join(b"\0" + row.tobytes() for row in values))
+    header = struct.pack(">IIBBBBB", *SIZE, 16, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+    (data[0].images / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    told = "STOPS 1 pictures of more than 8 bits in colour (1.png)"
+    assert any(told in line for line in noticed(data)["train"])
+
+
+def test_nothing_of_the_user_is_overwritten(data, tmp_path):
+    """A folder that has annotations under the names that would be written."""
+    before = data[0].annotations.read_bytes()
+    with pytest.raises(InputError, match=r"train.json is yours, and would be overwritten"):
+        prepare(*data, tmp_path)
+    assert data[0].annotations.read_bytes() == before
+
+
+def test_an_interrupted_preparation_is_done_again(data, tmp_path):
+    prepare(*data, tmp_path / "out")
+    (tmp_path / "out" / "val.json").unlink()
+    prepare(*data, tmp_path / "out", going_on=True)
+    assert (tmp_path / "out" / "val.json").is_file()
+
+
+def test_crowds_have_masks_where_objects_have(data, tmp_path):
+    """Detectron2's evaluation reads them; and where no object has one, crowds have none."""
+
+    def crowd(content):
+        first = content["annotations"][0]
+        content["annotations"].append({**first, "iscrowd": 1, "segmentation": []})
+
+    change(data[1], crowd)
+    content = json.loads(Path(prepare(*data, tmp_path / "one").val).read_text())
+    assert content["annotations"][-1]["segmentation"] == [[10, 10, 20, 10, 20, 20, 10, 20]]
+    for source in data:
+        change(source, lambda c: [a.pop("segmentation", 0) for a in c["annotations"]])
+    change(data[1], lambda c: c["annotations"][-1].update(segmentation=RLE))
+    content = json.loads(Path(prepare(*data, tmp_path / "two").val).read_text())
+    assert not any("segmentation" in a for a in content["annotations"])
+
+
+def test_classes_that_are_measured_and_never_learnt(data):
+    change(data[1], annotation(category_id=3))
+    told = "1 categories with objects in validation alone (three): their AP will be 0"
+    assert told in noticed(data)["both"][0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("MODEL.META_ARCHITECTURE", "RetinaNet"), ("MODEL.KEYPOINT_ON", True)]
+)
+def test_models_that_it_is_not_for(key, value, data, tmp_path):
+    cfg = read_config_of_shapes().clone()
+    cfg.defrost()
+    cfg.merge_from_list([key, value])
+    with pytest.raises(InputError, match=r"--train is for Faster and Mask R-CNN"):
+        keys_of(prepare(*data, tmp_path / "out"), cfg)

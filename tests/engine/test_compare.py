@@ -14,7 +14,7 @@ from conftest import ROOT, TINY, command, hear_interrupts
 from detectron2.engine import DefaultPredictor
 
 import gn_det.engine.trainings as trainings_module
-from gn_det.engine.cells import Cell, check_pairs, find_weights, norm_keys, plan, published
+from gn_det.engine.cells import Cell, check_pairs, find_weights, norm_keys, plan, published, where
 from gn_det.engine.compare import parse, prepare_comparison, read_base
 from gn_det.engine.predict import load_run
 from gn_det.engine.trainings import run_trainings
@@ -82,13 +82,13 @@ def test_answers(compared, shapes):
     assert gaps["mask"]["baseline"] == "LN" and gaps["mask"]["seeds"] == [0]
 
 
-def test_best_model_is_ready(compared):
+def test_best_model_is_ready(compared, tmp_path):
     """Detectron2's own predictor takes the folder's config, and finds what the run found."""
     output, _ = compared
     results = json.loads((output / "results.json").read_text())
     best = max(results["runs"], key=lambda run: run["segm"]["AP"])
     assert results["best"]["folder"] == best["folder"]
-    cfg, categories = load_run(output / "best", [])
+    cfg, categories = load_run(output / "best", tmp_path, [])
     assert [c["id"] for c in categories] == [1, 2, 3, 4, 5, 6]
     predictor = DefaultPredictor(cfg)
     original = torch.load(Path(best["folder"]) / "model_final.pth", weights_only=True)["model"]
@@ -185,6 +185,10 @@ def test_batches_see_equally_many_pictures(shapes, tmp_path):
         (["--norms", "XN"], "--norms XN: give FrozenBN, BN"),
         (["--images-per-batch", "0"], "a batch has one image or more"),
         (["--norms", "FrozenBN", "GN"], r"FrozenBN, 2 a batch, seed 0: MODEL.RESNETS.NORM"),
+        (["--seeds", "-1"], "--seeds: below 0"),
+        (["SOLVER.BASE_LR", "0.1", "--check"], "--check: flags stand before the KEY VALUE pairs"),
+        (["--base", "NOT.THERE"], "there is no config NOT.THERE"),
+        (["VIS_PERIOD", "1", "SEED", "3"], "SEED differs between the trainings: give --seeds"),
         (["--budget", "soon"], "--budget soon: give iterations"),
         (["--val-fraction", "0.5"], "--val-fraction and --group-by divide --train"),
     ],
@@ -213,7 +217,23 @@ def test_norm_keys():
         assert keys["MODEL.RESNETS.NORM"] == backbone
         assert [keys[key] for key in rest] == [heads] * 3
     c4 = read_base("COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml", [])
-    assert norm_keys("GN", c4) == {"MODEL.RESNETS.NORM": "GN"}
+    assert norm_keys("GN", c4) == {"MODEL.RESNETS.NORM": "GN", **dict.fromkeys(rest, "")}
+
+
+def test_where():
+    """Parts that have no layers for a norm are not said to have it."""
+    told = []
+    for name in ("R_50_FPN_1x_4conv1fc", "R_50_C4_1x", "R_50_FPN_1x"):
+        cfg = read_base(f"COCO-InstanceSegmentation/mask_rcnn_{name}.yaml", [])
+        words = [word for pair in norm_keys("GN", cfg).items() for word in pair]
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.merge_from_list(words)
+        told.append(where(cfg))
+    assert told == [
+        *("GN: backbone, FPN, box head, mask head", "GN: backbone"),
+        "GN: backbone, FPN, mask head",
+    ]
 
 
 def test_pairs_that_differ_in_more():
@@ -222,6 +242,9 @@ def test_pairs_that_differ_in_more():
     check_pairs({cells[0]: one, cells[2]: two})
     with pytest.raises(InputError, match=r"more than the norm: SOLVER.BASE_LR 0.01 and 0.02"):
         check_pairs({cells[0]: one, cells[1]: two})
+    deeper = read_base(FPN, ["SOLVER.BASE_LR", "0.01", "MODEL.RESNETS.DEPTH", "101"])
+    with pytest.raises(InputError, match=r"more than the norm: MODEL.RESNETS.DEPTH 50 and 101"):
+        check_pairs({cells[0]: one, cells[1]: deeper})
 
 
 MSRA = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
@@ -234,6 +257,7 @@ def test_published_weights():
     found = find_weights(["FrozenBN", "GN", "FrozenBN/GN"], [], cfg, [], Path("nowhere"))
     gn = "catalog://ImageNetPretrained/FAIR/R-50-GN"
     assert found == {"FrozenBN": MSRA, "GN": gn, "FrozenBN/GN": MSRA}
+    assert find_weights(["GN"], ["GN="], cfg, [], Path("nowhere")) == {"GN": ""}, "from scratch"
     with pytest.raises(InputError, match="has BN: give weights for LN, as --init LN=FILE"):
         published("LN", MSRA, cfg)
 
@@ -267,6 +291,11 @@ def test_bn_backbone_becomes_gn(shapes, tmp_path):
     made = weights["GN"].stat().st_mtime_ns
     comparison(shapes, tmp_path / "out", *more)
     assert weights["GN"].stat().st_mtime_ns == made
+    # Another file under the same name is another backbone
+    torch.manual_seed(1)
+    save_backbone(build_backbone(cfg).bottom_up.state_dict(), cfg, tmp_path / "bn.pth")
+    found = comparison(shapes, tmp_path / "out", *more)
+    assert str(weights["GN"]) not in {t.cfg.MODEL.WEIGHTS for t in found.cells.values()}
 
 
 def test_check_trains_nothing(shapes, tmp_path, capsys):
@@ -295,6 +324,24 @@ def test_train_net_takes_the_same_data(shapes, tmp_path, capsys):
         run([*flags, *data, "OUTPUT_DIR", str(tmp_path), "MODEL.ROI_HEADS.NUM_CLASSES", "80"])
 
 
+def test_killed_with_its_training(shapes, tmp_path):
+    """SIGTERM to the command ends the training that it started, and exits as the shell expects."""
+    arguments = [sys.executable, "tools/compare.py", *words(shapes, tmp_path)]
+    silence = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(arguments, cwd=ROOT, **silence)
+    folder = tmp_path / "runs" / "LN_2_seed0"
+    deadline = time.monotonic() + 120
+    while not (folder / "config.yaml").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    time.sleep(1)
+    before = (folder / "log.txt").stat().st_size
+    time.sleep(2)
+    assert (folder / "log.txt").stat().st_size == before
+
+
 def test_models_that_cannot_predict(tmp_path):
     with pytest.raises(InputError, match=r"has no config.yaml: give the OUTPUT_DIR of a training"):
-        load_run(tmp_path, [])
+        load_run(tmp_path, tmp_path, [])

@@ -134,9 +134,20 @@ def test_schedule():
 
 
 def test_what_is_given_counts():
-    proposals = list(propose_sizes(config(), sizes_of(256, 20)))
+    """A size of pictures that is given keeps the others from being changed around it."""
+    proposals = list(propose_sizes(config(), sizes_of(256, 3)))
     left = chosen(proposals, ["INPUT.MIN_SIZE_TEST", "300"])
-    assert {p.key for p in proposals} - {p.key for p in left} == {"INPUT.MIN_SIZE_TEST"}
+    assert {p.key for p in proposals} - {p.key for p in left} == {
+        f"INPUT.{end}_SIZE_{split}" for end in ("MIN", "MAX") for split in ("TRAIN", "TEST")
+    }
+    # The anchors then fit what is given: 20 pixels in pictures that stay as they are
+    cfg = config().clone()
+    cfg.defrost()
+    cfg.INPUT.MIN_SIZE_TEST = 0
+    keys = {
+        p.key: p.value for p in propose_sizes(cfg, sizes_of(256, 20), ["INPUT.MIN_SIZE_TEST", "0"])
+    }
+    assert keys == {"MODEL.ANCHOR_GENERATOR.SIZES": [[16], [32], [64], [128], [256]]}
 
 
 def test_sizes_of_a_file(tmp_path):

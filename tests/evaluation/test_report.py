@@ -17,6 +17,8 @@ LINES = [
     {"iteration": 59, "time": 0.2, "total_loss": 1.0, "peak_memory_mib": 700.0},
     {"iteration": 60, "bbox/AP": 1.0, "segm/AP": 1.0},
 ]
+# Of a process that was killed
+HALF = '{"iteration": 79, "ti'
 
 
 def perfect(annotations: Path) -> list[dict]:
@@ -34,7 +36,7 @@ def perfect(annotations: Path) -> list[dict]:
 def make_run(folder: Path, norm: str, images: int, seed: int, detections: list[dict]) -> Run:
     """What a training leaves."""
     (folder / "inference").mkdir(parents=True)
-    (folder / "metrics.json").write_text("\n".join(map(json.dumps, LINES)))
+    (folder / "metrics.json").write_text("\n".join([*map(json.dumps, LINES), HALF]))
     record = {"seed": seed, "device": "abacus", "parameters": {"trainable": 1234, "frozen": 5}}
     record |= {"versions": {"torch": "2"}, "git_commit": None}
     (folder / "run.json").write_text(json.dumps(record))
