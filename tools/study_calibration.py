@@ -32,7 +32,6 @@ from gn_det.files import write_whole
 from gn_det.modeling.calibrate import measured_moments, promised_moments
 
 ITERATIONS = 250
-DISTILL_STEPS = 300
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ class Model:
     foreign: bool = False
     freeze_at: int = 2
     affine_rate: float = 1.0
+    steps: int = 300  # of distillation
 
 
 CORE = (
@@ -54,6 +54,7 @@ CORE = (
     Model("GN, gamma 1 and beta 0", "reset"),
     Model("GN calibrated", "calibrated"),
     Model("GN distilled", "distilled"),
+    Model("GN distilled, 900 steps", "distilled", steps=900),
 )
 MORE = (
     Model("GN distilled, stem and res2 trained", "distilled", freeze_at=0),
@@ -101,7 +102,8 @@ class Run:
     def converted(self) -> Path:
         """Where the backbone is kept, by all that it depends on."""
         model = self.model
-        facts = (model.how, *model.division, model.pictures, model.foreign, self.data, self.seed)
+        how = f"{model.how}{model.steps}" if model.steps != 300 else model.how
+        facts = (how, *model.division, model.pictures, model.foreign, self.data, self.seed)
         return Path(self.output) / "backbones" / f"{'_'.join(map(str, facts))}.pth"
 
     def convert(self) -> Conversion:
@@ -112,7 +114,7 @@ class Run:
         key, number = self.model.division
         keys = [f"MODEL.GROUP_NORM.{key}", str(number)]
         if self.model.how in ("calibrated", "promised", "distilled"):
-            steps = DISTILL_STEPS if self.model.how == "distilled" else 0
+            steps = self.model.steps if self.model.how == "distilled" else 0
             goal = promised_moments if self.model.how == "promised" else measured_moments
             to_group_norm(conversion, keys, self.pictures(), steps, goal)
         elif self.model.how in ("copied", "reset"):
