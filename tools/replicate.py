@@ -115,9 +115,7 @@ CLAIMS = (
     ("6", "A long schedule helps GN (40.8 and 40.3)", LONG, GN),
     ("7", "Pretraining is still worth something (40.8 and 39.5)", LONG, SCRATCH),
     ("7", "A stem frozen at random costs AP (39.5 and 36.2)", SCRATCH, ACCIDENT),
-    ("3", "32 groups are above one", GN, LN),
-    ("3", "8 groups are above one", FEW, LN),
-    ("3", "16 channels a group are above one group", WIDE, LN),
+    *(("3", f"{d.name}, is above one group", d, LN) for d in (GN, FEW, WIDE)),
     *(
         (f"{n} a batch", f"GN is above {norm}", BY_BATCH["GN"][n], BY_BATCH[norm][n])
         for n in BATCHES
@@ -126,14 +124,7 @@ CLAIMS = (
     ),
     ("1 to 8", "BN falls with the batch", BY_BATCH["BN"][8], BY_BATCH["BN"][1]),
 )
-DETECTORS = list(
-    dict.fromkeys(
-        [
-            *(detector for *_, above, below in CLAIMS for detector in (below, above)),
-            *(detector for by_batch in BY_BATCH.values() for detector in by_batch.values()),
-        ]
-    )
-)
+DETECTORS = list(dict.fromkeys(d for *_, above, below in CLAIMS for d in (below, above)))
 
 
 class Replication:
@@ -153,16 +144,11 @@ class Replication:
     def pretrainings(self) -> list[Training]:
         """One for each backbone."""
         trainings = {}
-        for detector in DETECTORS:
-            if not detector.scratch:
-                norm = [TRUNK, detector.trunk.replace("Frozen", "")]
-                trainings[detector.pretraining] = self.training(
-                    "pretrain",
-                    detector.pretraining,
-                    PRETRAININGS[detector.config],
-                    CHECKPOINT,
-                    [*norm, *detector.division],
-                )
+        for d in (d for d in DETECTORS if not d.scratch):
+            keys = [TRUNK, d.trunk.replace("Frozen", ""), *d.division]
+            config = PRETRAININGS[d.config]
+            made = self.training("pretrain", d.pretraining, config, CHECKPOINT, keys)
+            trainings[d.pretraining] = made
         return list(trainings.values())
 
     def fine_tuning(self, detector: Detector, seed: int) -> Training:
