@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -72,11 +71,9 @@ def _summarize(truth: COCO, results: Path, iou_type: str) -> dict[str, Any]:
     # (IoU thresholds, recalls, classes) of all sizes and 100 detections; -1 without ground truth
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     classes = {
-        truth.cats[number]["name"]: None if (ap := precision[..., i]).max() < 0 else _mean(ap)
+        truth.cats[number]["name"]: None
+        if (ap := precision[..., i].mean()) < 0
+        else 100 * float(ap)
         for i, number in enumerate(evaluation.params.catIds)
     }
     return {**dict(zip(STATS, percent, strict=True)), "classes": classes}
-
-
-def _mean(precision: np.ndarray) -> float:
-    return 100 * float(precision[precision >= 0].mean())

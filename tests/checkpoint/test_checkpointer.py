@@ -82,6 +82,24 @@ def test_starts_where_nothing_is_left(folder, caplog):
     assert "there is no whole checkpoint beside it" in caplog.text
 
 
+def test_failed_tag_leaves_what_was_there(folder, monkeypatch):
+    """A disk that is full once the checkpoint is written: the one before is still named."""
+    sync, calls = os.fsync, []
+
+    def full_later(handle):
+        calls.append(handle)
+        # The checkpoint's, its folder's, and then the tag's
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", full_later)
+    with pytest.raises(OSError, match="No space left"):
+        StrictCheckpointer(layer(4.0), str(folder)).save("model_0000029", iteration=29)
+    assert (folder / "last_checkpoint").read_text() == "model_0000019.pth"
+    assert resumed(folder) == (2.0, 19)
+
+
 def test_failed_write_leaves_what_was_there(folder, monkeypatch):
     """A disk that is full in the middle of the file."""
 

@@ -137,10 +137,10 @@ def test_seeds_and_batches(grid, shapes, tmp_path):
 
 def test_unpaired_seeds(grid, shapes, tmp_path):
     """After a failure the seeds that both have are compared."""
-    left = [run for run in grid if run.folder.name != "GN_1_1"]
+    left = [run for run in grid if run.folder.name not in ("GN_1_1", "FrozenBN_2_0")]
     results = report(left, shapes, tmp_path)
     seeds = {(g["images_per_batch"], g["of"]): g["seeds"] for g in results["differences"]}
-    assert seeds == {(1, "box"): [0], (2, "box"): [0, 1], (1, "mask"): [0], (2, "mask"): [0, 1]}
+    assert seeds == {(1, "box"): [0], (2, "box"): [1], (1, "mask"): [0], (2, "mask"): [1]}
 
 
 def test_boxes_alone(shapes, tmp_path):
