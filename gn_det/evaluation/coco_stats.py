@@ -69,11 +69,9 @@ def _summarize(truth: COCO, results: Path, iou_type: str) -> dict[str, Any]:
         evaluation.summarize()
     percent = (None if stat < 0 else 100 * float(stat) for stat in evaluation.stats)
     # (IoU thresholds, recalls, classes) of all sizes and 100 detections; -1 without ground truth
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    precision = evaluation.eval["precision"][:, :, :, 0, -1].mean(axis=(0, 1))
     classes = {
-        truth.cats[number]["name"]: None
-        if (ap := precision[..., i].mean()) < 0
-        else 100 * float(ap)
-        for i, number in enumerate(evaluation.params.catIds)
+        truth.cats[number]["name"]: None if ap < 0 else 100 * float(ap)
+        for number, ap in zip(evaluation.params.catIds, precision, strict=True)
     }
     return {**dict(zip(STATS, percent, strict=True)), "classes": classes}
