@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError
 from ..files import write_whole
@@ -66,7 +66,12 @@ def examine(path: Path) -> PictureFile:
                 file.format or "",
             )
     except READ_ERRORS as error:
-        return PictureFile(digest=digest, error=str(error))
+        return PictureFile(digest=digest, error=_why(error))
+
+
+def _why(error: Exception) -> str:
+    """Why a file cannot be read; Pillow's own words name the place in memory that it was in."""
+    return "no picture" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def _depth(file: Image.Image, content: bytes) -> str:
@@ -194,4 +199,4 @@ def read_picture(path: Path) -> np.ndarray:
         with Image.open(BytesIO(path.read_bytes())) as file:
             return np.asarray(to_eight_bits(ImageOps.exif_transpose(file)).convert("RGB"))
     except READ_ERRORS as error:
-        raise InputError(f"{path} cannot be read as a picture: {error}") from None
+        raise InputError(f"{path} cannot be read as a picture: {_why(error)}") from None

@@ -4,6 +4,8 @@ MODEL is the OUTPUT_DIR of a training, or a comparison's `best`. IMAGES are file
 """
 
 import argparse
+import contextlib
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,7 +124,8 @@ def as_coco(picture: np.ndarray, number: int, categories: list[dict[str, Any]]) 
     listed = COCO()
     size = {"height": picture.shape[0], "width": picture.shape[1]}
     listed.dataset = {"images": [{"id": number, **size}], "categories": categories}
-    listed.createIndex()
+    with contextlib.redirect_stdout(io.StringIO()):
+        listed.createIndex()
     return listed
 
 

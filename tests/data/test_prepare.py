@@ -125,6 +125,7 @@ STOPPING = {
         "names of categories that are missing, no text or",
     ),
     "a missing picture": (image(file_name="9.png"), r"1 pictures missing \(9\.png\): put them"),
+    "no picture": (lambda c: c["images"][0].update(file_name="../train.json"), "no picture"),
     "a folder as picture": (image(file_name="."), "pictures missing"),
     "another size": (image(width=41), r"of another size than listed \(1\.png: 40x30, listed as 41"),
     "no box": (annotation(bbox=None), "annotations without a box of four numbers"),
