@@ -95,7 +95,7 @@ def prepare_comparison(args: argparse.Namespace) -> Comparison:
     train = Path(data.train)
     sizes = DataSizes.of(train)
     recipes = fit_recipes(base, sizes, args, opts)
-    told = dict.fromkeys(f"{line}" for lines in recipes.values() for line in lines)
+    told = dict.fromkeys(str(proposal) for recipe in recipes.values() for proposal in recipe)
     found = Comparison(output, data, proposals=list(told))
     weights = initial_weights(args, base, train)
     shared = keys_of(data, base)

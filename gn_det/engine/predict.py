@@ -90,8 +90,10 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise InputError(f"{path} does not exist")
-        inside = sorted(path.rglob("*")) if path.is_dir() else []
-        found += [p for p in inside if p.suffix.lower() in SUFFIXES] if path.is_dir() else [path]
+        if path.is_dir():
+            found += [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES]
+        else:
+            found.append(path)
     if not found:
         raise InputError(f"there are no pictures in {', '.join(map(str, paths))}")
     return found
