@@ -34,6 +34,13 @@ def add_gn_config(cfg: CfgNode) -> None:
     # Each training batch of IMS_PER_BATCH images goes through the model in so many parts, and their
     # gradients are added up: memory for one part, the step of the whole batch
     cfg.SOLVER.ACCUMULATE_ITERS = 1
+    # What SOLVER.AMP.ENABLED computes in: "float16", as Detectron2 does, or "bfloat16"
+    cfg.SOLVER.AMP.DTYPE = "float16"
+    # How many of the checkpoints of a running training stay, the newest; 0 for all
+    cfg.SOLVER.KEEP_CHECKPOINTS = 0
+    # Batches with unreadable pictures, infinite numbers or NaN that a training passes over, with a
+    # warning for each, before one stops it
+    cfg.SOLVER.SKIP_BAD_BATCHES = 0
 
     cfg.PRETRAIN = CfgNode()
     # Passes over the training folder, and after how many of them the learning rate is divided by

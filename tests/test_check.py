@@ -14,7 +14,8 @@ from detectron2.data.datasets import register_coco_instances
 from torch import nn
 
 import gn_det
-from gn_det.engine.train import Trainer, read_config
+from gn_det.engine.train import read_config
+from gn_det.engine.trainer import Trainer
 from gn_det.errors import InputError
 
 LEAVES = sorted(

@@ -12,7 +12,8 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 import gn_det
-from gn_det.engine.train import Trainer, read_config
+from gn_det.engine.train import read_config
+from gn_det.engine.trainer import Trainer
 from gn_det.errors import InputError
 
 LEAVES = sorted(str(p.relative_to(ROOT / "configs")) for p in (ROOT / "configs").glob("*/*.yaml"))
@@ -42,6 +43,9 @@ def test_adds_its_keys_to_the_given_config_alone():
         "MODEL.RESNETS.ZERO_INIT_RESIDUAL": False,
         "MODEL.RESNETS.WEIGHT_STANDARDIZATION": False,
         "SOLVER.ACCUMULATE_ITERS": 1,
+        "SOLVER.AMP.DTYPE": "float16",
+        "SOLVER.KEEP_CHECKPOINTS": 0,
+        "SOLVER.SKIP_BAD_BATCHES": 0,
         "PRETRAIN.EPOCHS": 100,
         "PRETRAIN.STEPS": (30, 60, 90),
         "PRETRAIN.REFERENCE_BATCH_SIZE": 256,

@@ -6,7 +6,7 @@ import pytest
 from conftest import shapes_config
 from torch import nn
 
-from gn_det.engine.train import Trainer
+from gn_det.engine.trainer import Trainer
 from gn_det.modeling import build_gn_resnet_fpn_backbone  # noqa: F401
 
 CASES = {

@@ -9,7 +9,7 @@ from detectron2.utils import comm
 from .layers import check_groups, check_layers
 from .norm_keys import check_builders, check_implementation, check_norm_keys
 from .problem import ConfigError, Problem
-from .schedule import check_batch, check_classes, check_steps
+from .schedule import check_batch, check_classes, check_solver, check_steps
 from .weights import check_weights, group_mismatch
 
 __all__ = ["ConfigError", "Problem", "check_config"]
@@ -38,6 +38,7 @@ def check_config(cfg: CfgNode, num_gpus: int | None = None) -> None:
 def _find_problems(cfg: CfgNode, num_gpus: int) -> Iterator[Problem]:
     yield from check_steps(cfg)
     yield from check_batch(cfg, num_gpus)
+    yield from check_solver(cfg)
     yield from check_classes(cfg)
     yield from check_norm_keys(cfg)
     yield from check_builders(cfg)

@@ -56,15 +56,25 @@ def check_layers(cfg: CfgNode, num_gpus: int) -> Iterator[Problem]:
     if trained and decay and not is_pretraining(cfg):
         why = f"gamma and beta of {len(trained)} norm layers would be decayed, which costs AP"
         yield Problem("SOLVER.WEIGHT_DECAY_NORM", decay, why, "set SOLVER.WEIGHT_DECAY_NORM 0.0")
+    yield from _too_few_images(cfg, model, num_gpus)
+
+
+def _too_few_images(cfg: CfgNode, model: nn.Module, num_gpus: int) -> Iterator[Problem]:
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            images = images_per_pass(cfg, num_gpus)
-            images *= num_gpus if "Sync" in type(module).__name__ else 1
-            if images <= 1:
-                why = f"{name} is BatchNorm, and would take its statistics from a single image"
-                mend = "take more images, or GN or FrozenBN in the place of BN"
-                yield Problem("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, why, mend)
-                return
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        in_step = "Sync" in type(module).__name__
+        if in_step and cfg.MODEL.DEVICE == "cpu" and num_gpus > 1:
+            why = f"{name} is SyncBatchNorm, which PyTorch has for GPUs alone"
+            mend = "train on GPUs, or take GN, FrozenBN or BN in the place of SyncBN"
+            yield Problem("MODEL.DEVICE", "cpu", why, mend)
+            return
+        images = images_per_pass(cfg, num_gpus) * (num_gpus if in_step else 1)
+        if images <= 1:
+            why = f"{name} is BatchNorm, and would take its statistics from a single image"
+            mend = "take more images, or GN or FrozenBN in the place of BN"
+            yield Problem("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, why, mend)
+            return
 
 
 def _from_scratch(cfg: CfgNode, model: nn.Module) -> Iterator[Problem]:

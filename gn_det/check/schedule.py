@@ -44,6 +44,17 @@ def check_batch(cfg: CfgNode, num_gpus: int) -> Iterator[Problem]:
         yield Problem("SOLVER.ACCUMULATE_ITERS", keys.ACCUMULATE_ITERS, why, mend)
 
 
+def check_solver(cfg: CfgNode) -> Iterator[Problem]:
+    """Values of gn_det's own keys that there are none of."""
+    keys = cfg.SOLVER
+    if keys.AMP.DTYPE not in ("float16", "bfloat16"):
+        mend = "set it to float16 or bfloat16"
+        yield Problem("SOLVER.AMP.DTYPE", keys.AMP.DTYPE, "it is no half precision", mend)
+    for key in ("KEEP_CHECKPOINTS", "SKIP_BAD_BATCHES"):
+        if keys[key] < 0:
+            yield Problem(f"SOLVER.{key}", keys[key], "it is a number of things", "set it to 0")
+
+
 def check_classes(cfg: CfgNode) -> Iterator[Problem]:
     """A number of classes that is not that of the data sets."""
     classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES

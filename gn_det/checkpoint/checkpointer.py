@@ -1,8 +1,8 @@
 """Detectron2's checkpointer, made strict in what it loads and safe in what it saves."""
 
 import logging
-import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,42 @@ from ..files import write_whole
 from ..modeling.parts import weight_names
 from .load import Loaded
 from .names import norm_of
+from .read import BROKEN, is_tensor, read_content
+
+# Ends of names of what stands beside the weights in such files
+NO_WEIGHTS = ("_momentum", "num_batches_tracked")
 
 
 class StrictCheckpointer(DetectionCheckpointer):
     """Detectron2's, which says in one block what it loaded, and refuses what does not fit.
 
     A checkpoint is on the disk whole before `last_checkpoint` names it. On resuming, a checkpoint
-    that is missing or damaged is passed over for the newest whole one, with a warning.
+    that is missing or damaged is passed over for the newest whole one, with a warning. Nothing that
+    a file brings along is run.
 
     Args:
         whole: whether the file has to fill all of the model, as for evaluation. Always so when
             training goes on from a checkpoint of its own.
+        keep: how many of the checkpoints of a running training stay, the newest; 0 for all.
 
     Raises:
-        InputError: on loading a file that the model does not fit.
+        InputError: on loading a file that the model does not fit, or that is no checkpoint.
+        OSError: on saving, by a disk that is full or gone; what was there before stays.
     """
 
     loaded: Loaded | None = None
 
     def __init__(
-        self, model: nn.Module, save_dir: str = "", *, whole: bool = False, **kwargs: Any
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        whole: bool = False,
+        keep: int = 0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(model, save_dir, **kwargs)
-        self._whole = whole
+        self._whole, self._keep = whole, keep
         self._path = ""
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -51,6 +64,15 @@ class StrictCheckpointer(DetectionCheckpointer):
         with write_whole(path, "wb") as file:
             torch.save(content, file)
         self.tag_last_checkpoint(path.name)
+        self._tidy(path)
+
+    def _tidy(self, newest: Path) -> None:
+        """Remove checkpoints that are not to be kept, and what a killed process left half."""
+        for partial in newest.parent.glob("*.pth.partial"):
+            partial.unlink()
+        running = sorted(newest.parent.glob(f"model_{'[0-9]' * 7}.pth"))
+        for path in running[: -self._keep] if self._keep and newest in running else ():
+            path.unlink()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with write_whole(Path(self.save_dir, "last_checkpoint")) as file:
@@ -63,7 +85,9 @@ class StrictCheckpointer(DetectionCheckpointer):
         """The checkpoint to go on from, "" if there is none."""
         folder = Path(self.save_dir)
         tag = folder / "last_checkpoint"
-        named = tag.read_text().strip() if tag.is_file() else ""
+        # Whatever it holds: a disk that failed may have left anything
+        named = tag.read_bytes().decode(errors="replace").strip() if tag.is_file() else ""
+        named = named if named.isprintable() else ""
         if named and is_whole(folder / named):
             return str(folder / named)
         others = [path for path in folder.glob("model_*.pth") if path.name != named]
@@ -84,6 +108,32 @@ class StrictCheckpointer(DetectionCheckpointer):
             return super().load(path, checkpointables, **kwargs)
         finally:
             self._whole = whole
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        path = Path(filename)
+        content = read_content(path)
+        found = dict(content) if isinstance(content, Mapping) else {}
+        # What Detectron2 makes of the files of others, who have other names for tensors
+        author, nest = {".pkl": ("Caffe2", "blobs"), ".pyth": ("pycls", "model_state")}.get(
+            path.suffix, ("", "model")
+        )
+        if author and not {"model", "__author__"} <= found.keys():
+            tensors = found.get(nest, found)
+            loaded = {"__author__": author, "matching_heuristics": True, "model": tensors}
+        else:
+            loaded = found if "model" in found else {"model": found}
+        if not isinstance(loaded["model"], Mapping) or not loaded["model"]:
+            raise InputError(f"{path} cannot be read as weights: it holds no tensors by name")
+        if author:
+            kept = {k: v for k, v in loaded["model"].items() if not str(k).endswith(NO_WEIGHTS)}
+            loaded["model"] = kept
+        if wrong := [name for name, value in loaded["model"].items() if not is_tensor(value)]:
+            raise InputError(f"{path} cannot be read as weights: {wrong[0]} is no tensor")
+        # On Detectron2's main, MODEL.WEIGHTS may end with ?matching_heuristics=True
+        url = getattr(self, "_parsed_url_during_load", None)
+        if url is not None and "matching_heuristics=True" in url.query:
+            loaded["matching_heuristics"] = True
+        return loaded
 
     def _load_model(self, checkpoint: Any) -> None:
         norm = norm_of(checkpoint["model"])
@@ -115,6 +165,6 @@ def iteration_of(path: Path) -> int:
     """The last iteration that a whole checkpoint has seen, -1 for another kind of file."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError):
+    except BROKEN:
         return -1
     return content.get("iteration", -1) if isinstance(content, dict) else -1

@@ -26,7 +26,8 @@ _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 # What readers raise on files that are no weights, or that somebody has damaged
 BROKEN = (
     *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError),
-    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, safetensors.SafetensorError),
+    *(AssertionError, ArithmeticError, MemoryError, pickle.UnpicklingError),
+    *(zipfile.BadZipFile, zlib.error, safetensors.SafetensorError),
 )
 
 
@@ -53,10 +54,7 @@ def read_weights(path: Path, device: str = "cpu") -> WeightsFile:
     """
     facts: dict[str, Any] = {}
     author = ""
-    try:
-        content = _read(path, device)
-    except BROKEN as error:
-        raise InputError(f"{path} cannot be read as weights: {_reason(error)}") from None
+    content = read_content(path, device)
     if isinstance(content, Mapping):
         author = str(content.get("__author__", ""))
         written = content.get("gn_det")
@@ -65,10 +63,22 @@ def read_weights(path: Path, device: str = "cpu") -> WeightsFile:
             if isinstance(content.get(nest), Mapping):
                 content = content[nest]
                 break
-        content = {k: _tensor(v, device) for k, v in content.items() if _is_tensor(v)}
+        content = {k: _tensor(v, device) for k, v in content.items() if is_tensor(v)}
     if not content or not isinstance(content, dict):
         raise InputError(f"{path} cannot be read as weights: it holds no tensors by name")
     return WeightsFile(content, facts, author)
+
+
+def read_content(path: Path, device: str = "cpu") -> Any:
+    """All that a file of weights holds, as `read_weights` reads it.
+
+    Raises:
+        InputError: if it cannot be read, or asks for more than tensors, arrays and plain values.
+    """
+    try:
+        return _read(path, device)
+    except BROKEN as error:
+        raise InputError(f"{path} cannot be read as weights: {_reason(error)}") from None
 
 
 def _read(path: Path, device: str) -> Any:
@@ -96,7 +106,8 @@ def _scalars() -> list[Any]:
     return [_ARRAY_PARTS["scalar"], np.dtype, *kinds]
 
 
-def _is_tensor(value: object) -> bool:
+def is_tensor(value: object) -> bool:
+    """Whether a value is a tensor, or an array that becomes one."""
     return isinstance(value, Tensor) or (
         isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import MapDataset, build_detection_train_loader
+from detectron2.data import MapDataset
 from detectron2.data.samplers import InferenceSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
@@ -19,6 +19,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 
 from ..errors import InputError
+from .loader import TrainLoader
 
 
 class UnreadablePictureError(InputError):
@@ -90,15 +91,14 @@ class PictureMapper:
         return {"file_name": path, "label": label, "image": image.flip(0) if self._bgr else image}
 
 
-def build_train_loader(cfg: CfgNode) -> Any:
+def build_train_loader(cfg: CfgNode) -> TrainLoader:
     """Endless shuffled batches of `SOLVER.IMS_PER_BATCH` pictures in all, as lists of records."""
-    samples = read_folder(cfg.DATASETS.TRAIN[0]).samples
-    return build_detection_train_loader(
-        samples,
-        mapper=PictureMapper(cfg, is_train=True),
-        sampler=TrainingSampler(len(samples)),
-        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
-        aspect_ratio_grouping=False,
+    return TrainLoader(
+        read_folder(cfg.DATASETS.TRAIN[0]).samples,
+        PictureMapper(cfg, is_train=True),
+        lambda samples: TrainingSampler(len(samples)),
+        batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
+        group_by_shape=False,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
 

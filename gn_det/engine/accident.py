@@ -2,7 +2,8 @@
 
 from detectron2.config import CfgNode
 
-from .train import Trainer, run
+from .train import run
+from .trainer import Trainer
 
 
 class AccidentTrainer(Trainer):

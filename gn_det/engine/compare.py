@@ -48,7 +48,8 @@ from .fit import (
 from .own_data import add_data_arguments, prepare_data
 from .recipe import describe_recipe
 from .run_record import RECORD
-from .train import check_machine, check_weights_file, find_config, read_config
+from .train import find_config, read_config
+from .trainer import check_machine, check_weights_file
 from .trainings import Training, run_trainings
 
 BASE = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_4conv1fc.yaml"

@@ -28,7 +28,8 @@ from ..errors import InputError, exit_on_input_error
 from ..evaluation.figures import MIN_SCORE, draw
 from ..files import write_whole
 from .run_record import RECORD
-from .train import check_machine, read_config
+from .train import read_config
+from .trainer import check_machine
 
 
 class Predictor(DefaultPredictor):

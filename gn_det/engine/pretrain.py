@@ -14,11 +14,12 @@ from ..errors import InputError
 from ..evaluation.classification import AccuracyEvaluator
 from . import train
 from .epochs import check_folders, resolve_config, with_classes
+from .trainer import Trainer, check_machine
 
 CHECKPOINT = "backbone.pth"
 
 
-class PretrainTrainer(train.Trainer):
+class PretrainTrainer(Trainer):
     """Detectron2's default trainer on folders of pictures; it leaves the backbone behind.
 
     Schedule, learning rate and number of classes follow from the `PRETRAIN` keys and the training
@@ -51,7 +52,7 @@ class PretrainTrainer(train.Trainer):
     @classmethod
     def check_inputs(cls, cfg: CfgNode, eval_only: bool) -> None:
         check_folders(cfg, train=not eval_only)
-        train.check_machine(cfg)
+        check_machine(cfg)
 
     @classmethod
     def evaluate(cls, cfg: CfgNode, resume: bool) -> dict:

@@ -22,10 +22,25 @@ from ..files import write_whole
 RECORD = "run.json"
 
 
-class RunRecorder(HookBase):
-    """Writes `peak_memory_mib` into the metrics, and `run.json` once the run is at its end.
+class MemoryRecorder(HookBase):
+    """Writes `peak_memory_mib` into the metrics.
 
-    `run.json` holds the seed, device, categories, parameter counts, versions and git commit. It is
+    Args:
+        device: as in `MODEL.DEVICE`.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def after_step(self) -> None:
+        memory = peak_memory_mib(self._device)
+        self.trainer.storage.put_scalar("peak_memory_mib", memory, smoothing_hint=False)
+
+
+class RunRecorder(HookBase):
+    """Writes `run.json` once the run is at its end.
+
+    It holds the seed, device, categories, parameter counts, versions and git commit. It is
     written after the last evaluation, so that it also says that the other outputs are whole.
     """
 
@@ -35,10 +50,6 @@ class RunRecorder(HookBase):
 
     def before_train(self) -> None:
         self._path.unlink(missing_ok=True)
-
-    def after_step(self) -> None:
-        memory = peak_memory_mib(self._cfg.MODEL.DEVICE)
-        self.trainer.storage.put_scalar("peak_memory_mib", memory, smoothing_hint=False)
 
     def after_train(self) -> None:
         if self.trainer.iter + 1 < self.trainer.max_iter:

@@ -1,125 +1,34 @@
-"""Training and evaluation by Detectron2's own trainer, as `tools/train_net.py` runs it."""
+"""Training and evaluation from the command line, as `tools/train_net.py` runs it."""
 
 import argparse
-import logging
 import os
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+import detectron2
+import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import (
-    DefaultTrainer,
-    HookBase,
-    default_argument_parser,
-    default_setup,
-    launch,
-)
-from detectron2.evaluation import COCOEvaluator, verify_results
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
-from torch import nn
-from torch.optim import Optimizer
-from yaml import YAMLError
 
-from ..check import ConfigError, check_config
+from ..check import ConfigError
 from ..check.weights import check_weights
-from ..checkpoint.checkpointer import StrictCheckpointer
-from ..config import add_gn_config, is_pretraining
-from ..data import check_dataset
+from ..config import add_gn_config
 from ..data.prepare import register
 from ..errors import InputError, exit_on_input_error
 from ..model_zoo import get_config_file
-from ..solver import build_optimizer
-from .accumulate import accumulate_gradients
 from .own_data import add_data_arguments, data_opts, describe_data
+from .processes import count_processes, joined, launch, restarted
 from .recipe import describe_recipe
-from .run_record import RunRecorder
+from .trainer import Trainer
 
-
-class Trainer(DefaultTrainer):
-    """Detectron2's default trainer with COCO evaluation and the decay rule of norm parameters.
-
-    Raises:
-        ConfigError: an `InputError`, for a config that `gn_det.check_config` refuses.
-    """
-
-    def __init__(self, cfg: CfgNode) -> None:
-        self.check_architecture(cfg)
-        self.check_recipe(cfg)
-        Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
-        # As Detectron2 does for its own logger, where `setup` was not called
-        if not logging.getLogger("gn_det").isEnabledFor(logging.INFO):
-            setup_logger(name="gn_det")
-        super().__init__(cfg)
-
-    @classmethod
-    def check_architecture(cls, cfg: CfgNode) -> None:
-        """Refuse a config that another trainer is for.
-
-        Raises:
-            InputError: naming the tool that takes it.
-        """
-        if is_pretraining(cfg):
-            raise InputError("this config pretrains a classifier: run tools/pretrain_net.py")
-
-    @classmethod
-    def check_recipe(cls, cfg: CfgNode, num_gpus: int | None = None) -> None:
-        """Refuse a config that would train wrongly, as `gn_det.check_config` does."""
-        check_config(cfg, num_gpus)
-
-    @classmethod
-    def check_inputs(cls, cfg: CfgNode, eval_only: bool) -> None:
-        """Check what can be checked before anything is written or built.
-
-        Raises:
-            InputError: for a device, data set, weights file or output folder that cannot be used.
-        """
-        for name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
-            # Other architectures count their classes under keys of their own
-            is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
-            classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES if is_rcnn else None
-            check_dataset(name, classes, annotated=not eval_only)
-        check_machine(cfg)
-
-    @classmethod
-    def evaluate(cls, cfg: CfgNode, resume: bool) -> dict:
-        """Test the model of `MODEL.WEIGHTS`, or of the last checkpoint with `resume`."""
-        model = cls.build_model(cfg)
-        StrictCheckpointer(model, cfg.OUTPUT_DIR, whole=True).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=resume
-        )
-        results = cls.test(cfg, model)
-        if comm.is_main_process():
-            verify_results(cfg, results)
-        return results
-
-    @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
-
-    @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
-        return build_optimizer(cfg, model)
-
-    @classmethod
-    def build_model(cls, cfg: CfgNode) -> nn.Module:
-        model = super().build_model(cfg)
-        if cfg.SOLVER.ACCUMULATE_ITERS > 1:
-            accumulate_gradients(model, cfg.SOLVER.ACCUMULATE_ITERS)
-        return model
-
-    def build_hooks(self) -> list[HookBase]:
-        # Here, since the hooks save by it
-        self.checkpointer = StrictCheckpointer(
-            self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
-        hooks = super().build_hooks()
-        if comm.is_main_process():
-            # Before the writers, which come last, so that they write what it records
-            hooks.insert(-1, RunRecorder(self.cfg))
-        return hooks
+# What Detectron2 raises for configs that make no sense, and files that are none
+CONFIG_ERRORS = (
+    *(AssertionError, AttributeError, LookupError, OSError, RecursionError, TypeError),
+    *(ValueError, yaml.YAMLError),
+)
 
 
 def read_config(args: argparse.Namespace) -> CfgNode:
@@ -135,15 +44,49 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     add_gn_config(cfg)
     path = find_config(args.config_file)
     try:
+        refuse_code(path)
         cfg.merge_from_file(path)
         cfg.merge_from_list(args.opts)
         register((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         if "SOLVER.IMS_PER_BATCH" in args.opts and "SOLVER.REFERENCE_WORLD_SIZE" not in args.opts:
             cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
-    except (AssertionError, KeyError, ValueError, YAMLError) as error:
-        raise InputError(f"config {path} with {args.opts}: {error}") from None
+    except InputError:
+        raise
+    except CONFIG_ERRORS as error:
+        told = " ".join(str(error).split())
+        raise InputError(f"config {path} with {args.opts}: {told}") from None
     cfg.freeze()
     return cfg
+
+
+def refuse_code(path: str, derived: tuple[str, ...] = ()) -> None:
+    """Refuse a config that would run code on being read, itself or one that it is based on.
+
+    Detectron2's own may: some of them compute their anchors.
+
+    Args:
+        derived: the configs that are based on this one.
+
+    Raises:
+        InputError: for such a config, and for one that is based on itself.
+    """
+    if path in derived:
+        raise InputError(f"config {path} is based on itself, by _BASE_")
+    with PathManager.open(path) as file:
+        try:
+            content = yaml.safe_load(file)
+        except yaml.constructor.ConstructorError as error:
+            if Path(detectron2.__file__).parent in Path(path).resolve().parents:
+                return
+            mark = error.problem_mark
+            raise InputError(
+                f"config {path} would run code, at line {mark.line + 1}: write its values out"
+            ) from None
+    bases = content.get("_BASE_", []) if isinstance(content, dict) else []
+    for base in bases if isinstance(bases, list) else [bases]:
+        base = os.path.expanduser(base)
+        beside = base if "://" in base else os.path.join(os.path.dirname(path), base)
+        refuse_code(beside, (*derived, path))
 
 
 def find_config(name: str) -> str:
@@ -157,29 +100,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gn_det")
     return cfg
-
-
-def check_machine(cfg: CfgNode) -> None:
-    """Raise an `InputError` for a device, weights file or output folder that cannot be used."""
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("MODEL.DEVICE is cuda, but PyTorch sees no GPU: add MODEL.DEVICE cpu")
-    check_weights_file(cfg)
-    try:
-        Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be made: {error.strerror}") from None
-    if not os.access(cfg.OUTPUT_DIR, os.W_OK):
-        raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written to")
-
-
-def check_weights_file(cfg: CfgNode) -> None:
-    """Raise an `InputError` for a weights file that does not exist."""
-    weights = cfg.MODEL.WEIGHTS.partition("?")[0]
-    if weights and "://" not in weights and not os.path.isfile(weights):
-        raise InputError(
-            f"MODEL.WEIGHTS {weights} does not exist: give the file of a backbone or a detector, "
-            'or "" with MODEL.BACKBONE.FREEZE_AT 0 to train from scratch'
-        )
 
 
 def main(args: argparse.Namespace, trainer_class: type[Trainer]) -> dict | None:
@@ -204,34 +124,44 @@ def run(argv: Sequence[str] | None = None, trainer_class: type[Trainer] = Traine
         action="store_true",
         help="check the config and print its recipe, without training",
     )
+    parser.add_argument(
+        "--skip-bad-batches",
+        type=int,
+        metavar="N",
+        help="batches with unreadable pictures, infinite numbers or NaN to pass over before one "
+        "stops the training (SOLVER.SKIP_BAD_BATCHES)",
+    )
     add_data_arguments(parser)
     args = parser.parse_args(argv)
     with exit_on_input_error():
-        # Before any worker process starts
+        args.resume = args.resume or restarted()
         args.config_file = find_config(args.config_file)
-        args.opts = [*data_opts(args, read_config(args)), *args.opts]
+        if args.skip_bad_batches is not None:
+            args.opts = ["SOLVER.SKIP_BAD_BATCHES", str(args.skip_bad_batches), *args.opts]
         cfg = read_config(args)
-        trainer_class.check_architecture(cfg)
-        num_gpus = max(args.num_gpus * args.num_machines, 1)
-        if not args.eval_only:
-            trainer_class.check_recipe(cfg, num_gpus)
-        elif problems := list(check_weights(cfg)):
-            raise ConfigError(problems)
-        if args.check:
-            print(f"{args.config_file}\n\n{describe_recipe(cfg, num_gpus)}")
-            print("\n".join(["", *describe_data(cfg)]))
-            return
-        if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
-            raise InputError("--eval-only would evaluate random weights: give MODEL.WEIGHTS")
-        trainer_class.check_inputs(cfg, args.eval_only)
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args, trainer_class),
-        )
+        with joined(cfg.MODEL.DEVICE):
+            _run(args, cfg, trainer_class)
+
+
+def _run(args: argparse.Namespace, cfg: CfgNode, trainer_class: type[Trainer]) -> None:
+    """Check what can be checked in one process, then train or evaluate in all."""
+    num_gpus = count_processes(args)
+    opts = data_opts(args, cfg) if comm.is_main_process() else []
+    args.opts = [*comm.all_gather(opts)[0], *args.opts]
+    cfg = read_config(args)
+    trainer_class.check_architecture(cfg)
+    if not args.eval_only:
+        trainer_class.check_recipe(cfg, num_gpus)
+    elif problems := list(check_weights(cfg)):
+        raise ConfigError(problems)
+    if args.check:
+        print(f"{args.config_file}\n\n{describe_recipe(cfg, num_gpus)}")
+        print("\n".join(["", *describe_data(cfg)]))
+        return
+    if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
+        raise InputError("--eval-only would evaluate random weights: give MODEL.WEIGHTS")
+    trainer_class.check_inputs(cfg, args.eval_only)
+    launch(main, args, trainer_class)
 
 
 if __name__ == "__main__":

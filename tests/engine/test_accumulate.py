@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from gn_det.engine.accumulate import accumulate_gradients
-from gn_det.engine.train import Trainer
+from gn_det.engine.trainer import Trainer
 
 # Every anchor and every proposal is sampled, so that no chance is left
 ALL = (

@@ -10,14 +10,13 @@ import pytest
 import torch
 from conftest import TINY, command, shapes_config
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import AMPTrainer
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
-from gn_det.engine import pretrain, train
+from gn_det.engine import pretrain, train, trainer
 from gn_det.errors import InputError
 
 GN = "configs/Shapes/pretrain_R_18_gn.yaml"
@@ -128,12 +127,18 @@ def test_evaluation_alone(resumed, tmp_path):
     assert results["accuracy"]["top1"] == pytest.approx(expected["accuracy/top1"])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="AMP needs a GPU")
-def test_mixed_precision(tmp_path):
-    words = opts(tmp_path, MODEL__DEVICE="cuda", SOLVER__AMP__ENABLED=True, PRETRAIN__STEPS="()")
-    trainer = pretrain.PretrainTrainer(train.read_config(Namespace(config_file=GN, opts=words)))
-    assert isinstance(trainer._trainer, AMPTrainer)
-    trainer.train()
+@pytest.mark.parametrize(("dtype", "device"), [("bfloat16", "cpu"), ("float16", "cuda")])
+def test_mixed_precision(dtype, device, tmp_path):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    words = opts(tmp_path, MODEL__DEVICE=device, SOLVER__AMP__ENABLED=True, PRETRAIN__STEPS="()")
+    words += ["SOLVER.AMP.DTYPE", dtype]
+    trained = pretrain.PretrainTrainer(train.read_config(Namespace(config_file=GN, opts=words)))
+    seen = set()
+    stem = trained.model.backbone.stem.conv1
+    stem.register_forward_hook(lambda conv, inputs, output: seen.add(output.dtype))
+    trained.train()
+    assert getattr(torch, dtype) in seen
     assert (tmp_path / "backbone.pth").exists()
 
 
@@ -209,4 +214,4 @@ def test_each_tool_names_the_other(tmp_path):
         pretrain.PretrainTrainer(cfg)
     args = Namespace(config_file=GN, opts=opts(tmp_path))
     with pytest.raises(InputError, match=r"run tools/pretrain_net.py"):
-        train.Trainer(train.read_config(args))
+        trainer.Trainer(train.read_config(args))

@@ -1,0 +1,223 @@
+"""Random damage to the three kinds of files that come from others: annotations, weights, configs.
+
+    python tests/fuzz.py [N] [--seed S]
+
+Each is read N times, otherwise damaged every time. A reader may take what it is given or refuse it
+with an `InputError`; nothing may be run or overwritten.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import random
+import shutil
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from gn_det.checkpoint.checkpointer import StrictCheckpointer
+from gn_det.data import make_shapes
+from gn_det.data.clean import Source
+from gn_det.data.prepare import prepare
+from gn_det.engine.train import find_config, read_config
+from gn_det.errors import InputError
+
+STRANGE = [
+    *(None, True, -1, 0, 0.5, 1e308, float("nan"), float("inf"), 10**30, 2**63, "", "0", "a" * 999),
+    *(
+        "\0",
+        "../../x",
+        "/dev/null",
+        "\ud800",
+        [],
+        {},
+        [[]],
+        [[[]]],
+        {"": None},
+        [None],
+        [1e400] * 6,
+    ),
+]
+
+
+class Canary:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+def damage_bytes(content: bytes, rng: random.Random) -> bytes:
+    """A few bytes changed, left out, doubled, or everything after a place missing."""
+    damaged = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 8, 64])):
+        place, length = rng.randrange(len(damaged) + 1), rng.choice([1, 2, 8, 200])
+        part = damaged[place : place + length]
+        new: list[Callable[[], bytes]] = [
+            lambda length=length: rng.randbytes(length),
+            lambda: b"",
+            lambda part=part: bytes(part) * 2,
+            lambda part=part: bytes(part)[::-1],
+        ]
+        damaged[place : place + length] = rng.choice(new)()
+    return bytes(damaged[: rng.randrange(len(damaged) + 1)] if rng.random() < 0.1 else damaged)
+
+
+def damage_values(content: Any, rng: random.Random) -> Any:
+    """Some values, anywhere in lists and dicts, replaced by strange ones, or gone."""
+    holders: list[Any] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, dict | list) and value:
+            holders.append(value)
+            for inner in value.values() if isinstance(value, dict) else value:
+                collect(inner)
+
+    content = json.loads(json.dumps(content))
+    collect(content)
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        holder = rng.choice(holders)
+        keys = list(holder) if isinstance(holder, dict) else range(len(holder))
+        if not keys:
+            continue
+        key = rng.choice(keys)
+        if rng.random() < 0.2:
+            del holder[key]
+        else:
+            holder[key] = rng.choice(STRANGE)
+    return content
+
+
+class Annotations:
+    """A COCO instances file, as `--train` and `--val` take it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        make_shapes(folder / "data", num_train=3, num_val=1, seed=3)
+        self.whole = (folder / "data" / "instances_train.json").read_bytes()
+        self.val = Source(folder / "data" / "instances_val.json", folder / "data" / "images")
+
+    def read(self, rng: random.Random) -> None:
+        path = self.folder / "data" / "damaged.json"
+        if rng.random() < 0.3:
+            path.write_bytes(damage_bytes(self.whole, rng))
+        else:
+            path.write_text(json.dumps(damage_values(json.loads(self.whole), rng)))
+        written = self.folder / "prepared"
+        shutil.rmtree(written, ignore_errors=True)
+        prepare(Source(path, self.folder / "data" / "images"), self.val, written)
+
+
+class Weights:
+    """A checkpoint, as `MODEL.WEIGHTS` takes it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GroupNorm(2, 4))
+        state = self.model.state_dict()
+        torch.save({"model": state, "iteration": 3}, folder / "whole.pth")
+        torch.save(state, folder / "bare.pth", _use_new_zipfile_serialization=False)
+        arrays = {name: tensor.numpy() for name, tensor in state.items()}
+        (folder / "whole.pkl").write_bytes(
+            pickle.dumps({"model": arrays, "__author__": "somebody"}, protocol=2)
+        )
+        np.savez(folder / "whole.npz", **arrays)
+        self.files = [folder / name for name in ("whole.pth", "bare.pth", "whole.pkl", "whole.npz")]
+
+    def read(self, rng: random.Random) -> None:
+        whole = rng.choice(self.files)
+        path = self.folder / f"damaged{rng.choice([whole.suffix, '.pth', '.pkl', '.pyth'])}"
+        path.write_bytes(damage_bytes(whole.read_bytes(), rng))
+        if rng.random() < 0.1:
+            content = {"model": self.model.state_dict(), "x": Canary(self.folder / "canary")}
+            torch.save(content, path) if rng.random() < 0.5 else path.write_bytes(
+                pickle.dumps(content)
+            )
+        StrictCheckpointer(self.model, whole=True).load(str(path))
+
+
+class Configs:
+    """A config, as `--config-file` takes it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # One that says much by itself
+        cfg = read_config(argparse.Namespace(config_file=SHIPPED, opts=[]))
+        self.whole = cfg.dump()
+
+    def read(self, rng: random.Random) -> None:
+        path = self.folder / "damaged.yaml"
+        if rng.random() < 0.4:
+            text = damage_bytes(self.whole.encode(), rng)
+        else:
+            values = damage_values(yaml.safe_load(self.whole), rng)
+            if rng.random() < 0.2:
+                bases = [*STRANGE, "damaged.yaml", find_config(SHIPPED), ".", "none.yaml"]
+                values["_BASE_"] = rng.choice(bases)
+            text = json.dumps(values).encode()
+        if rng.random() < 0.1:
+            text += (
+                f"\nX: !!python/object/apply:os.system ['touch {self.folder}/canary']\n".encode()
+            )
+        path.write_bytes(text)
+        read_config(argparse.Namespace(config_file=str(path), opts=[]))
+
+
+SHIPPED = "Shapes/mask_rcnn_R_18_FPN_gn.yaml"
+READERS = {"annotations": Annotations, "weights": Weights, "configs": Configs}
+
+
+def fuzz(kind: str, count: int, seed: int, folder: Path) -> list[str]:
+    """Damage a kind of file so many times; what went wrong, a traceback for each."""
+    folder.mkdir()
+    reader = READERS[kind](folder)
+    before = snapshot(folder)
+    lost = []
+    for number in range(count):
+        try:
+            reader.read(random.Random(f"{seed}/{kind}/{number}"))
+        except InputError as error:
+            # What was noticed in a data set is told line by line
+            if "\n" in str(error) and kind != "annotations":
+                lost.append(f"{kind} {number}: more than one line: {error}")
+        except Exception:
+            lost.append(f"{kind} {number}: {traceback.format_exc()}")
+        if (folder / "canary").exists():
+            lost.append(f"{kind} {number}: it has run what a file brought along")
+            (folder / "canary").unlink()
+    if before.items() - snapshot(folder).items():
+        lost.append(f"{kind}: files have been changed")
+    return lost
+
+
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("count", nargs="?", type=int, default=1000, help="of each (default 1000)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    failed = 0
+    for kind in READERS:
+        with tempfile.TemporaryDirectory(prefix="fuzz_") as folder:
+            lost = fuzz(kind, args.count, args.seed, Path(folder, kind))
+        print(*lost, sep="\n", end="\n" * bool(lost))
+        print(f"{args.count} damaged {kind}: {len(lost)} not refused as they should", flush=True)
+        failed += len(lost)
+    raise SystemExit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""The short form of `make faults`: faults of a machine, and damaged files of others."""
+
+import pytest
+from faults import FAULTS, campaign
+from fuzz import READERS, fuzz
+
+KINDS = [
+    "SIGTERM in an iteration",
+    "SIGKILL while a checkpoint is written",
+    "newest checkpoint truncated",
+    "disk full, read-only or broken",
+    "NaN in pictures",
+    "picture missing or damaged, passed over",
+]
+
+
+def test_a_hurt_training_ends_as_if_nothing_had_happened(tmp_path):
+    assert set(KINDS) <= set(FAULTS)
+    assert campaign(KINDS, seed=1, at_once=1, folder=tmp_path) == [""] * len(KINDS)
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_damaged_files_are_refused(kind, tmp_path):
+    assert fuzz(kind, 60, seed=1, folder=tmp_path / kind) == []
