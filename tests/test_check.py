@@ -248,6 +248,19 @@ def test_sync_bn_pools_over_gpus():
     assert set(problems(alone, num_gpus=1)) == {"SOLVER.IMS_PER_BATCH"}
 
 
+def test_sync_bn_needs_gpus():
+    found = problems(config(SYNC, "MODEL.DEVICE", "cpu"), num_gpus=2)
+    assert set(found) == {"MODEL.DEVICE"} and "SyncBatchNorm" in found["MODEL.DEVICE"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("AMP.DTYPE", "float64"), ("KEEP_CHECKPOINTS", -1), ("SKIP_BAD_BATCHES", -1)],
+)
+def test_keys_of_the_solver(key, value):
+    assert set(problems(config(FPN, f"SOLVER.{key}", value))) == {f"SOLVER.{key}"}
+
+
 def test_all_problems_at_once():
     cfg = config(
         *(FPN, "MODEL.WEIGHTS", "", "MODEL.GROUP_NORM.NUM_GROUPS", 24, "SOLVER.MAX_ITER", 10),

@@ -64,9 +64,9 @@ def _too_few_images(cfg: CfgNode, model: nn.Module, num_gpus: int) -> Iterator[P
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             continue
         in_step = "Sync" in type(module).__name__
-        if in_step and cfg.MODEL.DEVICE == "cpu" and num_gpus > 1:
+        if in_step and cfg.MODEL.DEVICE == "cpu":
             why = f"{name} is SyncBatchNorm, which PyTorch has for GPUs alone"
-            mend = "train on GPUs, or take GN, FrozenBN or BN in the place of SyncBN"
+            mend = "train on a GPU, or take GN, FrozenBN or BN in the place of SyncBN"
             yield Problem("MODEL.DEVICE", "cpu", why, mend)
             return
         images = images_per_pass(cfg, num_gpus) * (num_gpus if in_step else 1)

@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import re
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -121,9 +122,8 @@ def _tensor(value: Any, device: str) -> Tensor:
 def _reason(error: Exception) -> str:
     """What went wrong, in a few words; PyTorch takes a page for it."""
     text = str(error)
-    _, asked, name = text.partition("Unsupported global: GLOBAL ")
-    if asked:
-        return f"it asks for {name.split()[0]}, which is no tensor"
+    if asked := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", text):
+        return f"it asks for {asked[1]}, which is no tensor"
     return text.partition("\n")[0] or type(error).__name__
 
 

@@ -2,12 +2,14 @@
 
 import errno
 import os
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
 from gn_det.checkpoint.checkpointer import StrictCheckpointer
+from gn_det.errors import InputError
 
 
 def layer(value: float) -> nn.Module:
@@ -112,3 +114,40 @@ def test_failed_write_leaves_what_was_there(folder, monkeypatch):
         with pytest.raises(OSError, match="No space left"):
             StrictCheckpointer(layer(4.0), str(folder)).save(name, iteration=29)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_keeps_the_newest(folder):
+    StrictCheckpointer(layer(0.5), str(folder)).save("model_final", iteration=29)
+    (folder / "model_0000004.pth.partial").write_bytes(b"left by a process that was killed")
+    StrictCheckpointer(layer(3.0), str(folder), keep=2).save("model_0000029", iteration=29)
+    left = {"model_0000019.pth", "model_0000029.pth", "model_final.pth", "last_checkpoint"}
+    assert {path.name for path in folder.iterdir()} == left
+    assert resumed(folder) == (3.0, 29)
+
+
+def test_whatever_the_tag_holds(folder):
+    for content in (b"", b"\xff\xfe", b"a\0b", b"model_0000099.pth", b"..", b"x" * 9999):
+        (folder / "last_checkpoint").write_bytes(content)
+        assert resumed(folder) == (2.0, 19), content
+
+
+class Command:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.pkl", "weights.pyth"])
+def test_a_file_that_would_run_code_is_refused(name, tmp_path):
+    content = {"model": layer(1.0).state_dict(), "more": Command(tmp_path / "it has run")}
+    if name == "weights.pkl":
+        (tmp_path / name).write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(InputError, match=f"{name} cannot be read as weights: it asks for"):
+        StrictCheckpointer(layer(0.0)).load(str(tmp_path / name))
+    assert not (tmp_path / "it has run").exists()

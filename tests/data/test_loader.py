@@ -69,9 +69,7 @@ def test_what_cannot_be_read_is_told():
     assert found == {UnreadableSample("7", "it is gone")}
 
 
-@pytest.mark.parametrize(
-    "sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"]
-)
+@pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
 def test_of_a_config(sampler):
     cfg = shapes_config(
         *("mask_rcnn_R_18_FPN_gn", "DATALOADER.SAMPLER_TRAIN", sampler),

@@ -1,0 +1,133 @@
+"""Several processes: those of torchrun, on one machine without a GPU."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SCRATCH, TINY, command
+from detectron2.engine import default_argument_parser
+from torch import Tensor, distributed, nn
+from torch.multiprocessing import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from gn_det.engine import train
+from gn_det.engine.processes import count_processes, launch
+from gn_det.engine.trainer import Trainer
+from gn_det.errors import InputError
+
+CONFIG = ["--config-file", "Shapes/mask_rcnn_R_18_FPN_gn.yaml"]
+SMALL = [
+    *TINY,
+    *SCRATCH,
+    *("MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.STEM_OUT_CHANNELS", "8"),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", "16", "MODEL.RESNETS.WIDTH_PER_GROUP", "4"),
+    *("MODEL.GROUP_NORM.NUM_GROUPS", "4", "MODEL.FPN.OUT_CHANNELS", "16"),
+    *("MODEL.ROI_BOX_HEAD.CONV_DIM", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
+    *("MODEL.ROI_MASK_HEAD.CONV_DIM", "16", "SOLVER.STEPS", "()"),
+    *("SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "2", "SEED", "1"),
+]
+
+
+# Its last process dies in its first life, in the middle of the training
+MORTAL = """
+import os, signal
+from gn_det.engine import train, trainer
+
+class MortalTrainer(trainer.Trainer):
+    def run_step(self):
+        first_life = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if first_life and os.environ["RANK"] == "1" and self.iter == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().run_step()
+
+train.run(trainer_class=MortalTrainer)
+"""
+
+
+def test_a_worker_that_dies_costs_the_iterations_since_the_checkpoint(tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    script, output = tmp_path / "train_net.py", tmp_path / "output"
+    script.write_text(MORTAL)
+    words = [*CONFIG, *SMALL, "OUTPUT_DIR", output]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = command(*torchrun, "--max-restarts", 1, script, *words, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    starts = re.findall(r"Starting training from iteration (\d+)", (output / "log.txt").read_text())
+    assert starts in (["0", "2"], ["0", "3"]), "the other one may have had time to save"
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == sorted({line["iteration"] for line in lines})
+    assert "bbox/AP" in lines[-1]
+    final = torch.load(output / "model_final.pth", weights_only=True)
+    assert final["iteration"] == 5 and not list(output.glob("*.partial"))
+
+
+def test_flags_that_do_not_go_with_torchrun(monkeypatch):
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    parser = default_argument_parser()
+    assert count_processes(parser.parse_args([])) == 2
+    with pytest.raises(InputError, match="torchrun has started the processes"):
+        count_processes(parser.parse_args(["--num-gpus", "2"]))
+
+
+def test_more_gpus_than_there_are():
+    args = default_argument_parser().parse_args(["--num-gpus", "99"])
+    with pytest.raises(InputError, match="--num-gpus 99, but PyTorch sees"):
+        launch(print, args)
+
+
+def images(seed: int) -> Tensor:
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model: nn.Module, seeds: list[int]) -> dict[str, Tensor]:
+    """Of a mean over images that all parts of the detector enter."""
+    features = model(torch.cat([images(seed) for seed in seeds]))
+    torch.stack([feature.square().mean() for feature in features]).sum().backward()
+    return {n.removeprefix("module."): p.grad for n, p in model.named_parameters()}
+
+
+class Parts(nn.Module):
+    """Trunk, FPN and the heads, on RoIs that are the same for every image."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        words = [*CONFIG, *TINY, *SCRATCH, "MODEL.RESNETS.NORM", norm]
+        cfg = train.read_config(default_argument_parser().parse_args(words))
+        torch.manual_seed(0)
+        detector = Trainer.build_model(cfg)
+        self.backbone = detector.backbone
+        self.box_head, self.mask_head = detector.roi_heads.box_head, detector.roi_heads.mask_head
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = self.backbone(x)
+        rois = features["p2"][:, :, :14, :14]
+        masks = self.mask_head.layers(rois)
+        return [*features.values(), self.box_head(rois[:, :, :7, :7]), masks]
+
+
+def take_part(rank: int, norm: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    address = f"file://{folder}/store"
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    found = gradients(DistributedDataParallel(Parts(norm), broadcast_buffers=False), [rank])
+    if rank == 0:
+        torch.save(found, Path(folder, "gradients.pth"))
+
+
+@pytest.mark.parametrize("norm", ["GN", "FrozenBN"])
+def test_gradients_are_those_of_the_batch_in_one_process(norm, tmp_path):
+    spawn(take_part, (norm, str(tmp_path)), nprocs=2)
+    found = torch.load(tmp_path / "gradients.pth", weights_only=True)
+    expected = gradients(Parts(norm), [0, 1])
+    assert found.keys() == expected.keys()
+    assert {n for n in found if found[n] is None} == {n for n in found if expected[n] is None}
+    apart = {n: (found[n] - g).norm() for n, g in expected.items() if g is not None}
+    whole = torch.stack([expected[name].norm() for name in apart]).norm()
+    assert torch.stack(list(apart.values())).norm() <= 1e-6 * whole
+    for name, distance in apart.items():
+        # The sums over a whole picture, in another order, are a little further apart
+        assert distance <= 2e-6 * expected[name].norm(), name
