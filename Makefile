@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test faults lint clean
 
 demo: $(READY)
 	$(BIN)/python tools/demo.py
@@ -11,6 +11,12 @@ demo: $(READY)
 # Two processes of one thread each: the tests are many and small
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Trainings that are hurt at random, and files that are damaged at random
+N ?= 200
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py $(N)
 
 lint: $(READY)
 	$(BIN)/ruff check .

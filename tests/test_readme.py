@@ -82,16 +82,16 @@ def run(command: str, folder: Path, *more: str) -> str:
 
 def test_every_command_is_run_by_a_test():
     """A new command in README has to be added below."""
-    known = ("make demo", "make test", "pip install .", "python tools/")
+    known = ("make demo", "make test", "pip install .", "python tools/", "torchrun ")
     assert all(c.startswith(known) for c in COMMANDS)
     tools = {shlex.split(c)[1] for c in COMMANDS if c.startswith("python")}
     assert tools == {f"tools/{p.name}" for p in (ROOT / "tools").glob("*.py")}
 
 
-@pytest.mark.parametrize("target", ["demo", "test"])
+@pytest.mark.parametrize("target", ["demo", "test", "faults"])
 def test_make(target):
     """What `make` starts once all is set up; tests/engine/test_demo.py runs the demo itself."""
-    assert commands(f"make {target}")
+    assert f"make {target}" in README
     # Without what an outer `make test` tells its children
     environment = {k: v for k, v in os.environ.items() if "MAKE" not in k and k != "MFLAGS"}
     done = subprocess.run(
@@ -102,7 +102,11 @@ def test_make(target):
         capture_output=True,
         check=True,
     )
-    last = {"demo": ".venv/bin/python tools/demo.py", "test": ".venv/bin/python -m pytest "}
+    last = {
+        "demo": ".venv/bin/python tools/demo.py",
+        "test": ".venv/bin/python -m pytest ",
+        "faults": ".venv/bin/python tests/faults.py 200",
+    }
     assert last[target] in done.stdout.strip().splitlines()[-1]
 
 
@@ -127,6 +131,16 @@ def test_train_resume_evaluate(checkout):
     run(resume, checkout, *device, *weights, *longer)
     assert "Starting training from iteration 2" in (checkout / "output/log.txt").read_text()
     assert "bbox" in run(evaluate, checkout, *device, *SHORT)
+
+
+def test_torchrun(checkout):
+    """tests/engine/test_processes.py has a whole training."""
+    (words,) = commands("torchrun ")
+    words = words.replace(
+        "torchrun --nproc-per-node 8", "python -m torch.distributed.run --nproc-per-node 2"
+    )
+    printed = run(words, checkout, "--check", "MODEL.DEVICE", "cpu")
+    assert printed.count("a pass on 2 GPUs") == 1, "told by one of them"
 
 
 def test_own_data(checkout, shapes):

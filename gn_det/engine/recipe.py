@@ -111,7 +111,8 @@ def _optimizer(cfg: CfgNode, optimizer: Optimizer, model: nn.Module) -> Iterator
     clip = cfg.SOLVER.CLIP_GRADIENTS
     clipped = f", gradients clipped by {clip.CLIP_TYPE} at {clip.CLIP_VALUE:g}"
     momentum = f"momentum {cfg.SOLVER.MOMENTUM:g}"
-    yield f"SGD, {momentum}{clipped if clip.ENABLED else ''}{', AMP' * cfg.SOLVER.AMP.ENABLED}"
+    amp = f", {cfg.SOLVER.AMP.DTYPE}" if cfg.SOLVER.AMP.ENABLED else ""
+    yield f"SGD, {momentum}{clipped if clip.ENABLED else ''}{amp}"
     yield from describe_groups(optimizer, model)
 
 

@@ -156,6 +156,8 @@ def _run(args: argparse.Namespace, cfg: CfgNode, trainer_class: type[Trainer]) -
         trainer_class.check_recipe(cfg, num_gpus)
     elif problems := list(check_weights(cfg)):
         raise ConfigError(problems)
+    if args.check and not comm.is_main_process():
+        return
     if args.check:
         print(f"{args.config_file}\n\n{describe_recipe(cfg, num_gpus)}")
         print("\n".join(["", *describe_data(cfg)]))
