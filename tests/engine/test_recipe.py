@@ -136,7 +136,7 @@ def test_what_is_missing_is_told():
         (("MODEL.GROUP_NORM.NUM_GROUPS", 8), "GN (8 groups)"),
         (("MODEL.RESNETS.NORM", "IN"), "IN (one channel a group)"),
         (("MODEL.RESNETS.NORM", "BN"), "BN"),
-        (("MODEL.RESNETS.NORM", "SyncBN"), "SyncBN"),
+        (("MODEL.RESNETS.NORM", "SyncBN", "MODEL.DEVICE", "cuda"), "SyncBN"),
     ],
 )
 def test_names_of_norms(opts, kind):
