@@ -15,8 +15,8 @@ test: $(READY)
 # Trainings that are hurt at random, and files that are damaged at random
 N ?= 200
 faults: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py
-	OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py $(N)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py $(N)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -105,7 +105,7 @@ def test_make(target):
     last = {
         "demo": ".venv/bin/python tools/demo.py",
         "test": ".venv/bin/python -m pytest ",
-        "faults": ".venv/bin/python tests/faults.py 200",
+        "faults": ".venv/bin/python tests/faults/campaign.py 200",
     }
     assert last[target] in done.stdout.strip().splitlines()[-1]
 

@@ -1,6 +1,6 @@
 """Random damage to the three kinds of files that come from others: annotations, weights, configs.
 
-    python tests/fuzz.py [N] [--seed S]
+    python tests/faults/fuzz.py [N] [--seed S]
 
 Each is read N times, otherwise damaged every time. A reader may take what it is given or refuse it
 with an `InputError`; nothing may be run or overwritten.

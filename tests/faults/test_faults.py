@@ -1,7 +1,8 @@
 """The short form of `make faults`: faults of a machine, and damaged files of others."""
 
 import pytest
-from faults import FAULTS, campaign
+from campaign import campaign
+from faults import FAULTS
 from fuzz import READERS, fuzz
 
 KINDS = [
