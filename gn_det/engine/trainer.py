@@ -208,6 +208,10 @@ class Trainer(DefaultTrainer):
         TrainerBase.load_state_dict(self, state_dict)
         if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])
+        else:
+            logging.getLogger(__name__).warning(
+                "The checkpoint holds no optimizer, as those of Detectron2 0.6: momentum starts anew"
+            )
 
 
 def distribute(model: nn.Module) -> nn.Module:
