@@ -210,7 +210,7 @@ class Trainer(DefaultTrainer):
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:
             logging.getLogger(__name__).warning(
-                "The checkpoint holds no optimizer, as those of Detectron2 0.6: momentum starts anew"
+                "The checkpoint has no optimizer in it, as Detectron2 0.6 writes them"
             )
 
 
