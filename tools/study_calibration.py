@@ -268,7 +268,7 @@ def values_of(
 def spread(values: list[float], digits: int) -> str:
     """Mean ± standard deviation, and the number of seeds where it is not all of them."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    note = "" if len(values) == 3 else f" ({len(values)} seeds)"
+    note = "" if len(values) == 3 else f" ({len(values)} seed{'s' * (len(values) > 1)})"
     return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}{note}"
 
 
