@@ -71,8 +71,11 @@ class StrictCheckpointer(DetectionCheckpointer):
         for partial in newest.parent.glob("*.pth.partial"):
             partial.unlink()
         running = sorted(newest.parent.glob(f"model_{'[0-9]' * 7}.pth"))
-        for path in running[: -self._keep] if self._keep and newest in running else ():
-            path.unlink()
+        if self._keep and newest in running:
+            # Those of later iterations are of another training, or damaged
+            older = running[: running.index(newest) + 1]
+            for path in older[: -self._keep]:
+                path.unlink()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with write_whole(Path(self.save_dir, "last_checkpoint")) as file:
@@ -153,11 +156,11 @@ class StrictCheckpointer(DetectionCheckpointer):
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a checkpoint is there and its checksums hold."""
+    """Whether a checkpoint is there, its checksums hold, and it can be read."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
+            return archive.testzip() is None and "model" in read_content(path, "meta")
+    except (*BROKEN, NotImplementedError):
         return False
 
 

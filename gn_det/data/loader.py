@@ -1,6 +1,7 @@
 """A loader of training batches that can be gone on with at any batch, bit by bit."""
 
 import random
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from .picture_files import READ_ERRORS
 
 # (index of a record, how many samples came before it)
 Place = tuple[int, int]
+# Seconds that a loading process has left once it was told to end
+GRACE = 60
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class TrainLoader:
             batch_sampler=_PlacedBatches(sampler, self._batch_size, self._wide, self._first),
             num_workers=self._num_workers,
             collate_fn=list,
+            worker_init_fn=_outlive_signals,
         )
 
 
@@ -99,6 +103,15 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
         group_by_shape=parts["aspect_ratio_grouping"],
         num_workers=parts["num_workers"],
     )
+
+
+def _outlive_signals(worker: int) -> None:
+    """Let a loading process go on for a while, so that the training can finish its iteration.
+
+    Signals are often given to all processes of a group or job at once.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
 
 
 class _MappedRecords(Dataset):

@@ -52,7 +52,7 @@ class RunRecorder(HookBase):
         self._path.unlink(missing_ok=True)
 
     def after_train(self) -> None:
-        if self.trainer.iter + 1 < self.trainer.max_iter:
+        if self.trainer.iter < self.trainer.max_iter:
             return  # stopped before its end
         record = {
             "seed": self._cfg.SEED,

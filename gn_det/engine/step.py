@@ -72,9 +72,13 @@ class TrainingStep(SimpleTrainer):
         seed_from(self.seed, comm.get_rank(), self.iter)
         # BN's running statistics see a batch before anybody knows whether it is a good one
         before = [buffer.clone() for buffer in self._statistics] if self._skips else []
-        why, losses = self._forward(batch)
+        why = unreadable(batch)
+        losses: dict[str, Tensor] = {}
+        # Asked before each part in which processes wait for each other
         if not anywhere(bool(why)):
-            why = self._backward(losses)
+            why, losses = self._forward(batch)
+            if not anywhere(bool(why)):
+                why = self._backward(losses)
         if anywhere(bool(why)):
             for buffer, value in zip(self._statistics, before, strict=bool(before)):
                 buffer.copy_(value)
@@ -83,13 +87,14 @@ class TrainingStep(SimpleTrainer):
         self._write_metrics(losses, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+        if self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() < MIN_SCALE:
+            raise BadBatchError(
+                f"iteration {self.iter}: gradients are infinite or NaN in float16, however the "
+                "loss is scaled; SOLVER.AMP.DTYPE bfloat16 has a wider range"
+            )
 
     def _forward(self, batch: Sequence[Any]) -> tuple[str, dict[str, Tensor]]:
         """Why there are no losses, else "", and the losses."""
-        unreadable = [sample for sample in batch if isinstance(sample, UnreadableSample)]
-        if unreadable:
-            told = "; ".join(f"{sample.file_name} ({sample.why})" for sample in unreadable)
-            return f"there are pictures that cannot be read: {told}", {}
         precision = self._precision
         try:
             with torch.autocast(self._device, precision, enabled=precision is not None):
@@ -103,13 +108,11 @@ class TrainingStep(SimpleTrainer):
         self.optimizer.zero_grad()
         self.grad_scaler.scale(sum(losses.values(), torch.tensor(0.0))).backward()
         numbers = {name: loss.detach().float() for name, loss in losses.items()}
+        # In float16 they are infinite now and then, and the scaler passes over such steps
         if not self.grad_scaler.is_enabled():
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             gradients = [p.grad for p in parameters if p.grad is not None]
             numbers["norm of the gradient"] = torch.nn.utils.get_total_norm(gradients)
-        elif self.grad_scaler.get_scale() < MIN_SCALE:
-            # Now and then they are infinite, and the scaler passes over them
-            return "gradients are infinite or NaN in float16, however the loss is scaled"
         # One transfer from the GPU for all of them
         values = torch.stack(list(numbers.values())).tolist()
         if all(map(math.isfinite, values)):
@@ -142,6 +145,13 @@ class TrainingStep(SimpleTrainer):
         self.skipped = state_dict.get("skipped", 0)
         if scaler := state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(scaler)
+
+
+def unreadable(batch: Sequence[Any]) -> str:
+    """Which pictures of a batch could not be read, and why; "" if all were."""
+    samples = [sample for sample in batch if isinstance(sample, UnreadableSample)]
+    told = "; ".join(f"{sample.file_name} ({sample.why})" for sample in samples)
+    return f"there are pictures that cannot be read: {told}" if told else ""
 
 
 def anywhere(flag: bool) -> bool:

@@ -3,17 +3,21 @@
 import logging
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
 from detectron2.checkpoint import Checkpointer
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
 from .step import anywhere
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Seconds in which a second signal is the first one, handed on by another process as well
+ECHO = 1.0
 
 
 class StopOnSignal(HookBase):
@@ -33,8 +37,11 @@ class StopOnSignal(HookBase):
     def __init__(self, checkpointer: Checkpointer, writers: Sequence[EventWriter]) -> None:
         self._checkpointer, self._writers = checkpointer, writers
         self._signal = 0
-        self._in_step = False
-        self._savable = False  # whether an iteration has ended, and the next not begun
+        self._received = 0.0
+        self._agreed = False
+        # Whether a signal has to wait, and the iteration that has ended if none has begun since
+        self._busy = False
+        self._ended: int | None = None
         self._before: dict[int, Any] = {}
 
     def before_train(self) -> None:
@@ -43,34 +50,49 @@ class StopOnSignal(HookBase):
             self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def before_step(self) -> None:
-        self._in_step, self._savable = True, False
+        self._busy, self._ended = True, None
 
     def after_step(self) -> None:
-        self._in_step, self._savable = False, True
-        if anywhere(bool(self._signal)):
+        self._ended = self.trainer.iter
+        at_end = self._ended + 1 >= self.trainer.max_iter
+        # At the end metrics and the last checkpoint are still to be written
+        self._busy = at_end
+        self._agreed = anywhere(bool(self._signal))
+        if self._agreed:
             # Of several processes perhaps another one was told
             self._signal = self._signal or signal.SIGTERM
-            if not self._at_end():
+            if not at_end:
                 self._leave()
 
     def after_train(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        if self._savable and not self._at_end():
-            for writer in self._writers:
-                writer.write()
-            self._checkpointer.save(f"model_{self.trainer.iter:07d}")
-        elif self._signal and self._at_end():
-            self._leave()  # the last checkpoint is there, and the evaluation is left out
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+        try:
+            if self._ended is not None and self._ended + 1 < self.trainer.max_iter:
+                self._save(self._ended)
+            elif self._signal:
+                self._leave()  # the last checkpoint is there, and the evaluation is left out
+        finally:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
-    def _at_end(self) -> bool:
-        return self.trainer.iter + 1 >= self.trainer.max_iter
+    def _save(self, iteration: int) -> None:
+        self.trainer.iter = iteration
+        for writer in self._writers:
+            writer.write()
+        self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+        if self._agreed:
+            # Whoever leaves first takes the others along, and the main process has to write
+            comm.synchronize()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        again, self._signal = bool(self._signal), number
+        now = time.monotonic()
+        again = self._signal and now - self._received > ECHO
+        if not self._signal:
+            self._signal, self._received = number, now
         if again:
-            self._savable = False
-        if again or not self._in_step:
+            self._ended = None
+        if again or not self._busy:
             self._leave()
         logging.getLogger(__name__).warning("Asked to stop: at the end of this iteration")
 

@@ -22,6 +22,7 @@ from ..model_zoo import get_config_file
 from .own_data import add_data_arguments, data_opts, describe_data
 from .processes import count_processes, joined, launch, restarted
 from .recipe import describe_recipe
+from .step import anywhere
 from .trainer import Trainer
 
 # What Detectron2 raises for configs that make no sense, and files that are none
@@ -136,7 +137,6 @@ def run(argv: Sequence[str] | None = None, trainer_class: type[Trainer] = Traine
     add_data_arguments(parser)
     args = parser.parse_args(argv)
     with exit_on_input_error():
-        args.resume = args.resume or restarted()
         args.config_file = find_config(args.config_file)
         if args.skip_bad_batches is not None:
             args.opts = ["SOLVER.SKIP_BAD_BATCHES", str(args.skip_bad_batches), *args.opts]
@@ -148,6 +148,8 @@ def run(argv: Sequence[str] | None = None, trainer_class: type[Trainer] = Traine
 def _run(args: argparse.Namespace, cfg: CfgNode, trainer_class: type[Trainer]) -> None:
     """Check what can be checked in one process, then train or evaluate in all."""
     num_gpus = count_processes(args)
+    # On some machines torchrun may count no restart
+    args.resume = anywhere(args.resume or (restarted() and not args.eval_only))
     opts = data_opts(args, cfg) if comm.is_main_process() else []
     args.opts = [*comm.all_gather(opts)[0], *args.opts]
     cfg = read_config(args)

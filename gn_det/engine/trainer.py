@@ -158,8 +158,17 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load `MODEL.WEIGHTS`, or with `resume` all of the newest whole checkpoint, if any."""
-        super().resume_or_load(resume)
-        if resume and comm.is_main_process():
+        main = comm.is_main_process()
+        # Each process might find another one, by a disk that is shared over a network
+        found = comm.all_gather(self.checkpointer.get_checkpoint_file() if main and resume else "")
+        if found[0]:
+            self.checkpointer.load(found[0])
+            self.start_iter, self._trainer.seed = comm.all_gather(
+                (self.iter + 1, self._trainer.seed)
+            )[0]
+        else:
+            self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+        if main and resume:
             cut_metrics(self.cfg.OUTPUT_DIR, self.start_iter)
 
     def train(self) -> Any:
@@ -187,6 +196,9 @@ class Trainer(DefaultTrainer):
                     "a process that loads pictures was killed, perhaps since memory ran out, which "
                     "a smaller DATALOADER.NUM_WORKERS needs less of"
                 )
+            finally:
+                if isinstance(self.data_loader, TrainLoader):
+                    self._trainer._data_loader_iter.close()  # and the processes that load
         raise InputError(f"{what}. {self._how_to_go_on()}")
 
     def run_step(self) -> None:
@@ -209,6 +221,8 @@ class Trainer(DefaultTrainer):
         if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:
+            for group in self.optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
             logging.getLogger(__name__).warning(
                 "The checkpoint has no optimizer in it, as Detectron2 0.6 writes them"
             )

@@ -125,6 +125,25 @@ def test_keeps_the_newest(folder):
     assert resumed(folder) == (3.0, 29)
 
 
+def test_keeps_what_it_has_just_written(folder):
+    """Beside checkpoints of later iterations, which are damaged or of another training."""
+    StrictCheckpointer(layer(3.0), str(folder), keep=1).save("model_0000014", iteration=14)
+    left = {"model_0000014.pth", "model_0000019.pth", "last_checkpoint"}
+    assert {path.name for path in folder.iterdir()} == left
+    assert resumed(folder) == (3.0, 14)
+
+
+def test_a_bit_anywhere(folder):
+    """It goes on from the damaged one as it was, or from the one before, and never stops."""
+    path = folder / "model_0000019.pth"
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 61):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        assert resumed(folder) in ((2.0, 19), (1.0, 9)), bit
+
+
 def test_whatever_the_tag_holds(folder):
     for content in (b"", b"\xff\xfe", b"a\0b", b"model_0000099.pth", b"..", b"x" * 9999):
         (folder / "last_checkpoint").write_bytes(content)

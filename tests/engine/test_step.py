@@ -105,6 +105,12 @@ def test_no_more_than_so_many_are_passed_over():
         run(trained, range(3))
 
 
+def test_float16_that_never_fits_stops_it():
+    trained = step([GOOD] * 99, skips=9, model=BadGradient, precision=torch.float16)
+    with pytest.raises(BadBatchError, match="however the loss is scaled"):
+        run(trained, range(99))
+
+
 def test_gone_on_with_in_float16():
     """With the scale of the loss, and the number of batches passed over."""
     whole = step([GOOD, NAN, GOOD, GOOD], skips=1, precision=torch.float16)

@@ -1,5 +1,6 @@
 """What a fault is: it hurts a training, and says what is wrong with how that ended, if anything."""
 
+import contextlib
 import errno
 import functools
 import os
@@ -24,12 +25,12 @@ from small_training import ITERATIONS, PERIOD, VARIANTS, Training
 from gn_det.checkpoint import checkpointer
 
 
-def at_a_moment(training: Training, number: int) -> str:
-    """A signal after some time, wherever the training is then."""
+def at_a_moment(training: Training, number: int, group: bool = False) -> str:
+    """A signal after some time, wherever the training is then; for all its processes, if asked."""
     process = training.start()
-    time.sleep(training.rng.uniform(0.1, 6))
-    if process.is_alive():
-        os.kill(process.pid, number)
+    time.sleep(training.rng.uniform(0.5, 6))
+    with contextlib.suppress(ProcessLookupError):
+        (os.killpg if group else os.kill)(process.pid, number)
     code = training.finish(process)
     return "" if code in (0, -number, 128 + number) else f"exit code {code}"
 
@@ -182,6 +183,9 @@ FAULTS: dict[str, Callable[[Training], str]] = {
     "SIGKILL at any moment": lambda t: at_a_moment(t, signal.SIGKILL),
     "SIGTERM at any moment": lambda t: at_a_moment(t, signal.SIGTERM),
     "SIGINT at any moment": lambda t: at_a_moment(t, signal.SIGINT),
+    "SIGTERM at any moment, for the loading processes too": lambda t: at_a_moment(
+        t, signal.SIGTERM, group=True
+    ),
     "SIGKILL in an iteration": lambda t: in_a_step(t, signal.SIGKILL),
     "SIGTERM in an iteration": lambda t: in_a_step(t, signal.SIGTERM),
     "SIGINT in an iteration": lambda t: in_a_step(t, signal.SIGINT),

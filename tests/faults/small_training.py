@@ -94,6 +94,7 @@ class Training:
 
 def train(folder: Path, variant: str, hurt: Any, flags: tuple[str, ...]) -> None:
     """A whole training in this process, as `tools/train_net.py` runs it."""
+    os.setpgrp()  # as torchrun does, so that a signal can be given to all that it starts
     said = os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
