@@ -17,6 +17,7 @@ from ..modeling.parts import weight_names
 from .load import Loaded
 from .names import norm_of
 from .read import BROKEN, is_tensor, read_content
+from .save import save_content
 
 # Ends of names of what stands beside the weights in such files
 NO_WEIGHTS = ("_momentum", "num_batches_tracked")
@@ -62,7 +63,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         path = Path(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         with write_whole(path, "wb") as file:
-            torch.save(content, file)
+            save_content(content, file)
         self.tag_last_checkpoint(path.name)
         self._tidy(path)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 import yaml
@@ -33,10 +34,25 @@ def save_backbone(tensors: Mapping[str, Tensor], cfg: CfgNode, path: Path) -> No
         "gn_det": facts,
     }
     with write_whole(path, "wb") as weights, write_whole(path.with_suffix(".yaml")) as text:
-        torch.save(content, weights)
+        save_content(content, weights)
         # Before either takes its place: the disk may be full
         weights.flush()
         text.write(keys_as_yaml(facts, path))
+
+
+def save_content(content: dict[str, Any], file: IO[bytes]) -> None:
+    """`torch.save`, whose error tells what the disk's was.
+
+    Raises:
+        OSError: by a disk that is full or gone.
+    """
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        # PyTorch goes on to the end of its archive, and then only sees that something is missing
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def facts_of(cfg: CfgNode) -> Facts:

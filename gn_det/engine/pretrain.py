@@ -40,7 +40,11 @@ class PretrainTrainer(Trainer):
         if comm.is_main_process():
             # The checkpointer's model is the one inside DistributedDataParallel
             backbone = self.checkpointer.model.backbone.state_dict()
-            save_backbone(backbone, self.cfg, Path(self.cfg.OUTPUT_DIR) / CHECKPOINT)
+            path = Path(self.cfg.OUTPUT_DIR) / CHECKPOINT
+            try:
+                save_backbone(backbone, self.cfg, path)
+            except OSError as error:
+                raise InputError(f"{path} cannot be written: {error.strerror}") from None
         return results
 
     @classmethod

@@ -1,6 +1,7 @@
 """Checkpoints: on the disk whole or not at all, and what training goes on from."""
 
 import errno
+import io
 import os
 import pickle
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from gn_det.checkpoint.checkpointer import StrictCheckpointer
+from gn_det.checkpoint.save import save_content
 from gn_det.errors import InputError
 
 
@@ -170,3 +172,22 @@ def test_a_file_that_would_run_code_is_refused(name, tmp_path):
     with pytest.raises(InputError, match=f"{name} cannot be read as weights: it asks for"):
         StrictCheckpointer(layer(0.0)).load(str(tmp_path / name))
     assert not (tmp_path / "it has run").exists()
+
+
+def test_a_disk_that_is_full_in_the_middle_is_told(folder):
+    """By whatever it says, wherever PyTorch's archive is then."""
+
+    class Disk(io.BytesIO):
+        def __init__(self, room: int) -> None:
+            super().__init__()
+            self.room = room
+
+        def write(self, content) -> int:
+            if self.tell() + len(content) > self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(content)
+
+    size = (folder / "model_0000019.pth").stat().st_size
+    for room in range(0, size - 1, 97):
+        with pytest.raises(OSError, match="No space left"):
+            save_content({"model": layer(1.0).state_dict(), "iteration": 19}, Disk(room))

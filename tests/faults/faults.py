@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import json
 import os
 import re
 import signal
@@ -145,7 +146,11 @@ def loader_gone(training: Training) -> str:
 
 def spoiled_picture(training: Training, skip: bool) -> str:
     images = training.folder / "data" / "images"
-    picture = training.rng.choice(sorted(images.glob("train_*.png")))
+    truth = json.loads((images.parent / "instances_train.json").read_text())
+    # Detectron2 leaves out those without objects
+    used = {annotation["image_id"] for annotation in truth["annotations"]}
+    names = [image["file_name"] for image in truth["images"] if image["id"] in used]
+    picture = images / training.rng.choice(names)
     content = picture.read_bytes()
     spoil: list[Callable[[], Any]] = [
         picture.unlink,

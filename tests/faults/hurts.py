@@ -43,7 +43,7 @@ def killed_in_save(trainer: type[Trainer], count: int, share: float) -> type[Tra
         os.kill(os.getpid(), signal.SIGKILL)
 
     torch_save = torch.save
-    checkpointer.torch.save = save
+    torch.save = save
     return trainer
 
 
