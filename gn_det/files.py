@@ -1,10 +1,14 @@
-"""Files that are on the disk whole, or not at all."""
+"""Files that are on the disk whole, or not at all, and folders that one command works in."""
 
+import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from .errors import InputError
 
 
 @contextmanager
@@ -31,6 +35,27 @@ def write_whole(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[An
     finally:
         partial.unlink(missing_ok=True)
     _sync_folder(final.parent)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a folder, which is made if need be, for this process, until the block or process ends.
+
+    Raises:
+        InputError: if another one has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Disks that know no locks are used without
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise InputError(
+                    f"another command works in {folder}: wait for its end, or name another folder "
+                    "with --output-dir"
+                ) from None
+        yield
 
 
 def _sync_folder(folder: Path) -> None:

@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 
 from ..config import is_pretraining
 from ..errors import InputError, exit_on_sigterm
+from ..files import held
 from .run_record import RECORD
 from .steps import Launcher, refuse_other_config
 from .train import read_config
@@ -117,7 +118,8 @@ def run_trainings(
         for each that failed its name and why. The others are not lost.
 
     Raises:
-        InputError: if one was begun with another config.
+        InputError: if one was begun with another config, or if another command runs some in
+            `output`.
     """
     for training in trainings:
         refuse_other_config(training.folder, training.cfg, output)
@@ -139,7 +141,7 @@ def run_trainings(
         finally:
             places.put(mine)
 
-    with ThreadPoolExecutor(at_once) as pool, exit_on_sigterm():
+    with held(output), ThreadPoolExecutor(at_once) as pool, exit_on_sigterm():
         jobs = {pool.submit(train, training): training.name for training in trainings}
         try:
             return collect_failures(jobs, progress)

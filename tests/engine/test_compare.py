@@ -20,6 +20,7 @@ from gn_det.engine.predict import load_run
 from gn_det.engine.trainings import run_trainings
 from gn_det.errors import InputError
 from gn_det.evaluation.coco_stats import coco_stats
+from gn_det.files import held
 
 FPN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_4conv1fc.yaml"
 # An untrained model is sure of nothing
@@ -133,6 +134,12 @@ def test_other_settings_are_refused(compared, shapes):
     assert done.returncode == 1
     assert "was begun with other settings" in done.stderr
     assert (output / "results.json").exists(), "what was written stays"
+
+
+def test_one_at_a_time_in_a_folder(tmp_path):
+    with held(tmp_path), pytest.raises(InputError, match="another command works in"):
+        run_trainings([], tmp_path)
+    assert run_trainings([], tmp_path) == {}
 
 
 def comparison(shapes, output, *more):

@@ -3,18 +3,23 @@
 import json
 import os
 import re
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import ROOT, SCRATCH, TINY, command
 from detectron2.engine import default_argument_parser
+from detectron2.utils.events import EventStorage
 from torch import Tensor, distributed, nn
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
+from gn_det.data.loader import UnreadableSample
 from gn_det.engine import train
 from gn_det.engine.processes import count_processes, launch
+from gn_det.engine.step import TrainingStep
 from gn_det.engine.trainer import Trainer
 from gn_det.errors import InputError
 
@@ -131,3 +136,52 @@ def test_gradients_are_those_of_the_batch_in_one_process(norm, tmp_path):
     for name, distance in apart.items():
         # The sums over a whole picture, in another order, are a little further apart
         assert distance <= 2e-6 * expected[name].norm(), name
+
+
+class Small(nn.Module):
+    """Takes a list of records, as a detector does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {"loss": self.layer(torch.cat([x["image"] for x in batch])).square().mean()}
+
+
+def pass_over(rank: int, folder: str) -> None:
+    """Train on four batches, of which each process has another bad one."""
+    timeout = timedelta(seconds=30)
+    address = f"file://{folder}/store"
+    distributed.init_process_group(
+        "gloo", init_method=address, rank=rank, world_size=2, timeout=timeout
+    )
+    batches: list[list[Any]] = [
+        [{"image": torch.full((2, 3), i + rank + 1.0), "file_name": f"{i}.png"}] for i in range(4)
+    ]
+    if rank:
+        batches[1] = [UnreadableSample("gone.png", "No")]
+    else:
+        batches[2][0]["image"][:] = float("nan")
+    model = DistributedDataParallel(Small(), broadcast_buffers=False)
+    step = TrainingStep(model, batches, torch.optim.SGD(model.parameters(), 0.1), skips=2)
+    with EventStorage():
+        for step.iter in range(4):
+            step.run_step()
+    torch.save([step.skipped, *model.parameters()], Path(folder, f"{rank}.pth"))
+
+
+def test_a_bad_batch_of_one_process_is_passed_over_by_all(tmp_path):
+    spawn(pass_over, (str(tmp_path),), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pth", weights_only=False) for rank in range(2)]
+    expected = Small()
+    optimizer = torch.optim.SGD(expected.parameters(), 0.1)
+    for i in (0, 3):
+        optimizer.zero_grad()
+        images = [{"image": torch.full((2, 3), i + rank + 1.0)} for rank in range(2)]
+        expected(images)["loss"].backward()
+        optimizer.step()
+    for skipped, *parameters in found:
+        assert skipped == 2
+        torch.testing.assert_close(parameters, list(expected.parameters()))
