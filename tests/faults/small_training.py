@@ -82,7 +82,8 @@ class Training:
         """Its exit code, at its end; what it said is kept."""
         process.join(300)
         assert process.exitcode is not None, "it hangs"
-        self.told.append((self.folder / "said.txt").read_text())
+        said = self.folder / "said.txt"
+        self.told.append(said.read_text() if said.exists() else "")
         return process.exitcode
 
     def run(self, hurt=None, *flags: str) -> int:
