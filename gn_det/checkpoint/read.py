@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import re
+import struct
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -27,8 +28,8 @@ _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 # What readers raise on files that are no weights, or that somebody has damaged
 BROKEN = (
     *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError),
-    *(AssertionError, ArithmeticError, MemoryError, pickle.UnpicklingError),
-    *(zipfile.BadZipFile, zlib.error, safetensors.SafetensorError),
+    *(AssertionError, ArithmeticError, MemoryError, SystemError, pickle.UnpicklingError),
+    *(struct.error, zipfile.BadZipFile, zlib.error, safetensors.SafetensorError),
 )
 
 
