@@ -200,7 +200,7 @@ def test_backbones(checkout):
     make_shapes(checkout / "datasets/mine", num_train=6, num_val=2)
     few = ("--seeds", "0", "--models", "BN*", "GN calibrated", "--opts", *SHORT)
     printed = run(study, checkout, *few)
-    assert re.search(r"\| GN calibrated \| \S+ ± 0\.0 \(1 seeds\) \|", printed)
+    assert re.search(r"\| GN calibrated \| \S+ ± 0\.0 \(1 seed\) \|", printed)
     assert (checkout / "output/study_calibration/plot.png").exists()
 
 

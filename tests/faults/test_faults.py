@@ -8,9 +8,7 @@ from fuzz import READERS, fuzz
 KINDS = [
     "SIGTERM in an iteration",
     "SIGKILL while a checkpoint is written",
-    "newest checkpoint truncated",
     "disk full, read-only or broken",
-    "NaN in pictures",
     "picture missing or damaged, passed over",
 ]
 
