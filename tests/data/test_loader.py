@@ -63,6 +63,11 @@ def test_nothing_else_is_drawn_otherwise_for_it():
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_every_place_draws_for_itself():
+    samples = [s for batch in islice(loader(), 30) for s in batch if isinstance(s, dict)]
+    assert len({sample["drawn"] for sample in samples}) == len(samples) > 50
+
+
 def test_what_cannot_be_read_is_told():
     batches = [sample for batch in islice(loader(), 30) for sample in batch]
     found = {sample for sample in batches if isinstance(sample, UnreadableSample)}
