@@ -57,6 +57,7 @@ CORE = (
     Model("GN distilled, 900 steps", "distilled", steps=900),
 )
 MORE = (
+    Model("GN distilled, 1800 steps on all pictures", "distilled", pictures=1000, steps=1800),
     Model("GN distilled, stem and res2 trained", "distilled", freeze_at=0),
     Model("GN distilled, 16 channels per group", "distilled", ("DIM_PER_GP", 16)),
     Model("GN distilled, gamma and beta at 10 times the rate", "distilled", affine_rate=10.0),

@@ -40,10 +40,10 @@ from .fit import (
     DataSizes,
     Proposal,
     chosen,
+    objects_out_of_reach,
     pictures_seen,
     propose_schedule,
     propose_sizes,
-    unmatched_objects,
 )
 from .own_data import add_data_arguments, prepare_data
 from .recipe import describe_recipe
@@ -119,7 +119,7 @@ def prepare_comparison(args: argparse.Namespace) -> Comparison:
         except InputError as error:
             raise InputError(f"{cell}: {error}") from None
     check_pairs({cell: training.cfg for cell, training in found.cells.items()})
-    found.proposals += unmatched_objects(found.cells[cells[0]].cfg, sizes)
+    found.proposals += objects_out_of_reach(found.cells[cells[0]].cfg, sizes)
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 
+from ..data.annotations import CAP
 from ..errors import InputError
 
 # Half of the objects should be at least so large, in pixels of the network's input
@@ -108,11 +109,19 @@ def propose_sizes(cfg: CfgNode, sizes: DataSizes, given: Sequence[str] = ()) -> 
         yield Proposal("MODEL.ANCHOR_GENERATOR.SIZES", anchors, why)
 
 
-def unmatched_objects(cfg: CfgNode, sizes: DataSizes) -> Iterator[str]:
-    """The share of objects whose shape overlaps with no anchor's by half, in words, if any.
+def objects_out_of_reach(cfg: CfgNode, sizes: DataSizes) -> Iterator[str]:
+    """Objects that a model of this config cannot find well or at all, in words, if any.
 
-    Positions are left out: anchors stand dense enough.
+    These are objects whose shape overlaps with no anchor's by half (positions are left out: anchors
+    stand dense enough), and those beyond the detections that a picture may have.
     """
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    each = np.bincount(sizes.owners)
+    if count := int((each.clip(max=CAP) > limit).sum()):
+        yield (
+            f"{count} picture{'s have' if count > 1 else ' has'} more objects (up to {each.max()}) "
+            f"than TEST.DETECTIONS_PER_IMAGE {limit} lets be found: give it as {CAP}"
+        )
     side, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
     objects = sizes.resized(side, longest)[:, None]
     areas = np.array([s**2 for level in cfg.MODEL.ANCHOR_GENERATOR.SIZES for s in level])

@@ -12,7 +12,7 @@ from ..data.clean import Source, survey
 from ..data.findings import refuse
 from ..data.prepare import Prepared, keys_of, prepare
 from ..errors import InputError
-from .fit import DataSizes, unmatched_objects
+from .fit import DataSizes, objects_out_of_reach
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +72,7 @@ def describe_data(cfg: CfgNode) -> Iterator[str]:
             refuse({name: findings})
             yield from (f"{name}: {finding}" for finding in findings)
         if path.is_file() and name in cfg.DATASETS.TRAIN:
-            yield from (f"{name}: {line}" for line in unmatched_objects(cfg, DataSizes.of(path)))
+            yield from (f"{name}: {line}" for line in objects_out_of_reach(cfg, DataSizes.of(path)))
 
 
 def data_opts(args: argparse.Namespace, cfg: CfgNode) -> list[str]:

@@ -3,8 +3,10 @@
 import logging
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
@@ -37,7 +39,8 @@ def describe_recipe(cfg: CfgNode, num_gpus: int = 1) -> str:
     """
     cfg = DefaultTrainer.auto_scale_workers(_resolved(cfg), num_gpus)
     model = build_without_memory(cfg)
-    optimizer = build_optimizer(cfg, model)
+    with _in_silence():
+        optimizer = build_optimizer(cfg, model)
     sections = {
         "norm layers": _norm_layers(cfg, model),
         "frozen": _frozen(cfg, model),
@@ -200,10 +203,19 @@ def _initial_weights(cfg: CfgNode, model: nn.Module) -> Iterator[str]:
 def _matched(model: nn.Module, weights: str) -> tuple[set[str], set[str]]:
     """Names of the model's tensors that a file fills, and of the file's that fill nothing."""
     checkpointer = StrictCheckpointer(model)
-    logging.disable(logging.WARNING)  # its block is printed in another form
-    try:
+    with _in_silence(), warnings.catch_warnings():
+        # A model without memory keeps nothing of the file, and need not
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
         checkpointer.load(weights, checkpointables=[])
-    finally:
-        logging.disable(logging.NOTSET)
     assert checkpointer.loaded is not None
     return {*checkpointer.loaded.model} - checkpointer.loaded.fresh, checkpointer.loaded.unused
+
+
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    """Without log lines, of what is printed in another form."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -13,10 +13,10 @@ from torchvision.ops import box_iou
 from gn_det.engine.fit import (
     DataSizes,
     chosen,
+    objects_out_of_reach,
     pictures_seen,
     propose_schedule,
     propose_sizes,
-    unmatched_objects,
 )
 from gn_det.engine.train import read_config
 from gn_det.errors import InputError
@@ -38,7 +38,7 @@ def proposed(cfg, sizes: DataSizes) -> dict:
 
 def share(cfg, sizes: DataSizes) -> float:
     """Of the objects that no anchor meets."""
-    told = list(unmatched_objects(cfg, sizes))
+    told = list(objects_out_of_reach(cfg, sizes))
     return float(told[0].partition("%")[0]) / 100 if told else 0.0
 
 
@@ -75,7 +75,7 @@ def test_tiny_objects():
     assert share(cfg, sizes) == 0
 
 
-def test_unmatched_objects():
+def test_objects_that_no_anchor_meets():
     """As Detectron2's own anchors overlap, once its own transform has resized the picture."""
     cfg = config("Shapes/mask_rcnn_R_18_FPN_gn.yaml")
     rng = np.random.default_rng(0)
@@ -163,3 +163,14 @@ def test_sizes_of_a_file(tmp_path):
     assert sizes.pictures.tolist() == [[10, 20]] * 2
     assert sizes.objects.tolist() == [[3, 4], [5, 6]] and sizes.owners.tolist() == [0, 1]
     assert sizes.resized(20, 30).tolist() == [[4.5, 6], [7.5, 9]]
+
+
+def test_more_objects_than_detections():
+    """Those beyond the limit are told, but not those that COCO's own cap leaves out anyway."""
+    cfg = config("Shapes/mask_rcnn_R_18_FPN_gn.yaml")  # 30 detections a picture
+    owners = np.repeat(np.arange(3), (30, 31, 120))
+    sizes = DataSizes(np.full((3, 2), 192.0), np.full((len(owners), 2), 64.0), owners)
+    (told,) = objects_out_of_reach(cfg, sizes)
+    assert told.startswith("2 pictures have more objects (up to 120) than ")
+    assert "TEST.DETECTIONS_PER_IMAGE 30" in told
+    assert list(objects_out_of_reach(config(), sizes)) == []

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import warnings
 from contextlib import redirect_stdout
 
 import pytest
@@ -83,7 +84,10 @@ def test_weights_of_ones_own_and_data(tmp_path, shapes):
     content = {"model": state, "__author__": "me", "matching_heuristics": True}
     torch.save(content, path)
     keys = ("SOLVER.MAX_ITER", 60, "SOLVER.STEPS", "(50,)", "SOLVER.WARMUP_ITERS", 5)
-    printed = check(SHAPES, *TINY, *keys, "MODEL.WEIGHTS", path)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        printed = check(SHAPES, *TINY, *keys, "MODEL.WEIGHTS", path)
+    assert not [w for w in warned if "stem.conv1.weight" in str(w.message)]
     trunk, filled, random, unused = section(printed, "initial weights")
     assert trunk == str(path)
     assert filled.endswith("(ResNet 60)") and random.split(": ")[1].startswith("64 of 124")
