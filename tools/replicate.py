@@ -37,7 +37,7 @@ except ImportError as error:
     raise SystemExit(f"error: {error}") from None
 
 # Trainings at once, pictures that each sees
-PROFILES = {"cpu": (2, 480), "gpu": (4, 1600)}
+PROFILES = {"cpu": (2, 440), "gpu": (4, 1600)}
 FPN, C4 = "mask_rcnn_R_18_FPN_gn", "mask_rcnn_R_50_C4_gn"
 PRETRAININGS = {FPN: "pretrain_R_18_gn", C4: "pretrain_R_50_gn"}
 TRUNK = "MODEL.RESNETS.NORM"
@@ -115,7 +115,7 @@ CLAIMS = (
     ("6", "A long schedule helps GN (40.8 and 40.3)", LONG, GN),
     ("7", "Pretraining is still worth something (40.8 and 39.5)", LONG, SCRATCH),
     ("7", "A stem frozen at random costs AP (39.5 and 36.2)", SCRATCH, ACCIDENT),
-    *(("3", f"{d.name}, is above one group", d, LN) for d in (GN, FEW, WIDE)),
+    *(("3", f"{d.name}: above one group", d, LN) for d in (GN, FEW, WIDE)),
     *(
         (f"{n} a batch", f"GN is above {norm}", BY_BATCH["GN"][n], BY_BATCH[norm][n])
         for n in BATCHES
@@ -226,7 +226,11 @@ class Replication:
             "pictures_seen": self.seen,
             "opts": self.opts,
             "claims": claims,
-            "runs": [summarize(run, truth) for mine in runs.values() for run in mine],
+            "runs": [
+                {**summarize(run, truth), "folder": run.folder.name}
+                for mine in runs.values()
+                for run in mine
+            ],
         }
 
 

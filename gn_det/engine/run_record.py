@@ -93,7 +93,8 @@ def device_name(device: str) -> str:
     """A GPU's own name, or the number of cores and the machine type of a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    count = torch.get_num_threads()
+    return f"{count} CPU thread{'s' * (count > 1)} ({platform.machine()})"
 
 
 def versions() -> dict[str, str]:

@@ -14,10 +14,13 @@ from pycocotools.coco import COCO
 
 from ..data.picture_files import read_picture
 from ..files import write_whole
-from .bootstrap import ImageMatches, paired_difference
+from .bootstrap import Difference, ImageMatches, paired_difference
 from .coco_stats import STATS, coco_stats, kinds_of, load_coco
 from .figures import MIN_SCORE, batch_curve, data_uri, draw, learning_curves
 
+# A model below this AP has learnt next to nothing, and a difference would be an accident
+MIN_AP = 1.0
+UNTRAINED = "too little learnt"
 NUM_PICTURES = 6
 # Among so many the pictures are searched that models differ on
 NUM_SEARCHED = 200
@@ -205,10 +208,22 @@ def _differences(
                 continue
             pairs = [[mine[name, seed] for seed in seeds] for name in (baseline, norm)]
             gap = paired_difference(*pairs)
-            numbers = {"mean": gap.mean, "low": gap.low, "high": gap.high, "seen": gap.seen}
+            whole = np.ones(len(pairs[0][0].image_ids))
+            highest = max(mean(m.ap(whole) for m in side) for side in pairs)
+            numbers = {"mean": gap.mean, "low": gap.low, "high": gap.high}
             names = {"norm": norm, "baseline": baseline, "images_per_batch": images}
-            found.append({**names, "of": word, "seeds": seeds, **numbers})
+            verdict = {"verdict": _verdict(gap, highest)}
+            found.append({**names, "of": word, "seeds": seeds, **numbers, **verdict})
     return found
+
+
+def _verdict(gap: Difference, highest: float) -> str:
+    """On a difference between two models, of which the better one has this AP."""
+    if highest < MIN_AP:
+        return UNTRAINED
+    if not gap.seen:
+        return "no difference seen"
+    return "higher" if gap.mean > 0 else "lower"
 
 
 def _answer(
@@ -226,7 +241,7 @@ def _answer(
     for norm, images in dict.fromkeys((g["norm"], g["images_per_batch"]) for g in differences):
         mine = [g for g in differences if (g["norm"], g["images_per_batch"]) == (norm, images)]
         at = f"at {images} a batch " * several
-        told.append(f"{at}{norm} against {mine[0]['baseline']}: {', '.join(map(_verdict, mine))}")
+        told.append(f"{at}{norm} against {mine[0]['baseline']}: {', '.join(map(_in_words, mine))}")
     counts = sorted({len(gap["seeds"]) for gap in differences})
     over = f"over {' to '.join(map(str, counts))} seeds"
     if counts == [1]:
@@ -235,12 +250,14 @@ def _answer(
     return f"{sentence[0].upper()}{sentence[1:]} (95% intervals {over})."
 
 
-def _verdict(gap: Mapping[str, Any]) -> str:
+def _in_words(gap: Mapping[str, Any]) -> str:
+    of, verdict = f"{gap['of']} AP", gap["verdict"]
     interval = f"{gap['low']:+.1f} to {gap['high']:+.1f}".replace("-", "−")
-    if not gap["seen"]:
-        return f"no difference seen in {gap['of']} AP ({interval})"
-    side = "higher" if gap["mean"] > 0 else "lower"
-    return f"{gap['of']} AP {abs(gap['mean']):.1f} {side} ({interval})"
+    if verdict == UNTRAINED:
+        return f"nothing can be told of {of}, below {MIN_AP:g} for both: train longer"
+    if verdict == "no difference seen":
+        return f"{verdict} in {of} ({interval})"
+    return f"{of} {abs(gap['mean']):.1f} {verdict} ({interval})"
 
 
 def _pictures(

@@ -91,7 +91,22 @@ def test_no_difference(shapes, tmp_path):
     runs = [make_run(tmp_path / norm, norm, 2, 0, found) for norm in ("one", "two")]
     results = report(runs, shapes, tmp_path)
     assert "no difference seen in box AP (+0.0 to +0.0)" in results["answer"]
-    assert not any(gap["seen"] for gap in results["differences"])
+    assert {gap["verdict"] for gap in results["differences"]} == {"no difference seen"}
+
+
+def test_too_little_learnt(shapes, tmp_path):
+    """One object found against none: an interval that lies above 0, of models that know nothing."""
+    truth = perfect(shapes / "instances_val.json")
+    wrong = [{**d, "bbox": [0, 0, 1, 1], "score": 0.95} for d in truth]
+    found = {"one": [], "two": [*truth[:1], *wrong, *wrong]}
+    runs = [make_run(tmp_path / norm, norm, 2, 0, found[norm]) for norm in found]
+    results = report(runs, shapes, tmp_path)
+    ap = {run["norm"]: run["bbox"]["AP"] for run in results["runs"]}
+    assert ap["one"] == 0 < ap["two"] < 1
+    box, mask = results["differences"]
+    assert box["verdict"] == "too little learnt" and mask["verdict"] == "higher"
+    told = "nothing can be told of box AP, below 1 for both: train longer, mask AP"
+    assert told in results["answer"] and told in (tmp_path / "report.md").read_text()
 
 
 @pytest.fixture
