@@ -254,7 +254,7 @@ def _in_words(gap: Mapping[str, Any]) -> str:
     of, verdict = f"{gap['of']} AP", gap["verdict"]
     interval = f"{gap['low']:+.1f} to {gap['high']:+.1f}".replace("-", "−")
     if verdict == UNTRAINED:
-        return f"nothing can be told of {of}, below {MIN_AP:g} for both: train longer"
+        return f"{verdict} to compare {of} (both below {MIN_AP:g})"
     if verdict == "no difference seen":
         return f"{verdict} in {of} ({interval})"
     return f"{of} {abs(gap['mean']):.1f} {verdict} ({interval})"

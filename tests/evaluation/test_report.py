@@ -105,7 +105,7 @@ def test_too_little_learnt(shapes, tmp_path):
     assert ap["one"] == 0 < ap["two"] < 1
     box, mask = results["differences"]
     assert box["verdict"] == "too little learnt" and mask["verdict"] == "higher"
-    told = "nothing can be told of box AP, below 1 for both: train longer, mask AP"
+    told = "too little learnt to compare box AP (both below 1), mask AP"
     assert told in results["answer"] and told in (tmp_path / "report.md").read_text()
 
 
