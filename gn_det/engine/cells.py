@@ -123,6 +123,17 @@ def weight_keys(weights: str) -> dict[str, Any]:
     return {"MODEL.WEIGHTS": weights, **facts}
 
 
+def untold_keys(weights: str, cfg: CfgNode) -> dict[str, Any]:
+    """Pixels and strides of a backbone's file that does not tell its own: the config's.
+
+    They are BN*'s by Detectron2's own rule, and so GN has to be measured with them, too.
+    """
+    facts = describe(weights) if weights else {}
+    if not facts or not Path(weights).is_file():
+        return {}
+    return {key: value_of(cfg, key) for key in (*PIXELS, STRIDE) if key not in facts}
+
+
 def find_weights(
     norms: Iterable[str],
     given: Sequence[str],
@@ -195,20 +206,22 @@ def make_group_norm(
     """A GN backbone from a BN one, measured and distilled on pictures without labels.
 
     Args:
-        cfg: has the division into groups.
+        cfg: has the division into groups, and what the file does not tell.
 
     Returns:
         the file, which is made if it is not there; its name tells all that it depends on.
     """
     division = {key: value_of(cfg, key) for key in GROUP_NORM}
+    untold = untold_keys(str(weights), cfg)
     chosen = random.Random(0).sample(sorted(pictures), min(NUM_PICTURES, len(pictures)))
     mark = sha256(weights.read_bytes())
-    mark.update(json.dumps([division, distill_steps, *map(str, chosen)]).encode())
+    mark.update(json.dumps([division, untold, distill_steps, *map(str, chosen)]).encode())
     path = (output / f"{weights.stem}_gn_{mark.hexdigest()[:12]}.pth").resolve()
     if path.is_file():
         return path
     output.mkdir(parents=True, exist_ok=True)
-    conversion = convert(read_weights(weights))
+    pairs = [str(word) for pair in untold.items() for word in pair]
+    conversion = convert(read_weights(weights), opts=pairs)
     conversion.refuse_gaps([], [])
     if torch.cuda.is_available():
         conversion.cfg.MODEL.DEVICE = "cuda"

@@ -10,7 +10,7 @@ import logging
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from .cells import (
     flatten,
     norm_keys,
     plan,
+    untold_keys,
     weight_keys,
     where,
 )
@@ -99,6 +100,7 @@ def prepare_comparison(args: argparse.Namespace) -> Comparison:
     told = dict.fromkeys(str(proposal) for recipe in recipes.values() for proposal in recipe)
     found = Comparison(output, data, proposals=list(told))
     weights = initial_weights(args, base, train)
+    found.proposals += untold_facts(weights.values(), base)
     shared = keys_of(data, base)
     for cell in cells:
         keys = {
@@ -144,6 +146,13 @@ def initial_weights(args: argparse.Namespace, base: CfgNode, train: Path) -> dic
     steps = 0 if args.check else DISTILL_STEPS
     folder = args.output_dir / "backbones"
     return find_weights(args.norms, args.init, base, pictures, folder, steps)
+
+
+def untold_facts(weights: Iterable[str], base: CfgNode) -> Iterator[str]:
+    """What is taken from the config, since initial weights do not tell it, in words."""
+    for file in dict.fromkeys(weights):
+        for key, value in untold_keys(file, base).items():
+            yield f"{key} {value}: the config's, since {Path(file).name} does not tell its own"
 
 
 def refuse_decided(opts: Sequence[str]) -> None:

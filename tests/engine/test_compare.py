@@ -12,8 +12,10 @@ import pytest
 import torch
 from conftest import ROOT, TINY, command, hear_interrupts
 from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_backbone
 
 import gn_det.engine.trainings as trainings_module
+from gn_det.checkpoint.facts import describe
 from gn_det.engine.cells import Cell, check_pairs, find_weights, norm_keys, plan, published, where
 from gn_det.engine.compare import parse, prepare_comparison, read_base
 from gn_det.engine.predict import load_run
@@ -283,8 +285,6 @@ def test_initial_weights_that_are_unclear(given, message):
 
 def test_bn_backbone_becomes_gn(shapes, tmp_path):
     """--init with a BN file: BN* takes it, and GN what is measured from it, once."""
-    from detectron2.modeling import build_backbone
-
     from gn_det.checkpoint.save import save_backbone
 
     cfg = read_base("Shapes/mask_rcnn_R_18_FPN_bn.yaml", [])
@@ -303,6 +303,23 @@ def test_bn_backbone_becomes_gn(shapes, tmp_path):
     save_backbone(build_backbone(cfg).bottom_up.state_dict(), cfg, tmp_path / "bn.pth")
     found = comparison(shapes, tmp_path / "out", *more)
     assert str(weights["GN"]) not in {t.cfg.MODEL.WEIGHTS for t in found.cells.values()}
+
+
+@pytest.mark.parametrize("given", [[], ["MODEL.PIXEL_STD", "[1.0,1.0,1.0]"]])
+def test_pixels_that_a_backbone_does_not_tell(given, shapes, tmp_path):
+    """BN* and what is measured from it get the same: the config's, or what the user gives."""
+    name = "Shapes/mask_rcnn_R_18_FPN_bn.yaml"
+    cfg = read_base(name, [])
+    path = tmp_path / "bn.pth"
+    torch.save({"model": build_backbone(cfg).bottom_up.state_dict()}, path)
+    more = ["--base", name, "--norms", "FrozenBN", "GN", "--init", str(path), "--check", *given]
+    found = comparison(shapes, tmp_path / "out", *more)
+    std = [1.0, 1.0, 1.0] if given else cfg.MODEL.PIXEL_STD
+    assert [list(t.cfg.MODEL.PIXEL_STD) for t in found.cells.values()] == [std, std]
+    (converted,) = (tmp_path / "out" / "backbones").glob("*.pth")
+    assert describe(str(converted))["MODEL.PIXEL_STD"] == std
+    told = f"MODEL.PIXEL_STD {std}: the config's, since bn.pth does not tell its own"
+    assert told in found.proposals
 
 
 def test_check_trains_nothing(shapes, tmp_path, capsys):
