@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -85,8 +86,16 @@ def peak_memory_mib(device: str) -> float:
     """Peak memory in MiB: what PyTorch allocated on a GPU, or all of the process on a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
+    # Linux's getrusage begins at the peak of the process that started this one
+    if found := re.search(r"VmHWM:\s+(\d+) kB", _status()):
+        return int(found[1]) / 2**10
     unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def _status() -> str:
+    path = Path("/proc/self/status")
+    return path.read_text() if path.exists() else ""
 
 
 def device_name(device: str) -> str:
