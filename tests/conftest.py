@@ -1,5 +1,6 @@
 """A small `shapes` data set, and small configs; no test needs a network or a GPU."""
 
+import atexit
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ if not torch.cuda.is_available():
 # gn_det looks for data sets where this says, and so do the commands that tests start.
 DATASETS = Path(tempfile.mkdtemp(prefix="gn_det_datasets_"))
 os.environ["DETECTRON2_DATASETS"] = str(DATASETS)
+atexit.register(shutil.rmtree, DATASETS, ignore_errors=True)
 
 from gn_det.data import make_shapes  # noqa: E402
 from gn_det.engine.train import read_config  # noqa: E402
@@ -61,3 +63,12 @@ def shapes() -> Iterator[Path]:
     make_shapes(DATASETS / "shapes", num_train=12, num_val=6, seed=3)
     yield DATASETS / "shapes"
     shutil.rmtree(DATASETS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leaves_no_files(request, tmp_path_factory) -> Iterator[None]:
+    """A file of tests frees its disk before the next begins: their checkpoints are gigabytes."""
+    yield
+    if not request.session.testsfailed:
+        for folder in tmp_path_factory.getbasetemp().iterdir():
+            shutil.rmtree(folder, ignore_errors=True)
