@@ -37,7 +37,7 @@ except ImportError as error:
     raise SystemExit(f"error: {error}") from None
 
 # Trainings at once, pictures that each sees
-PROFILES = {"cpu": (2, 416), "gpu": (4, 1600)}
+PROFILES = {"cpu": (2, 320), "gpu": (4, 1600)}
 FPN, C4 = "mask_rcnn_R_18_FPN_gn", "mask_rcnn_R_50_C4_gn"
 PRETRAININGS = {FPN: "pretrain_R_18_gn", C4: "pretrain_R_50_gn"}
 TRUNK = "MODEL.RESNETS.NORM"
