@@ -59,10 +59,9 @@ def hear_interrupts() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shapes() -> Iterator[Path]:
+def shapes() -> Path:
     make_shapes(DATASETS / "shapes", num_train=12, num_val=6, seed=3)
-    yield DATASETS / "shapes"
-    shutil.rmtree(DATASETS)
+    return DATASETS / "shapes"
 
 
 @pytest.fixture(scope="module", autouse=True)
