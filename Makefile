@@ -10,7 +10,7 @@ demo: $(READY)
 
 # Two processes of one thread each: the tests are many and small
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Trainings that are hurt at random, and files that are damaged at random
 N ?= 200

@@ -58,6 +58,11 @@ def hear_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """README's commands first: they take longest, and a second process has all else meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def shapes() -> Path:
     make_shapes(DATASETS / "shapes", num_train=12, num_val=6, seed=3)

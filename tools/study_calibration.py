@@ -25,6 +25,7 @@ from gn_det.checkpoint.convert import Conversion, build_resnet, convert
 from gn_det.checkpoint.read import read_weights
 from gn_det.checkpoint.save import facts_of, save_backbone
 from gn_det.data.pictures import load_pictures
+from gn_det.engine.cells import DISTILL_STEPS
 from gn_det.engine.convert_backbone import SIDE, normalise, to_group_norm
 from gn_det.engine.train import Trainer, read_config
 from gn_det.evaluation.linear_probe import mean_auc
@@ -45,7 +46,6 @@ class Model:
     foreign: bool = False
     freeze_at: int = 2
     affine_rate: float = 1.0
-    steps: int = 300  # of distillation
 
 
 CORE = (
@@ -54,13 +54,8 @@ CORE = (
     Model("GN, gamma 1 and beta 0", "reset"),
     Model("GN calibrated", "calibrated"),
     Model("GN distilled", "distilled"),
-    Model("GN distilled, 900 steps", "distilled", steps=900),
 )
 MORE = (
-    Model("GN distilled, 1800 steps on all pictures", "distilled", pictures=1000, steps=1800),
-    Model("GN distilled, stem and res2 trained", "distilled", freeze_at=0),
-    Model("GN distilled, 16 channels per group", "distilled", ("DIM_PER_GP", 16)),
-    Model("GN distilled, gamma and beta at 10 times the rate", "distilled", affine_rate=10.0),
     Model("GN calibrated, stem and res2 trained", "calibrated", freeze_at=0),
     Model("BN*, stem and res2 trained", "bn", freeze_at=0),
     Model("GN calibrated, 16 groups", "calibrated", ("NUM_GROUPS", 16)),
@@ -103,8 +98,7 @@ class Run:
     def converted(self) -> Path:
         """Where the backbone is kept, by all that it depends on."""
         model = self.model
-        how = f"{model.how}{model.steps}" if model.steps != 300 else model.how
-        facts = (how, *model.division, model.pictures, model.foreign, self.data, self.seed)
+        facts = (model.how, *model.division, model.pictures, model.foreign, self.data, self.seed)
         return Path(self.output) / "backbones" / f"{'_'.join(map(str, facts))}.pth"
 
     def convert(self) -> Conversion:
@@ -115,7 +109,7 @@ class Run:
         key, number = self.model.division
         keys = [f"MODEL.GROUP_NORM.{key}", str(number)]
         if self.model.how in ("calibrated", "promised", "distilled"):
-            steps = self.model.steps if self.model.how == "distilled" else 0
+            steps = DISTILL_STEPS if self.model.how == "distilled" else 0
             goal = promised_moments if self.model.how == "promised" else measured_moments
             to_group_norm(conversion, keys, self.pictures(), steps, goal)
         elif self.model.how in ("copied", "reset"):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 BATCH_SIZE = 4
-LEARNING_RATE = 2e-4
+LEARNING_RATE = 5e-4
 
 
 def distill(network: nn.Module, reference: nn.Module, pictures: Tensor, steps: int) -> None:
