@@ -312,6 +312,17 @@ def test_python_lines(checkout):
     assert (checkout / "output/python/model_final.pth").exists()
 
 
+def test_tables_are_tables():
+    """Without a second line of dashes, as wide as the first, Markdown shows one paragraph."""
+    lines = re.sub(r"```.*?```", "", README, flags=re.DOTALL).splitlines()
+    rows = [None, *(line.replace(r"\|", "").count("|") for line in lines)]
+    heads = [i for i in range(1, len(lines)) if rows[i + 1] and not rows[i]]
+    assert len(heads) > 8
+    for i in heads:
+        assert re.fullmatch(r"(\|-+)+\|", lines[i + 1]), lines[i]
+        assert rows[i + 2] == rows[i + 1], lines[i]
+
+
 def test_files_that_are_named_exist():
     names = re.findall(r"\]\((?!http)([^)]+)\)", README)
     names += re.findall(r"^((?:gn_det|tools|configs)/\S*)  ", README, re.MULTILINE)
