@@ -144,9 +144,11 @@ class StrictCheckpointer(DetectionCheckpointer):
         found = super()._load_model(checkpoint)
         model = weight_names(self.model)
         misshapen = {name for name, *_ in found.incorrect_shapes}
-        # Where names are matched by their endings, Detectron2 drops what has another shape
         fresh = {*found.missing_keys, *misshapen} & {*model}
-        lost = {n for n in found.unexpected_keys if any(f.endswith(f".{n}") for f in fresh)}
+        lost: set[str] = set()
+        if checkpoint.get("matching_heuristics"):
+            # Where names are matched by their endings, Detectron2 drops what has another shape
+            lost = {n for n in found.unexpected_keys if any(f.endswith(f".{n}") for f in fresh)}
         misshapen |= {f for f in fresh if any(f.endswith(f".{n}") for n in lost)}
         unused = {*found.unexpected_keys} - lost
         self.loaded = Loaded(model, fresh, misshapen, unused, norm)

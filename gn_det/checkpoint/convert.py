@@ -1,7 +1,7 @@
 """A backbone from any source as Detectron2 takes it, with every tensor accounted for."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
@@ -11,9 +11,19 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import ResNet, build_backbone
 from torch import Tensor
 
-from ..config import add_gn_config
+from ..config import add_gn_config, value_of
 from ..errors import InputError
-from .facts import NORM, PIXELS, STANDARDIZATION, STRIDE, Facts, architecture, written_facts
+from ..modeling.norm import is_group_norm
+from .facts import (
+    GROUP_NORM,
+    NORM,
+    PIXELS,
+    STANDARDIZATION,
+    STRIDE,
+    Facts,
+    architecture,
+    written_facts,
+)
 from .names import AUTHORS, CAFFE_PIXELS, SOURCES, TORCH_PIXELS, find_source, rename
 from .read import WeightsFile
 
@@ -42,6 +52,8 @@ class Conversion:
     made: list[str]
     # config keys that the file does not tell, as they mostly are with its source
     assumed: Facts
+    # tensors that stand in other places of the file, by place
+    others: dict[str, int]
 
     def account(self) -> Iterator[str]:
         """Lines for people: tensors taken, made, dropped and why, missing, unknown."""
@@ -54,6 +66,8 @@ class Conversion:
             yield f"         {count:4} {why}: {first}{', ...' * (count > 1)}"
         for title, names in (("missing", self.missing), ("unknown", self.unknown)):
             yield f"{title}  {len(names):4}" + "".join(f"\n              {n}" for n in names[:8])
+        for place, count in self.others.items():
+            yield f"beside   {count:4} under {place or 'no name'}, not looked at"
         if self.assumed:
             told = ", ".join(f"{key} {value}" for key, value in self.assumed.items())
             yield f"assumed  {told}, as usual with {self.source}; KEY VALUE pairs change it"
@@ -79,20 +93,24 @@ class Conversion:
                 )
 
 
-def convert(file: WeightsFile, source: str = "auto", opts: Sequence[str] = ()) -> Conversion:
+def convert(
+    file: WeightsFile, source: str = "auto", opts: Sequence[str] = (), prefix: str | None = None
+) -> Conversion:
     """Bring a backbone's tensors under Detectron2's names, and say what they have to agree with.
 
     Args:
         source: one of `SOURCES`, or "auto" to tell by the names.
         opts: `KEY VALUE` pairs for what names cannot tell, such as `INPUT.FORMAT BGR`.
+        prefix: how the names of the network begin, where the file holds several.
 
     Raises:
         InputError: for what Detectron2's ResNet cannot compute: pre-activation networks, other
-            stems, filters that were trained standardised, groups that do not divide the channels.
+            stems, filters that were trained standardised, groups that do not divide the channels;
+            for values that no network has, and keys that contradict the file.
     """
     found = find_source(file.tensors)
     source = found if source == "auto" else source
-    renamed = rename(file.tensors, SOURCES[source])
+    renamed = rename(file.tensors, SOURCES[source], prefix)
     shape = architecture(renamed.tensors)
     if not shape:
         raise InputError(
@@ -107,9 +125,13 @@ def convert(file: WeightsFile, source: str = "auto", opts: Sequence[str] = ()) -
         wide = facts.get("MODEL.RESNETS.NUM_GROUPS", 1) > 1
         facts[STRIDE] = renamed.norm != "GN" and not wide
     cfg = backbone_config(facts, opts)
-    told = {*opts, *written}
-    assumed = {key: facts[key] for key in (STRIDE, *PIXELS) if key not in told}
-    if STANDARDIZATION not in told and looks_standardized(renamed.tensors):
+    if is_group_norm(cfg.MODEL.RESNETS.NORM) != (renamed.norm == "GN"):
+        raise InputError(
+            f"{NORM} {cfg.MODEL.RESNETS.NORM}: it has {renamed.norm}'s tensors; --norm GN "
+            "--calibrate PICTURES makes GN of BN"
+        )
+    assumed = assumed_facts(cfg, {*opts, *written})
+    if STANDARDIZATION not in {*opts, *written} and looks_standardized(renamed.tensors):
         raise InputError(
             "its filters have no mean, as after training with weight standardisation, and plain "
             f"convolutions would compute something else: add {STANDARDIZATION} True for "
@@ -119,7 +141,17 @@ def convert(file: WeightsFile, source: str = "auto", opts: Sequence[str] = ()) -
     tensors, missing = _take(renamed.tensors, build_resnet(cfg))
     unknown = [*renamed.unknown, *(name for name in renamed.tensors if name not in tensors)]
     unknown = [name for name in unknown if name not in {m.split(" ")[0] for m in missing}]
-    return Conversion(tensors, cfg, source, renamed.dropped, missing, unknown, made, assumed)
+    dropped, others = renamed.dropped, file.others
+    return Conversion(tensors, cfg, source, dropped, missing, unknown, made, assumed, others)
+
+
+def assumed_facts(cfg: CfgNode, told: Container[str]) -> Facts:
+    """What a config has of keys that neither a file nor its owner has told."""
+    keys = [STRIDE, *PIXELS]
+    if is_group_norm(cfg.MODEL.RESNETS.NORM):
+        # Without running statistics gamma and beta are taken to be GN's, of Detectron's division
+        keys = [NORM, *GROUP_NORM[: GROUP_NORM[1] not in told], *keys]
+    return {key: value_of(cfg, key) for key in keys if key not in told}
 
 
 def usual_facts(
@@ -133,6 +165,10 @@ def usual_facts(
         facts |= TORCH_PIXELS  # those of GN+WS come from PyTorch, those of GN from Detectron
     if source == "detectron" and norm == "BN" and shape.get("MODEL.RESNETS.NUM_GROUPS", 1) > 1:
         facts["MODEL.PIXEL_STD"] = TORCH_PIXELS["MODEL.PIXEL_STD"][::-1]  # X-101-32x8d
+    told = dict(zip(opts[::2], opts[1::2], strict=False))
+    if told.get("INPUT.FORMAT", facts["INPUT.FORMAT"]) != facts["INPUT.FORMAT"]:
+        # Mean and std are told in the order of the colours
+        facts |= {key: facts[key][::-1] for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")}
     return facts
 
 
@@ -152,6 +188,12 @@ def backbone_config(facts: Facts, opts: Sequence[str] = ()) -> CfgNode:
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     merge_pairs(cfg, [word for pair in facts.items() for word in pair])
     merge_pairs(cfg, opts)
+    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+        raise InputError(f'INPUT.FORMAT {cfg.INPUT.FORMAT}: backbones take "RGB" or "BGR"')
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        values = cfg.MODEL[key]
+        if len(values) != 3 or (key == "PIXEL_STD" and min(values) <= 0):
+            raise InputError(f"MODEL.{key} {values}: give three values, of a std above 0")
     return cfg
 
 
@@ -180,7 +222,7 @@ def build_resnet(cfg: CfgNode, tensors: Mapping[str, Tensor] | None = None) -> R
     try:
         with torch.device("meta"):
             resnet = build_backbone(cfg, ShapeSpec(channels=3)).eval()
-    except AssertionError as error:
+    except (AssertionError, KeyError) as error:
         raise InputError(f"Detectron2 has no such ResNet: {error}") from None
     if tensors is None:
         return resnet
@@ -224,12 +266,22 @@ def looks_standardized(tensors: dict[str, Tensor]) -> bool:
 
 
 def _take(tensors: dict[str, Tensor], resnet: ResNet) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors that a ResNet has, and the names of those that are not there or do not fit."""
+    """The tensors that a ResNet has, and the names of those that are not there or do not fit.
+
+    Raises:
+        InputError: for values that no network has.
+    """
     taken, missing = {}, []
     for name, wanted in resnet.state_dict().items():
         tensor = tensors.get(name)
         if tensor is not None and tensor.shape == wanted.shape:
             taken[name] = tensor.float()
+            if not tensor.is_floating_point():
+                raise InputError(f"its {name} has whole numbers ({tensor.dtype}): it is quantised")
+            if not taken[name].isfinite().all():
+                raise InputError(f"its {name} is infinite or NaN: take an earlier checkpoint")
+            if name.endswith("running_var") and (taken[name] < 0).any():
+                raise InputError(f"its {name} is below 0, which no variance is")
         elif tensor is not None:
             missing.append(f"{name} of shape {(*wanted.shape,)}: it is {(*tensor.shape,)}")
         elif not name.endswith("num_batches_tracked"):

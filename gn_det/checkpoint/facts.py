@@ -97,10 +97,9 @@ def describe_file(path: Path) -> Facts:
     if facts := written_facts(file):
         return facts
     try:
-        source = find_source(file.tensors)
+        renamed = rename(file.tensors, SOURCES[find_source(file.tensors)])
     except InputError:
         return {}  # another backbone's
-    renamed = rename(file.tensors, SOURCES[source])
     return architecture(renamed.tensors) | ({NORM: renamed.norm} if renamed.norm else {})
 
 

@@ -1,6 +1,7 @@
 """Strict loading: every tensor of the model and of the file is accounted for, or training stops."""
 
 import re
+import shlex
 from dataclasses import dataclass
 
 from ..modeling.parts import PREDICTORS, SETTINGS, TRUNK, count_parts, part_of
@@ -93,7 +94,8 @@ def conversion_command(weights: str, norm: str | None = None) -> str:
     )
     calibrate = f" --norm {norm} --calibrate PICTURES" if norm else ""
     ending = f"_{norm.lower()}" if norm else "_detectron2"
-    return f"python tools/convert_backbone.py {path} {stem}{ending}.pth{calibrate}"
+    words = shlex.join((path, f"{stem}{ending}.pth"))
+    return f"python tools/convert_backbone.py {words}{calibrate}"
 
 
 def _stage(name: str) -> str:

@@ -43,6 +43,8 @@ class Source:
     unused_stem_bias: bool = False
     # Whether convolutions are (height, width, in, out), as in TensorFlow
     channels_last: bool = False
+    # Whether names may begin with those of modules that the network stands in
+    prefixed: bool = False
 
 
 def _substitute(*rules: tuple[str, str]) -> Callable[[str], str]:
@@ -55,7 +57,6 @@ def _substitute(*rules: tuple[str, str]) -> Callable[[str], str]:
 
 
 def _from_torch(name: str) -> str:
-    name = re.sub(r"^(module\.|backbone\.|body\.|encoder(_q)?\.|model\.|resnet\.)+", "", name)
     name = re.sub(r"^layer(\d)\.", lambda stage: f"res{int(stage[1]) + 1}.", name)
     return _TORCH_RULES(name)
 
@@ -89,12 +90,18 @@ _OWN_NAMES = _substitute(
     (r"^(module\.)?(backbone\.(bottom_up\.)?|roi_heads\.(?=res5\.))", ""),
 )
 
-_TORCH = Source(r"^(\w+\.)*layer1\.0\.conv1\.weight$", _from_torch, TORCH_PIXELS | _STRIDE_3X3)
+_TORCH_TRUNK = r"^((?:[\w-]+\.)*)layer1\.0\.conv1\.weight$"
+# Of several networks in a file, what is taken: MoCo's query encoder, say
+_USUAL_PREFIX = r"(module\.|backbone\.|body\.|encoder(_q)?\.|model\.|resnet\.)*"
+_TORCH = Source(_TORCH_TRUNK, _from_torch, TORCH_PIXELS | _STRIDE_3X3, prefixed=True)
 
 # In the order in which they are looked for
 SOURCES = {
     "mmdetection": Source(
-        r"^(\w+\.)*layer1\.0\.gn1\.weight$", _from_torch, CAFFE_PIXELS | _STRIDE_3X3
+        r"^([\w-]+\.)*layer1\.0\.gn1\.weight$",
+        _from_torch,
+        CAFFE_PIXELS | _STRIDE_3X3,
+        prefixed=True,
     ),
     "torchvision": _TORCH,
     "timm": _TORCH,
@@ -181,11 +188,41 @@ class Renamed:
     norm: str | None = None
 
 
-def rename(tensors: Mapping[str, Tensor], source: Source) -> Renamed:
-    """Give the tensors of a file the names and the layout that Detectron2's ResNet has."""
+def find_prefix(names: Iterable[str], wanted: str | None = None) -> str:
+    """What stands before each of the ResNet's names in a file of PyTorch's, such as `module.`.
+
+    Args:
+        wanted: the one to take of several.
+
+    Raises:
+        InputError: if there are several networks and none is wanted, or not the one that is.
+    """
+    found = dict.fromkeys(m[1] for name in names if (m := re.match(_TORCH_TRUNK, name)))
+    if wanted is not None and wanted in found:
+        return wanted
+    usual = [prefix for prefix in found if re.fullmatch(_USUAL_PREFIX, prefix)] or [*found]
+    if wanted is not None or len(usual) != 1:
+        told = ", ".join(f'"{prefix}"' for prefix in found) or "no ResNet of PyTorch's"
+        raise InputError(f"its ResNets' names begin with {told}: add --prefix with one of these")
+    return usual[0]
+
+
+def rename(tensors: Mapping[str, Tensor], source: Source, prefix: str | None = None) -> Renamed:
+    """Give the tensors of a file the names and the layout that Detectron2's ResNet has.
+
+    Args:
+        prefix: as `find_prefix`'s `wanted`; what does not begin with it is then left out.
+
+    Raises:
+        InputError: as `find_prefix`, where names have prefixes.
+    """
     result = Renamed({}, {}, [])
+    taken = find_prefix(tensors, prefix) if source.prefixed or prefix is not None else ""
     for name, tensor in tensors.items():
-        new = source.rename(name)
+        if prefix and not name.startswith(prefix):
+            result.dropped[name] = f"not of {prefix}"
+            continue
+        new = source.rename(name.removeprefix(taken))
         if TRUNK.fullmatch(new) and new in result.tensors:
             result.unknown.append(name)  # a second network in the same file
             continue
@@ -212,9 +249,10 @@ def norm_of(names: Iterable[str]) -> str | None:
     names = list(names)
     try:
         source = SOURCES[find_source(names)]
+        prefix = find_prefix(names) if source.prefixed else ""
     except InputError:
         return None
-    return _norm(names, map(source.rename, names))
+    return _norm(names, (source.rename(name.removeprefix(prefix)) for name in names))
 
 
 def _norm(names: Iterable[str], renamed: Iterable[str]) -> str | None:

@@ -7,7 +7,7 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from ..errors import InputError
 
 # Where trainers keep the weights, beside optimizer and counters
 NESTS = ("model", "state_dict", "model_state_dict", "model_state", "blobs")
+_WITHOUT_NAMES = "it holds no tensors by name"
+# How deep in a file networks are looked for
+_DEPTH = 4
 # How files of `torch.save` begin that are no zip archives (PyTorch before 1.6)
 _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 
@@ -41,6 +44,8 @@ class WeightsFile:
     facts: dict[str, Any] = field(default_factory=dict)
     # Who says to have written it, in Detectron2's own format
     author: str = ""
+    # How many tensors stand by name in other places, such as averages of the weights
+    others: dict[str, int] = field(default_factory=dict)
 
 
 def read_weights(path: Path, device: str = "cpu") -> WeightsFile:
@@ -54,21 +59,41 @@ def read_weights(path: Path, device: str = "cpu") -> WeightsFile:
     Raises:
         InputError: if it cannot be read, or holds no tensors by name; the message names it.
     """
-    facts: dict[str, Any] = {}
-    author = ""
     content = read_content(path, device)
-    if isinstance(content, Mapping):
-        author = str(content.get("__author__", ""))
-        written = content.get("gn_det")
-        facts = dict(written) if isinstance(written, Mapping) else {}
-        for nest in NESTS:
-            if isinstance(content.get(nest), Mapping):
-                content = content[nest]
-                break
-        content = {k: _tensor(v, device) for k, v in content.items() if is_tensor(v)}
-    if not content or not isinstance(content, dict):
-        raise InputError(f"{path} cannot be read as weights: it holds no tensors by name")
-    return WeightsFile(content, facts, author)
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path} cannot be read as weights: {_WITHOUT_NAMES}")
+    written = content.get("gn_det")
+    facts = dict(written) if isinstance(written, Mapping) else {}
+    networks = dict(_networks(content))
+    place = next((nest for nest in (*NESTS, "") if nest in networks), None)
+    if place is None:
+        # Under names of their own: which of them is meant, whoever takes them has to tell
+        found = {
+            f"{nest}.{name}": tensor
+            for nest, tensors in networks.items()
+            for name, tensor in tensors.items()
+        }
+    else:
+        found = networks[place]
+    if not found:
+        keys = ", ".join(str(key) for key in list(content)[:8]) or "nothing"
+        raise InputError(f"{path} cannot be read as weights: {_WITHOUT_NAMES}, but {keys}")
+    tensors = {name: _tensor(value, name, path, device) for name, value in found.items()}
+    others = {k: len(v) for k, v in networks.items() if place is not None and k != place}
+    return WeightsFile(tensors, facts, str(content.get("__author__", "")), others)
+
+
+def _networks(
+    content: Mapping[Any, Any], place: str = "", depth: int = _DEPTH
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every mapping of names to tensors, by the keys that lead there; "" for the whole file."""
+    names = {k.decode(errors="replace") if isinstance(k, bytes) else k: content[k] for k in content}
+    if tensors := {k: v for k, v in names.items() if isinstance(k, str) and is_tensor(v)}:
+        yield place, tensors
+    for key, value in names.items():
+        # What an optimizer keeps stands under numbers
+        if isinstance(key, str) and isinstance(value, Mapping) and depth:
+            yield from _networks(value, f"{place}.{key}" if place else key, depth - 1)
 
 
 def read_content(path: Path, device: str = "cpu") -> Any:
@@ -89,23 +114,33 @@ def _read(path: Path, device: str) -> Any:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             arrays = all(name.endswith(".npy") for name in archive.namelist())
+            # PyTorch compares no checksums
+            if device != "meta" and (damaged := archive.testzip()):
+                raise zipfile.BadZipFile(f"its part {damaged} is damaged")
         if arrays:
             with np.load(path, allow_pickle=False) as archive:
                 return dict(archive)
-    if path.suffix == ".safetensors":
+    elif begin.startswith(b"PK"):
+        raise zipfile.BadZipFile("it is cut off: copy or download it again")
+    if path.suffix == ".safetensors" or begin[8:10] == b'{"':
         return load_file(path)
     if zipfile.is_zipfile(path) or begin.startswith(_OLD_TORCH):
         # The scripts of torchvision and timm keep their command line and scores beside the weights
-        with torch.serialization.safe_globals([argparse.Namespace, *_scalars()]):
+        with torch.serialization.safe_globals([argparse.Namespace, *_arrays()]):
             return torch.load(path, map_location=device, weights_only=True)
     with path.open("rb") as file:
         return _ArrayUnpickler(file, encoding="latin1").load()
 
 
-def _scalars() -> list[Any]:
-    """What NumPy's scalars are pickled by."""
-    kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, bool)]
-    return [_ARRAY_PARTS["scalar"], np.dtype, *kinds]
+def _arrays() -> list[Any]:
+    """What NumPy's arrays and scalars are pickled by, under its old name and its new one."""
+    kinds = {type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"}
+    parts = [
+        (_ARRAY_PARTS[name], f"numpy.{core}.multiarray.{name}")
+        for name in ("_reconstruct", "scalar")
+        for core in ("core", "_core")
+    ]
+    return [*parts, np.ndarray, np.dtype, *kinds]
 
 
 def is_tensor(value: object) -> bool:
@@ -115,16 +150,26 @@ def is_tensor(value: object) -> bool:
     )
 
 
-def _tensor(value: Any, device: str) -> Tensor:
+def _tensor(value: Any, name: str, path: Path, device: str) -> Tensor:
     tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    if tensor.is_quantized or tensor.is_complex() or tensor.layout != torch.strided:
+        raise InputError(
+            f"{path} cannot be read as weights: {name} is quantised, complex or sparse: save the "
+            "network as it was before that"
+        )
     return tensor.to(device)
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in a few words; PyTorch takes a page for it."""
+    """What went wrong, in a few words; PyTorch takes a page for it, and advises to run the file."""
     text = str(error)
+    alone = "save the model's state_dict by itself"
     if asked := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", text):
-        return f"it asks for {asked[1]}, which is no tensor"
+        return f"it asks for {asked[1]}, which is no tensor: {alone}"
+    if "TorchScript" in text:
+        return f"it is a TorchScript program: {alone}"
+    if "weights_only" in text or "persistent id" in text:
+        return f"it holds more than tensors and plain values: {alone}"
     return text.partition("\n")[0] or type(error).__name__
 
 
@@ -148,7 +193,8 @@ class _ArrayUnpickler(pickle.Unpickler):
             return _encode  # how older pickles hold bytes
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no tensor")
+        # In PyTorch's words, which `_reason` knows
+        raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {module}.{name}")
 
 
 def _encode(text: str, encoding: str) -> bytes:

@@ -13,13 +13,14 @@ from detectron2.config import CfgNode
 from detectron2.data import MapDataset
 from detectron2.data.samplers import InferenceSampler, TrainingSampler
 from detectron2.utils import comm
+from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import pil_loader
 
 from ..errors import InputError
 from .loader import TrainLoader
+from .picture_files import read_picture
 
 
 class UnreadablePictureError(InputError):
@@ -84,9 +85,9 @@ class PictureMapper:
         """
         path, label = sample
         try:
-            picture = pil_loader(path)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UnreadablePictureError(f"{path} cannot be read as a picture ({error})") from None
+            picture = Image.fromarray(read_picture(Path(path)))
+        except InputError as error:
+            raise UnreadablePictureError(str(error)) from None
         image = self._transform(picture)
         return {"file_name": path, "label": label, "image": image.flip(0) if self._bgr else image}
 

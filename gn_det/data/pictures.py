@@ -9,8 +9,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import InputError
+from .picture_files import read_picture
 
-SUFFIXES = frozenset(Image.registered_extensions())
+# Of photographs and scans; Pillow knows many more, and starts other programs for some
+SUFFIXES = frozenset(
+    (".bmp", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+)
 
 
 def choose_pictures(folder: Path, count: int, seed: int = 0) -> list[Path]:
@@ -19,14 +23,19 @@ def choose_pictures(folder: Path, count: int, seed: int = 0) -> list[Path]:
     Raises:
         InputError: if the folder is none or holds no pictures.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    paths = sorted(path for path in folder.rglob("*") if is_picture(path))
     if not paths:
         raise InputError(f"{folder} holds no pictures: name a folder of about 100, of any names")
     return [paths[i] for i in np.random.default_rng(seed).permutation(len(paths))[:count]]
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture by its name; hidden ones are notes of an operating system."""
+    return path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()
+
+
 def load_pictures(paths: Iterable[Path], side: int, image_format: str) -> Tensor:
-    """Pictures of any sizes as one batch, their middles cut square.
+    """Pictures of any sizes as one batch, of 8 bits, their middles cut square.
 
     Args:
         side: length in pixels that the shorter side is brought to, and of the square.
@@ -40,11 +49,7 @@ def load_pictures(paths: Iterable[Path], side: int, image_format: str) -> Tensor
     """
     pictures = []
     for path in paths:
-        try:
-            with Image.open(path) as file:
-                picture = ImageOps.exif_transpose(file).convert("RGB")
-        except OSError as error:
-            raise InputError(f"{path} cannot be read as a picture: {error}") from None
+        picture = Image.fromarray(read_picture(path))
         square = np.asarray(ImageOps.fit(picture, (side, side), Image.Resampling.BILINEAR))
         pictures.append(square[..., ::-1] if image_format == "BGR" else square)
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()

@@ -7,6 +7,8 @@ the ending .yaml has the config keys that must agree with it.
 
 import argparse
 import logging
+import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from ..errors import InputError, exit_on_input_error
 from ..modeling.calibrate import Moments, calibrate, measured_moments
 from ..modeling.norm import is_group_norm
 from .distill import distill, feature_errors
+from .trainer import check_device
 
 # Of the pictures that gamma and beta are measured on
 NUM_PICTURES = 128
@@ -59,16 +62,31 @@ def to_group_norm(
     reference = build_resnet(conversion.cfg, conversion.tensors)
     x = normalise(load_pictures(pictures, SIDE, cfg.INPUT.FORMAT), cfg)
     calibrate(network, reference, x, moments(reference, x))
+    tensors = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    errors = measure(network, reference, x)
     if distill_steps:
         distill(network, reference, x, distill_steps)
-    with torch.no_grad():
-        errors = feature_errors(network(x[:32]), reference(x[:32]))
-    told = ", ".join(f"{name} {100 * error.item():.0f}%" for name, error in errors.items())
+        distilled = measure(network, reference, x)
+        if sum(distilled.values()) < sum(errors.values()):
+            tensors, errors = dict(network.state_dict()), distilled
+        else:
+            logging.getLogger(__name__).warning(
+                f"{distill_steps} steps of distillation brought the features no nearer: the "
+                "calibrated network is kept; take some hundreds of steps"
+            )
+    told = ", ".join(f"{name} {100 * error:.0f}%" for name, error in errors.items())
     logging.getLogger(__name__).info(
         f"GN on {len(x)} pictures; features differ from {conversion.source}'s by {told} of "
         "their variance"
     )
-    conversion.cfg, conversion.tensors = cfg, dict(network.state_dict())
+    conversion.cfg, conversion.tensors = cfg, tensors
+
+
+@torch.no_grad()
+def measure(network: nn.Module, reference: nn.Module, x: Tensor) -> dict[str, float]:
+    """`feature_errors` on some of the pictures, infinite for a network that has come to NaN."""
+    errors = feature_errors(network(x[:32]), reference(x[:32]))
+    return {name: error.nan_to_num(math.inf).item() for name, error in errors.items()}
 
 
 def normalise(pictures: Tensor, cfg: CfgNode) -> Tensor:
@@ -86,9 +104,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("input", metavar="INPUT", help="a file, or an address such as detectron2://...")
     add("output", type=Path, metavar="OUTPUT.pth")
     add("--source", choices=["auto", *SOURCES], default="auto", help="whose names the file has")
+    help_ = "how the names of the network begin, where INPUT holds several"
+    add("--prefix", metavar="PREFIX", help=help_)
     add("--norm", choices=["FrozenBN", "GN"], help="of the output; as in INPUT by default")
     add("--calibrate", type=Path, metavar="PICTURES", help="folder that gamma and beta are set on")
-    add("--num-pictures", type=int, default=NUM_PICTURES, metavar="N", help="how many to take")
+    help_ = f"how many to take ({NUM_PICTURES})"
+    add("--num-pictures", type=int, default=NUM_PICTURES, metavar="N", help=help_)
     add("--distill", type=int, default=0, metavar="STEPS", help="then train towards INPUT's output")
     add("--fold-input", action="store_true", help="for BGR pictures with pixel std 1")
     help_ = "a tensor's name or pattern that may be "
@@ -106,7 +127,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         InputError: naming the flag or file.
     """
     if "://" not in args.input and not Path(args.input).is_file():
-        raise InputError(f"{args.input} does not exist")
+        what = "is a folder" if Path(args.input).is_dir() else "does not exist"
+        raise InputError(f"{args.input} {what}: INPUT is the file of a backbone")
     if args.output.suffix != ".pth":
         raise InputError(f"{args.output} has to end in .pth, by which Detectron2 knows the format")
     if args.output.exists() and Path(args.input).exists() and args.output.samefile(args.input):
@@ -115,6 +137,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"{snippet} is no earlier conversion's: give OUTPUT another name")
     if not args.output.parent.is_dir():
         raise InputError(f"{args.output.parent} is no folder: make it, or name another OUTPUT")
+    if not os.access(args.output.parent, os.W_OK) or args.output.is_dir():
+        raise InputError(f"{args.output} cannot be written: name another OUTPUT")
+    if args.num_pictures < 1 or args.distill < 0:
+        raise InputError("--num-pictures has to be 1 or more, and --distill 0 or more")
     if args.distill and not args.calibrate:
         raise InputError("--distill needs the pictures of --calibrate")
     if len(args.opts) % 2:
@@ -164,16 +190,21 @@ def run(argv: Sequence[str] | None = None) -> None:
         # What is measured anew is the output's, and no fact of INPUT
         new = [p for p in pairs if args.calibrate and p[0].startswith("MODEL.GROUP_NORM.")]
         known = [word for pair in pairs if pair not in new for word in pair]
-        conversion = convert(read_weights(fetch(args.input)), args.source, known)
+        file = read_weights(fetch(args.input))
+        conversion = convert(file, args.source, known, args.prefix)
         print("\n".join(conversion.account()), flush=True)
         conversion.refuse_gaps(args.allow_missing, args.allow_unknown)
         check_norm(args, conversion.cfg.MODEL.RESNETS.NORM)
+        check_device(conversion.cfg)
         if args.fold_input:
             fold_input(conversion)
         if args.calibrate:
             torch.manual_seed(0)
             pictures = choose_pictures(args.calibrate, args.num_pictures)
             to_group_norm(conversion, [word for p in new for word in p], pictures, args.distill)
-        save_backbone(conversion.tensors, conversion.cfg, args.output)
+        try:
+            save_backbone(conversion.tensors, conversion.cfg, args.output)
+        except OSError as error:
+            raise InputError(f"{args.output} cannot be written: {error.strerror}") from None
         print(f"\n{args.output} is for this config:\n")
         print(keys_as_yaml(facts_of(conversion.cfg), args.output))

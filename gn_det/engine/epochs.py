@@ -32,6 +32,11 @@ def check_folders(cfg: CfgNode, train: bool = True) -> None:
                 f"{names[0]} has {len(one)} classes and {name} has {len(two)}, and only one of "
                 f"them has {min(one ^ two)}: their sub-folders must have the same names"
             )
+    if len(classes := read_folder(names[0]).classes) < 2:
+        raise InputError(
+            f"{names[0]} has one class only, {classes[0]}: it must hold a sub-folder for each, and "
+            "not the folder that these are in"
+        )
     pictures = len(read_folder(names[0]))
     if train and pictures < cfg.SOLVER.IMS_PER_BATCH:
         raise InputError(

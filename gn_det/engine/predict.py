@@ -23,7 +23,7 @@ from pycocotools.coco import COCO
 
 from ..checkpoint.checkpointer import StrictCheckpointer
 from ..data.picture_files import read_picture
-from ..data.pictures import SUFFIXES
+from ..data.pictures import is_picture
 from ..errors import InputError, exit_on_input_error
 from ..evaluation.figures import MIN_SCORE, draw
 from ..files import write_whole
@@ -92,7 +92,7 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
         if not path.exists():
             raise InputError(f"{path} does not exist")
         if path.is_dir():
-            found += [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES]
+            found += filter(is_picture, sorted(path.rglob("*")))
         else:
             found.append(path)
     if not found:

@@ -261,8 +261,7 @@ def is_dead_loader(error: BaseException | None) -> bool:
 
 def check_machine(cfg: CfgNode) -> None:
     """Raise an `InputError` for a device, weights file or output folder that cannot be used."""
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("MODEL.DEVICE is cuda, but PyTorch sees no GPU: add MODEL.DEVICE cpu")
+    check_device(cfg)
     check_weights_file(cfg)
     try:
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
@@ -272,11 +271,18 @@ def check_machine(cfg: CfgNode) -> None:
         raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written to")
 
 
+def check_device(cfg: CfgNode) -> None:
+    """Raise an `InputError` for a GPU that is not there."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("MODEL.DEVICE is cuda, but PyTorch sees no GPU: add MODEL.DEVICE cpu")
+
+
 def check_weights_file(cfg: CfgNode) -> None:
     """Raise an `InputError` for a weights file that does not exist."""
     weights = cfg.MODEL.WEIGHTS.partition("?")[0]
     if weights and "://" not in weights and not os.path.isfile(weights):
+        what = "is a folder" if os.path.isdir(weights) else "does not exist"
         raise InputError(
-            f"MODEL.WEIGHTS {weights} does not exist: give the file of a backbone or a detector, "
+            f"MODEL.WEIGHTS {weights} {what}: give the file of a backbone or a detector, "
             'or "" with MODEL.BACKBONE.FREEZE_AT 0 to train from scratch'
         )

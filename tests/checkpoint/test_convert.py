@@ -282,7 +282,13 @@ def test_facts_stand_in_both_files(tmp_path):
     assert facts["MODEL.RESNETS.STRIDE_IN_1X1"] is False and facts["INPUT.FORMAT"] == "RGB"
 
 
-@pytest.mark.parametrize("prefix", ["backbone.body.", "module.encoder_q.", "model.", "resnet."])
+PREFIXES = [
+    *("backbone.body.", "module.encoder_q.", "model.", "_orig_mod.resnet.", "img_backbone."),
+    *("backbone.0.body.", "teacher.backbone."),
+]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_prefixes_of_whole_models(prefix):
     state = torch_model("resnet18").state_dict()
     conversion = convert(WeightsFile({prefix + name: tensor for name, tensor in state.items()}))
@@ -291,11 +297,77 @@ def test_prefixes_of_whole_models(prefix):
 
 
 def test_two_networks_in_one_file():
-    """Nothing is taken from the second without a word."""
+    """Which is taken has to be said; a query encoder goes before its copy of earlier weights."""
+    first, second = (torch_model("resnet18").state_dict() for _ in range(2))
+    second["conv1.weight"] = second["conv1.weight"] + 1
+
+    def both(one: str, two: str) -> WeightsFile:
+        states = ((one, first), (two, second))
+        return WeightsFile({p + name: t for p, state in states for name, t in state.items()})
+
+    file = both("student.module.", "teacher.module.")
+    with pytest.raises(InputError, match=r'"student\.module\.", "teacher\.module\.".*--prefix'):
+        convert(file)
+    conversion = convert(file, prefix="teacher.module.")
+    conversion.refuse_gaps()
+    assert torch.equal(conversion.tensors["stem.conv1.weight"], second["conv1.weight"])
+    with pytest.raises(InputError, match="--prefix"):
+        convert(file, prefix="other.")
+    moco = convert(both("module.encoder_k.", "module.encoder_q."))
+    assert torch.equal(moco.tensors["stem.conv1.weight"], second["conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("layer2.0.conv1.weight", float("nan"), r"res3\.0\.conv1\.weight is infinite or NaN"),
+        ("bn1.running_var", float("inf"), r"stem\.conv1\.norm\.running_var is infinite or NaN"),
+        ("layer1.0.bn1.running_var", -1.0, "below 0, which no variance is"),
+    ],
+)
+def test_values_that_no_network_has(name, value, words):
     state = torch_model("resnet18").state_dict()
-    both = {prefix + name: t for prefix in ("encoder.", "model.") for name, t in state.items()}
-    with pytest.raises(InputError, match=r"100 tensors are unknown .* model\.conv1\.weight"):
-        convert(WeightsFile(both)).refuse_gaps()
+    state[name].view(-1)[3] = value
+    with pytest.raises(InputError, match=words):
+        convert(WeightsFile(state))
+
+
+def test_quantised_filters():
+    state = torch_model("resnet18").state_dict()
+    state["layer1.0.conv1.weight"] = state["layer1.0.conv1.weight"].to(torch.int8)
+    with pytest.raises(InputError, match="quantised"):
+        convert(WeightsFile(state))
+
+
+def test_bn_is_no_gn():
+    """Nor is a file that lost its running statistics taken for GN without a word."""
+    state = torch_model("resnet18").state_dict()
+    with pytest.raises(InputError, match="--norm GN --calibrate"):
+        convert(WeightsFile(state), opts=["MODEL.RESNETS.NORM", "GN"])
+    conversion = convert(WeightsFile(without("running", state)))
+    assert conversion.assumed["MODEL.RESNETS.NORM"] == "GN"
+    assert conversion.assumed["MODEL.GROUP_NORM.NUM_GROUPS"] == 32
+    assert "MODEL.RESNETS.NORM" not in convert(WeightsFile(state)).assumed
+
+
+def test_mean_and_std_are_told_in_the_order_of_the_colours():
+    state = torch_model("resnet18").state_dict()
+    keys = convert(WeightsFile(state), opts=["INPUT.FORMAT", "BGR"]).cfg.MODEL
+    assert tuple(keys.PIXEL_MEAN) == BGR_MEAN and keys.PIXEL_STD == [57.375, 57.12, 58.395]
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("INPUT.FORMAT", "L"),
+        ("MODEL.PIXEL_MEAN", "[1.0, 2.0]"),
+        ("MODEL.PIXEL_STD", "[0.0, 1.0, 1.0]"),
+        ("MODEL.RESNETS.DEPTH", "77"),
+    ],
+)
+def test_keys_that_no_backbone_has(pair):
+    with pytest.raises(InputError):
+        convert(WeightsFile(torch_model("resnet18").state_dict()), opts=pair)
 
 
 def without(pattern, state):

@@ -33,6 +33,14 @@ WRITERS = {
         },
         path,
     ),
+    "config_first.pth": lambda path: torch.save(
+        {"model": {"depth": 50}, "state_dict": STATE, "score": torch.tensor(0.5)}, path
+    ),
+    "arrays.pth": lambda path: torch.save({"state_dict": ARRAYS, "loss": np.float16(2)}, path),
+    "bytes.pkl": lambda path: path.write_bytes(
+        pickle.dumps({name.encode(): array for name, array in ARRAYS.items()}, protocol=2)
+    ),
+    "by_content.bin": lambda path: save_file(STATE, path),
     "blobs.pkl": lambda path: path.write_bytes(pickle.dumps({"blobs": ARRAYS}, protocol=2)),
     "newest.pkl": lambda path: path.write_bytes(pickle.dumps(ARRAYS, protocol=5)),
     "ordered.pkl": lambda path: path.write_bytes(pickle.dumps(OrderedDict(ARRAYS))),
@@ -122,6 +130,55 @@ def test_damaged_files(tmp_path):
     for name in ("cut.npz", "bits.npz", "text.npz"):
         with pytest.raises(InputError, match=f"{name} cannot be read as weights"):
             read_weights(tmp_path / name)
+
+
+def test_networks_in_other_places(tmp_path):
+    """What is not taken is counted; where no place is the usual one, names tell the place."""
+    torch.save({"model": STATE, "model_ema": STATE, "steps": torch.tensor(3)}, tmp_path / "a.pth")
+    file = read_weights(tmp_path / "a.pth")
+    assert file.tensors.keys() == STATE.keys() and file.others == {"model_ema": 2, "": 1}
+    torch.save({"student": STATE, "teacher": {"backbone": STATE}}, tmp_path / "b.pth")
+    names = {f"{place}.{name}" for place in ("student", "teacher.backbone") for name in STATE}
+    assert read_weights(tmp_path / "b.pth").tensors.keys() == names
+
+
+def test_what_pytorch_would_read_on(tmp_path):
+    """It compares no checksums, and of a file that is cut off it tells nothing."""
+    path = tmp_path / "w.pth"
+    torch.save(STATE, path)
+    whole = path.read_bytes()
+    place = whole.index(STATE["conv1.weight"].numpy().tobytes()[4:])
+    path.write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
+    with pytest.raises(InputError, match="is damaged"):
+        read_weights(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="cut off"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"a": torch.ones(2, 2).to_sparse()},
+        {"a": torch.ones(2, dtype=torch.complex64)},
+        {1: torch.ones(2)},
+        {"model": {"args": {"depth": 50}}},
+    ],
+)
+def test_tensors_that_are_no_weights(content, tmp_path):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"w\.pth cannot be read as weights"):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_nobody_is_advised_to_run_a_file(tmp_path):
+    """PyTorch's own words would be to load it with weights_only=False."""
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.pth")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
+    for name in ("program.pth", "module.pth"):
+        with pytest.raises(InputError, match="save the model's state_dict by itself") as error:
+            read_weights(tmp_path / name)
+        assert "weights_only" not in str(error.value)
 
 
 def test_missing_file(tmp_path):

@@ -28,10 +28,20 @@ def test_turned_by_exif_and_grey(tmp_path):
     assert load_pictures([tmp_path / "turned.png"], 2, "RGB")[0, 0].tolist() == [[255] * 2, [0] * 2]
 
 
+def test_sixteen_bits(tmp_path):
+    """Stretched to 8 as for training and prediction, where Pillow would make all of it white."""
+    ramp = np.repeat(np.linspace(1000, 3000, 64)[None], 64, axis=0).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    pixels = load_pictures([tmp_path / "deep.png"], 64, "RGB")[0].double()
+    wanted = torch.linspace(0, 255, 64, dtype=torch.float64).expand(3, 64, 64)
+    torch.testing.assert_close(pixels, wanted, rtol=0, atol=1)
+
+
 def test_a_choice(tmp_path):
     for i in range(6):
         Image.new("L", (4, 4)).save(tmp_path / f"{i}.png")
-    (tmp_path / "notes.txt").write_text("")
+    for name in ("notes.txt", "._0.png", "paper.pdf", "drawing.eps"):
+        (tmp_path / name).write_text("")
     chosen = choose_pictures(tmp_path, 4)
     assert len({*chosen}) == 4 and chosen == choose_pictures(tmp_path, 4)
     assert len(choose_pictures(tmp_path, 99)) == 6
