@@ -12,7 +12,7 @@ from ..solver import images_per_pass, is_norm
 from .problem import Problem
 
 # What Detectron2 raises for values that it cannot build a model from
-BUILD_ERRORS = (AssertionError, AttributeError, KeyError, TypeError, ValueError)
+BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError)
 
 
 def check_groups(cfg: CfgNode) -> Problem | None:

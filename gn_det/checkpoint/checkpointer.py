@@ -112,6 +112,8 @@ class StrictCheckpointer(DetectionCheckpointer):
             return super().load(path, checkpointables, **kwargs)
         finally:
             self._whole = whole
+            # Detectron2's main does so only after files that it could load
+            self._parsed_url_during_load = None
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         path = Path(filename)

@@ -68,8 +68,13 @@ class RunRecorder(HookBase):
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Numbers of trainable and of frozen values, buffers (all of FrozenBN) among these."""
-    tensors = [*model.parameters(), *model.buffers()]
+    """Numbers of trainable and of frozen values, buffers (all of FrozenBN) among these.
+
+    BN's counters of batches are left out: Detectron2's main keeps them in what it has frozen.
+    """
+    counter = "num_batches_tracked"
+    buffers = [buffer for name, buffer in model.named_buffers() if not name.endswith(counter)]
+    tensors = [*model.parameters(), *buffers]
     trainable = sum(t.numel() for t in tensors if t.requires_grad)
     return {"trainable": trainable, "frozen": sum(t.numel() for t in tensors) - trainable}
 

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from conftest import ROOT, TINY, shapes_config
+from detectron2.layers import DeformConv
 from detectron2.modeling import build_model
 
 from gn_det.checkpoint.checkpointer import StrictCheckpointer
@@ -148,6 +149,10 @@ def test_other_architectures_for_other_classes(other, tmp_path):
     assert loaded.fresh and loaded.fresh == loaded.misshapen and not loaded.unused
 
 
+@pytest.mark.skipif(
+    not issubclass(DeformConv, torch.nn.Module),
+    reason="Detectron2's main builds no deformable convolution without its C++ sources",
+)
 def test_deformable_convolutions_start_from_plain_ones(detectors, tmp_path):
     """Their offsets are in no ImageNet file."""
     r50 = ["MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256]
@@ -156,6 +161,15 @@ def test_deformable_convolutions_start_from_plain_ones(detectors, tmp_path):
     loaded = load(build_without_memory(shapes_config(FROZEN, *r50, *stages)), path)
     offsets = {name for name in loaded.model if "conv2_offset" in name}
     assert len(offsets) == 26 and offsets <= loaded.fresh
+
+
+def test_loading_after_a_refusal(detectors, tmp_path):
+    """Whoever catches the error may try another file with the same checkpointer."""
+    checkpointer = StrictCheckpointer(detectors[GN])
+    with pytest.raises(InputError):
+        checkpointer.load(save(trunk(detectors[FROZEN]), tmp_path / "bn.pth"), [])
+    checkpointer.load(save(trunk(detectors[GN]), tmp_path / "gn.pth"), [])
+    assert checkpointer.loaded.fresh < {*checkpointer.loaded.model}
 
 
 def test_fused_bn_in_a_gn_model(detectors, tmp_path):
