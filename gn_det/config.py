@@ -34,6 +34,8 @@ def add_gn_config(cfg: CfgNode) -> None:
     # Each training batch of IMS_PER_BATCH images goes through the model in so many parts, and their
     # gradients are added up: memory for one part, the step of the whole batch
     cfg.SOLVER.ACCUMULATE_ITERS = 1
+    # Learning rate of gamma and beta, as a multiple of what it would be
+    cfg.SOLVER.NORM_LR_FACTOR = 1.0
     # What SOLVER.AMP.ENABLED computes in: "float16", as Detectron2 does, or "bfloat16"
     cfg.SOLVER.AMP.DTYPE = "float16"
     # How many of the checkpoints of a running training stay, the newest; 0 for all

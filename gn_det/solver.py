@@ -1,4 +1,4 @@
-"""Weight decay of norm parameters: gamma and beta get one of their own, always."""
+"""Weight decay and learning rate of norm parameters: gamma and beta get their own, always."""
 
 import logging
 
@@ -21,11 +21,13 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """Detectron2's optimizer, with the paper's weight decay on every norm parameter.
 
     That is `SOLVER.WEIGHT_DECAY_NORM` in a detector (Section 4.2), and in pretraining
-    `SOLVER.WEIGHT_DECAY`, as on all weights (Section 4.1).
+    `SOLVER.WEIGHT_DECAY`, as on all weights (Section 4.1). Their learning rate is multiplied by
+    `SOLVER.NORM_LR_FACTOR`.
     """
     keys = cfg.SOLVER
     decay = keys.WEIGHT_DECAY if is_pretraining(cfg) else keys.WEIGHT_DECAY_NORM
-    return set_norm_weight_decay(solver.build_optimizer(cfg, model), model, decay)
+    optimizer = solver.build_optimizer(cfg, model)
+    return set_norm_groups(optimizer, model, decay, keys.NORM_LR_FACTOR)
 
 
 def images_per_pass(cfg: CfgNode, num_gpus: int) -> float:
@@ -39,15 +41,18 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, NORM_TYPES) or type(module).__name__.endswith("Norm")
 
 
-def set_norm_weight_decay(optimizer: Optimizer, model: nn.Module, weight_decay: float) -> Optimizer:
+def set_norm_groups(
+    optimizer: Optimizer, model: nn.Module, weight_decay: float, lr_factor: float = 1.0
+) -> Optimizer:
     """Give every norm parameter of `model` this weight decay, whatever group it came in.
 
     The paper finds zero "important for good detection results" (Section 4.2). Detectron2 lets
     `WEIGHT_DECAY_BIAS` win over `WEIGHT_DECAY_NORM`, and so decays beta when biases are decayed;
-    beta is a norm parameter first. Learning rates stay as they are. One line a group is logged.
+    beta is a norm parameter first. One line a group is logged.
 
     Args:
         optimizer: not stepped yet; its parameter groups are replaced.
+        lr_factor: what norm parameters' learning rates are multiplied by.
     """
     norm = _norm_parameters(model)
     groups = list(optimizer.param_groups)
@@ -58,7 +63,8 @@ def set_norm_weight_decay(optimizer: Optimizer, model: nn.Module, weight_decay: 
         if rest:
             optimizer.add_param_group({**group, "params": rest})
         if ours:
-            optimizer.add_param_group({**group, "params": ours, "weight_decay": weight_decay})
+            own = {"lr": group["lr"] * lr_factor, "weight_decay": weight_decay}
+            optimizer.add_param_group({**group, "params": ours, **own})
     for line in describe_groups(optimizer, model):
         logging.getLogger(__name__).info(f"Optimizer group: {line}")
     return optimizer

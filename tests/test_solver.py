@@ -13,6 +13,7 @@ CASES = {
     "defaults": (),
     "biases decayed": ("SOLVER.WEIGHT_DECAY_BIAS", 0.01),
     "Detectron's biases": ("SOLVER.BIAS_LR_FACTOR", 2.0, "SOLVER.WEIGHT_DECAY_BIAS", 0.0),
+    "slow gamma and beta": ("SOLVER.NORM_LR_FACTOR", 0.1, "SOLVER.BIAS_LR_FACTOR", 2.0),
     "clipped": ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.WEIGHT_DECAY_BIAS", 0.01),
 }
 
@@ -39,9 +40,10 @@ def test_weight_decay(opts, name):
             elif key == "bias" and cfg.SOLVER.WEIGHT_DECAY_BIAS is not None:
                 decay = cfg.SOLVER.WEIGHT_DECAY_BIAS
             factor = cfg.SOLVER.BIAS_LR_FACTOR if key == "bias" else 1.0
+            factor *= cfg.SOLVER.NORM_LR_FACTOR if is_norm else 1.0
             group = found[id(parameter)]
             assert group["weight_decay"] == decay, (module, key)
-            assert group["lr"] == cfg.SOLVER.BASE_LR * factor, (module, key)
+            assert group["lr"] == pytest.approx(cfg.SOLVER.BASE_LR * factor), (module, key)
             assert group["momentum"] == cfg.SOLVER.MOMENTUM
     assert norms > 0
 
@@ -50,6 +52,19 @@ def test_norm_decay_can_be_asked_for():
     cfg = shapes_config("mask_rcnn_R_18_FPN_gn", "SOLVER.WEIGHT_DECAY_NORM", 0.5)
     optimizer = Trainer.build_optimizer(cfg, Trainer.build_model(cfg))
     assert {g["weight_decay"] for g in optimizer.param_groups} == {0.5, cfg.SOLVER.WEIGHT_DECAY}
+
+
+def test_the_schedule_keeps_the_factor():
+    """Warm-up and steps multiply both rates alike."""
+    cfg = shapes_config("mask_rcnn_R_18_FPN_gn", "SOLVER.NORM_LR_FACTOR", 0.1)
+    optimizer = Trainer.build_optimizer(cfg, Trainer.build_model(cfg))
+    scheduler = Trainer.build_lr_scheduler(cfg, optimizer)
+    for _ in range(cfg.SOLVER.MAX_ITER):
+        rates = sorted(group["lr"] for group in optimizer.param_groups)
+        assert rates[0] == pytest.approx(0.1 * rates[1])
+        optimizer.step()
+        scheduler.step()
+    assert rates[1] == pytest.approx(0.0002)
 
 
 def test_one_line_a_group_is_logged(caplog):

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from detectron2.config import CfgNode
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.env import seed_all_rng
 from torch import Tensor
@@ -45,7 +44,7 @@ class Model:
     pictures: int = 128
     foreign: bool = False
     freeze_at: int = 2
-    affine_rate: float = 1.0
+    norm_rate: float = 1.0
 
 
 CORE = (
@@ -54,6 +53,8 @@ CORE = (
     Model("GN, gamma 1 and beta 0", "reset"),
     Model("GN calibrated", "calibrated"),
     Model("GN distilled", "distilled"),
+    Model("BN*, gamma and beta of the heads at a tenth of the rate", "bn", norm_rate=0.1),
+    Model("GN distilled, gamma and beta at a tenth of the rate", "distilled", norm_rate=0.1),
 )
 MORE = (
     Model("GN calibrated, stem and res2 trained", "calibrated", freeze_at=0),
@@ -65,7 +66,7 @@ MORE = (
     Model("GN calibrated, 32 pictures", "calibrated", pictures=32),
     Model("GN calibrated, foreign pictures", "calibrated", foreign=True),
     Model("GN calibrated to what gamma and beta promise", "promised"),
-    Model("GN calibrated, gamma and beta at 10 times the rate", "calibrated", affine_rate=10.0),
+    Model("GN calibrated, gamma and beta at 10 times the rate", "calibrated", norm_rate=10.0),
 )
 
 
@@ -156,6 +157,7 @@ class Run:
             "MODEL.RPN.PRE_NMS_TOPK_TEST": 1000,
             "MODEL.RPN.POST_NMS_TOPK_TRAIN": 300,
             "MODEL.RPN.POST_NMS_TOPK_TEST": 300,
+            "SOLVER.NORM_LR_FACTOR": self.model.norm_rate,
             "SOLVER.MAX_ITER": ITERATIONS,
             "SOLVER.STEPS": (ITERATIONS * 3 // 4, ITERATIONS * 9 // 10),
             "TEST.DETECTIONS_PER_IMAGE": 100,
@@ -166,18 +168,7 @@ class Run:
         }
         opts = [*(str(word) for pair in keys.items() for word in pair), *self.opts]
         config = "Shapes/mask_rcnn_R_18_FPN_gn.yaml"
-        rate = self.model.affine_rate
-
-        class StudyTrainer(Trainer):
-            @classmethod
-            def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
-                optimizer = super().build_optimizer(cfg, model)
-                for group in optimizer.param_groups:
-                    # Only gamma and beta of GN have no decay
-                    group["lr"] *= rate if group["weight_decay"] == 0 else 1.0
-                return optimizer
-
-        trainer = StudyTrainer(read_config(argparse.Namespace(config_file=config, opts=opts)))
+        trainer = Trainer(read_config(argparse.Namespace(config_file=config, opts=opts)))
         trainer.resume_or_load(resume=False)
         trainer.train()
         latest = trainer.storage.latest()
@@ -224,7 +215,8 @@ def all_runs(args: argparse.Namespace) -> list[Run]:
             for name, folder, foreign, probe in sets:
                 for model in [m for m in models if m.name in (args.models or [m.name])]:
                     # A probe trains nothing, and foreign pictures need a second folder
-                    if (probe and model.freeze_at == 0) or (model.foreign and folder == foreign):
+                    trained = model.freeze_at == 0 or model.norm_rate != 1
+                    if (probe and trained) or (model.foreign and folder == foreign):
                         continue
                     where = (args.backbone, str(args.output_dir), tuple(args.opts))
                     runs.append(Run(model, name, folder, foreign, seed, probe, *where))
