@@ -45,6 +45,7 @@ def test_adds_its_keys_to_the_given_config_alone():
         "MODEL.RESNETS.WEIGHT_STANDARDIZATION": False,
         "SOLVER.ACCUMULATE_ITERS": 1,
         "SOLVER.AMP.DTYPE": "float16",
+        "SOLVER.NORM_LR_FACTOR": 1.0,
         "SOLVER.KEEP_CHECKPOINTS": 0,
         "SOLVER.SKIP_BAD_BATCHES": 0,
         "PRETRAIN.EPOCHS": 100,

@@ -158,7 +158,7 @@ def test_an_image_does_not_see_its_batch(training):
         alone, among = backbone(image), backbone(torch.cat([image, others]))
         return max((alone[p] - among[p][:1]).abs().max().item() for p in alone)
 
-    assert difference("mask_rcnn_R_18_FPN_gn") < 1e-5
+    assert difference("mask_rcnn_R_18_FPN_gn") < 1e-4
     if training:
         assert difference("mask_rcnn_R_18_FPN_bn") > 1e-2
 
