@@ -163,6 +163,19 @@ def test_deformable_convolutions_start_from_plain_ones(detectors, tmp_path):
     assert len(offsets) == 26 and offsets <= loaded.fresh
 
 
+def test_names_that_detectron2_would_have_to_match(detectors, tmp_path):
+    """Without its mark it matches none by their endings, and their shapes are not at fault."""
+    path = save(trunk(detectors[GN]), tmp_path / "trunk.pth", matching_heuristics=False)
+    with pytest.raises(InputError, match=r"none of its tensors belongs .*convert_backbone\.py"):
+        load(detectors[GN], path)
+    partly = trunk(detectors[GN]) | {
+        "backbone.bottom_up.stem.conv1.weight": torch.ones(64, 3, 7, 7)
+    }
+    path = save(partly, tmp_path / "partly.pth", matching_heuristics=False)
+    with pytest.raises(InputError, match="is not in it"):
+        load(detectors[GN], path)
+
+
 def test_loading_after_a_refusal(detectors, tmp_path):
     """Whoever catches the error may try another file with the same checkpointer."""
     checkpointer = StrictCheckpointer(detectors[GN])
