@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from gn_det.checkpoint.convert import backbone_config, build_resnet
 from gn_det.data.pictures import choose_pictures, load_pictures
 from gn_det.engine.distill import distill, feature_errors
-from gn_det.modeling.calibrate import calibrate, measured_moments, promised_moments
+from gn_det.modeling.calibrate import balance, calibrate, measured_moments, promised_moments
 
 FACTS = {
     "MODEL.RESNETS.DEPTH": 18,
@@ -102,12 +102,39 @@ def test_promises_hold_on_bn_s_own_data(reference, pictures):
         assert_close(measured[name][1], std, rtol=2e-2, atol=1e-3)
 
 
-def test_gamma_keeps_its_sign(reference, pictures):
-    network = group_norm(reference, {})
+def test_filter_and_gamma_keep_their_sign_together(reference, pictures):
+    """Which decides what of a channel the ReLU lets through; either alone may be flipped."""
+    network = group_norm(reference, {"DIM_PER_GP": 16})
     calibrate(network, reference, pictures, measured_moments(reference, pictures))
-    bn = norms(reference)
+    flipped = 0
     for name, norm in norms(network).items():
-        assert torch.equal(norm.weight.sign(), bn[name].weight.sign()), name
+        filters = network.get_submodule(name.removesuffix(".norm")).weight
+        originals = reference.get_submodule(name.removesuffix(".norm")).weight
+        signs = norm.weight.sign() * norms(reference)[name].weight.sign()
+        assert torch.equal(filters.sign(), originals.sign() * signs.view(-1, 1, 1, 1)), name
+        flipped += (signs < 0).sum()
+    assert flipped > 0
+
+
+@pytest.mark.parametrize("num_groups", [2, 6])
+def test_balanced_channels(num_groups):
+    """Equally strong, and no channel's flip would steady the group's mean; formulas in float64."""
+    torch.manual_seed(0)
+    brightness = torch.randn(20, 1, 1, 1)
+    x = torch.randn(20, 12, 8, 8) * torch.logspace(-1, 1, 12).view(-1, 1, 1) + 3 * brightness
+    factors = balance(x, num_groups)
+    y = (x * factors.view(-1, 1, 1)).double()
+    deviations = y.std(dim=(0, 2, 3))
+    assert_close(deviations, deviations.mean().expand(12))
+
+    def unsteadiness(y: torch.Tensor) -> torch.Tensor:
+        return y.view(20, num_groups, -1).mean(2).var(0).sum()
+
+    for channel in range(12):
+        flipped = y.clone()
+        flipped[:, channel] *= -1
+        assert unsteadiness(flipped) >= unsteadiness(y)
+    assert unsteadiness(y) < 0.2 * unsteadiness(y * factors.sign().view(-1, 1, 1))
 
 
 def test_nearer_than_copied_and_nearest_distilled(reference, pictures):
@@ -127,6 +154,36 @@ def test_nearer_than_copied_and_nearest_distilled(reference, pictures):
     distill(distilled, reference, pictures, 12)
     errors = [error(network) for network in (distilled, calibrated, copied)]
     assert errors[0] < 0.95 * errors[1] and errors[1] < 0.7 * errors[2], errors
+
+
+def test_distillation_at_any_scale_of_pixels(reference, pictures):
+    """A stem for pixels a hundred times as large has filters a hundred times as small."""
+    large, errors = copy.deepcopy(reference), {}
+    with torch.no_grad():
+        large.stem.conv1.weight /= 100
+    for scale, source in ((1, reference), (100, large)):
+        network = group_norm(source, {"DIM_PER_GP": 16})
+        calibrate(network, source, scale * pictures, measured_moments(source, scale * pictures))
+        torch.manual_seed(0)
+        distill(network, source, scale * pictures, 12)
+        with torch.no_grad():
+            found, wanted = network(scale * pictures), source(scale * pictures)
+        errors[scale] = sum(feature_errors(found, wanted).values())
+    assert_close(errors[1], errors[100], rtol=1e-2, atol=0)
+
+
+def test_standardised_filters(reference, pictures):
+    """They keep a scale of their own: what is set has to hold for it."""
+    facts = {"MODEL.RESNETS.NORM": "GN", "MODEL.RESNETS.WEIGHT_STANDARDIZATION": True}
+    torch.manual_seed(0)
+    source = backbone_with_values(facts)
+    division = {"MODEL.GROUP_NORM.NUM_GROUPS": 1}
+    network = build_resnet(backbone_config(FACTS | facts | division), source.state_dict())
+    moments = measured_moments(source, pictures)
+    calibrate(network, source, pictures, moments)
+    for name, (mean, std) in measured_moments(network, pictures).items():
+        assert_close(mean, moments[name][0], rtol=1e-3, atol=1e-3, msg=name)
+        assert_close(std, moments[name][1], rtol=1e-3, atol=1e-3, msg=name)
 
 
 def test_a_silent_channel_stays_finite(reference, pictures):
