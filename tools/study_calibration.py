@@ -62,6 +62,7 @@ MORE = (
     Model("GN calibrated, 16 groups", "calibrated", ("NUM_GROUPS", 16)),
     Model("GN calibrated, 1 group", "calibrated", ("NUM_GROUPS", 1)),
     Model("GN calibrated, 16 channels per group", "calibrated", ("DIM_PER_GP", 16)),
+    Model("GN distilled, 16 channels per group", "distilled", ("DIM_PER_GP", 16)),
     Model("GN calibrated, 8 pictures", "calibrated", pictures=8),
     Model("GN calibrated, 32 pictures", "calibrated", pictures=32),
     Model("GN calibrated, foreign pictures", "calibrated", foreign=True),

@@ -27,7 +27,7 @@ NORM_KEYS = (
     *("MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM"),
 )
 # Of the training towards the BN network's features that follows on calibration
-DISTILL_STEPS = 900
+DISTILL_STEPS = 300
 
 
 @dataclass(frozen=True)
