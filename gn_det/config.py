@@ -14,6 +14,8 @@ def add_gn_config(cfg: CfgNode) -> None:
     cfg.MODEL.GROUP_NORM.NUM_GROUPS = 32
     # Channels per group C/G, used instead of NUM_GROUPS unless -1
     cfg.MODEL.GROUP_NORM.DIM_PER_GP = -1
+    # Number of groups in FPN and heads, where it is not to be as in the ResNet; -1 where it is
+    cfg.MODEL.GROUP_NORM.HEADS_NUM_GROUPS = -1
     # Added to the variance, of every layer whose NORM is "GN", "LN" or "IN"
     cfg.MODEL.GROUP_NORM.EPSILON = 1e-5
     # "fused": norm, residual and ReLU in one operator, of GN and of BN*; "native": PyTorch's own,
@@ -36,6 +38,8 @@ def add_gn_config(cfg: CfgNode) -> None:
     cfg.SOLVER.ACCUMULATE_ITERS = 1
     # Learning rate of gamma and beta, as a multiple of what it would be
     cfg.SOLVER.NORM_LR_FACTOR = 1.0
+    # Learning rate of the ResNet, as a multiple of what it would be
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     # What SOLVER.AMP.ENABLED computes in: "float16", as Detectron2 does, or "bfloat16"
     cfg.SOLVER.AMP.DTYPE = "float16"
     # How many of the checkpoints of a running training stay, the newest; 0 for all

@@ -1,6 +1,7 @@
-"""Weight decay and learning rate of norm parameters: gamma and beta get their own, always."""
+"""Weight decay of gamma and beta, their learning rate, and that of the backbone."""
 
 import logging
+from itertools import product
 
 from detectron2 import solver
 from detectron2.config import CfgNode
@@ -8,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .config import is_pretraining
+from .modeling.parts import TRUNK, part_of
 
 NORM_TYPES = (
     nn.modules.batchnorm._BatchNorm,
@@ -22,12 +24,12 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
 
     That is `SOLVER.WEIGHT_DECAY_NORM` in a detector (Section 4.2), and in pretraining
     `SOLVER.WEIGHT_DECAY`, as on all weights (Section 4.1). Their learning rate is multiplied by
-    `SOLVER.NORM_LR_FACTOR`.
+    `SOLVER.NORM_LR_FACTOR`, and that of all that was pretrained by `SOLVER.BACKBONE_MULTIPLIER`.
     """
     keys = cfg.SOLVER
     decay = keys.WEIGHT_DECAY if is_pretraining(cfg) else keys.WEIGHT_DECAY_NORM
     optimizer = solver.build_optimizer(cfg, model)
-    return set_norm_groups(optimizer, model, decay, keys.NORM_LR_FACTOR)
+    return regroup(optimizer, model, decay, keys.NORM_LR_FACTOR, keys.BACKBONE_MULTIPLIER)
 
 
 def images_per_pass(cfg: CfgNode, num_gpus: int) -> float:
@@ -41,8 +43,12 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, NORM_TYPES) or type(module).__name__.endswith("Norm")
 
 
-def set_norm_groups(
-    optimizer: Optimizer, model: nn.Module, weight_decay: float, lr_factor: float = 1.0
+def regroup(
+    optimizer: Optimizer,
+    model: nn.Module,
+    norm_decay: float,
+    norm_factor: float = 1.0,
+    backbone_factor: float = 1.0,
 ) -> Optimizer:
     """Give every norm parameter of `model` this weight decay, whatever group it came in.
 
@@ -52,19 +58,26 @@ def set_norm_groups(
 
     Args:
         optimizer: not stepped yet; its parameter groups are replaced.
-        lr_factor: what norm parameters' learning rates are multiplied by.
+        norm_factor: what norm parameters' learning rates are multiplied by.
+        backbone_factor: the same of the ResNet, and of its res5 where a RoI head has that. FPN,
+            which starts at random, is not slowed.
     """
     norm = _norm_parameters(model)
+    # At one rate they stay in one group, as in the optimizers of earlier checkpoints
+    backbone = _backbone_parameters(model) if backbone_factor != 1 else set()
     groups = list(optimizer.param_groups)
     optimizer.param_groups.clear()
-    for group in groups:
-        ours = [p for p in group["params"] if id(p) in norm]
-        rest = [p for p in group["params"] if id(p) not in norm]
-        if rest:
-            optimizer.add_param_group({**group, "params": rest})
-        if ours:
-            own = {"lr": group["lr"] * lr_factor, "weight_decay": weight_decay}
-            optimizer.add_param_group({**group, "params": ours, **own})
+    for group, of_backbone, of_norm in product(groups, (False, True), (False, True)):
+        kind = of_backbone, of_norm
+        params = [p for p in group["params"] if (id(p) in backbone, id(p) in norm) == kind]
+        if params:
+            own = {"params": params, "lr": group["lr"]}
+            if of_backbone:
+                own["lr"] *= backbone_factor
+            if of_norm:
+                own["lr"] *= norm_factor
+                own["weight_decay"] = norm_decay
+            optimizer.add_param_group({**group, **own})
     for line in describe_groups(optimizer, model):
         logging.getLogger(__name__).info(f"Optimizer group: {line}")
     return optimizer
@@ -87,3 +100,7 @@ def _norm_parameters(model: nn.Module) -> set[int]:
         if is_norm(module)
         for parameter in module.parameters(recurse=False)
     }
+
+
+def _backbone_parameters(model: nn.Module) -> set[int]:
+    return {id(p) for name, p in model.named_parameters() if part_of(name) in TRUNK}

@@ -189,6 +189,18 @@ ACCIDENTS = {
         ("MODEL.GROUP_NORM.DIM_PER_GP", 16, "MODEL.ROI_BOX_HEAD.NAME", STOCK["ROI_BOX_HEAD"]),
         *("MODEL.ROI_BOX_HEAD.NAME", "GNFastRCNNConvFCHead"),
     ),
+    "groups of the heads that do not divide": (
+        *(SCRATCH, ("MODEL.GROUP_NORM.HEADS_NUM_GROUPS", 24)),
+        *("MODEL.GROUP_NORM.HEADS_NUM_GROUPS", "backbone.fpn_lateral2: 256 channels"),
+    ),
+    "stock box head, other groups in the heads": (
+        SCRATCH,
+        (
+            *("MODEL.GROUP_NORM.HEADS_NUM_GROUPS", 16),
+            *("MODEL.ROI_BOX_HEAD.NAME", STOCK["ROI_BOX_HEAD"]),
+        ),
+        *("MODEL.ROI_BOX_HEAD.NAME", "GNFastRCNNConvFCHead"),
+    ),
     "stock mask head, other epsilon": (
         SCRATCH,
         ("MODEL.GROUP_NORM.EPSILON", 1e-3, "MODEL.ROI_MASK_HEAD.NAME", STOCK["ROI_MASK_HEAD"]),
@@ -277,6 +289,16 @@ def test_all_problems_at_once():
 
 RIGHT = {
     "Table 3, groups": [(SCRATCH, ("MODEL.GROUP_NORM.NUM_GROUPS", 2**i)) for i in range(7)],
+    "stock heads, whose division is theirs": [
+        (
+            SCRATCH,
+            (
+                *("MODEL.GROUP_NORM.DIM_PER_GP", 16, "MODEL.GROUP_NORM.HEADS_NUM_GROUPS", 32),
+                *("MODEL.ROI_BOX_HEAD.NAME", STOCK["ROI_BOX_HEAD"]),
+                *("MODEL.ROI_MASK_HEAD.NAME", STOCK["ROI_MASK_HEAD"]),
+            ),
+        )
+    ],
     "Table 3, widths": [(SCRATCH, ("MODEL.GROUP_NORM.DIM_PER_GP", 2**i)) for i in range(7)],
     "Detectron's way of widths": [
         (SCRATCH, ("MODEL.GROUP_NORM.DIM_PER_GP", 16, "MODEL.GROUP_NORM.NUM_GROUPS", -1))

@@ -37,6 +37,7 @@ def test_adds_its_keys_to_the_given_config_alone():
     assert added == {
         "MODEL.GROUP_NORM.NUM_GROUPS": 32,
         "MODEL.GROUP_NORM.DIM_PER_GP": -1,
+        "MODEL.GROUP_NORM.HEADS_NUM_GROUPS": -1,
         "MODEL.GROUP_NORM.EPSILON": 1e-5,
         "MODEL.GROUP_NORM.IMPL": "fused",
         "MODEL.GROUP_NORM.RECOMPUTE": "norm",
@@ -46,6 +47,7 @@ def test_adds_its_keys_to_the_given_config_alone():
         "SOLVER.ACCUMULATE_ITERS": 1,
         "SOLVER.AMP.DTYPE": "float16",
         "SOLVER.NORM_LR_FACTOR": 1.0,
+        "SOLVER.BACKBONE_MULTIPLIER": 1.0,
         "SOLVER.KEEP_CHECKPOINTS": 0,
         "SOLVER.SKIP_BAD_BATCHES": 0,
         "PRETRAIN.EPOCHS": 100,

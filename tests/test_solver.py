@@ -14,6 +14,7 @@ CASES = {
     "biases decayed": ("SOLVER.WEIGHT_DECAY_BIAS", 0.01),
     "Detectron's biases": ("SOLVER.BIAS_LR_FACTOR", 2.0, "SOLVER.WEIGHT_DECAY_BIAS", 0.0),
     "slow gamma and beta": ("SOLVER.NORM_LR_FACTOR", 0.1, "SOLVER.BIAS_LR_FACTOR", 2.0),
+    "slow backbone": ("SOLVER.BACKBONE_MULTIPLIER", 0.1, "SOLVER.NORM_LR_FACTOR", 0.5),
     "clipped": ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.WEIGHT_DECAY_BIAS", 0.01),
 }
 
@@ -28,6 +29,7 @@ def test_weight_decay(opts, name):
     trained = [p for p in model.parameters() if p.requires_grad]
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(found) == len(trained)
     norms = 0
+    resnet = set(model.backbone.bottom_up.modules())
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
@@ -41,11 +43,25 @@ def test_weight_decay(opts, name):
                 decay = cfg.SOLVER.WEIGHT_DECAY_BIAS
             factor = cfg.SOLVER.BIAS_LR_FACTOR if key == "bias" else 1.0
             factor *= cfg.SOLVER.NORM_LR_FACTOR if is_norm else 1.0
+            factor *= cfg.SOLVER.BACKBONE_MULTIPLIER if module in resnet else 1.0
             group = found[id(parameter)]
             assert group["weight_decay"] == decay, (module, key)
             assert group["lr"] == pytest.approx(cfg.SOLVER.BASE_LR * factor), (module, key)
             assert group["momentum"] == cfg.SOLVER.MOMENTUM
     assert norms > 0
+
+
+def test_the_backbone_of_a_c4_detector_is_slowed_with_its_res5():
+    """Which is pretrained and sits in the RoI heads."""
+    cfg = shapes_config("mask_rcnn_R_50_C4_gn", "SOLVER.BACKBONE_MULTIPLIER", 0.1)
+    model = Trainer.build_model(cfg)
+    optimizer = Trainer.build_optimizer(cfg, model)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    slow = {id(p) for part in (model.backbone, model.roi_heads.res5) for p in part.parameters()}
+    for parameter, rate in rates.items():
+        factor = 0.1 if parameter in slow else 1.0
+        assert rate == pytest.approx(cfg.SOLVER.BASE_LR * factor)
+    assert slow & rates.keys() and rates.keys() - slow
 
 
 def test_norm_decay_can_be_asked_for():

@@ -37,16 +37,22 @@ ITERATIONS = 1000
 
 @dataclass(frozen=True)
 class Model:
-    """A way to a backbone, and how it is fine-tuned."""
+    """A way to a backbone, and config keys of its fine-tuning."""
 
     name: str
     how: str
     division: tuple[str, int] = ("NUM_GROUPS", 32)
     pictures: int = 128
     foreign: bool = False
-    freeze_at: int = 2
-    norm_rate: float = 1.0
+    opts: tuple[str, ...] = ()
 
+
+WIDTH_16 = ("DIM_PER_GP", 16)
+SLOW = ("SOLVER.BACKBONE_MULTIPLIER", "0.1")
+SLOW_NORM = ("SOLVER.NORM_LR_FACTOR", "0.1")
+FAST_NORM = ("SOLVER.NORM_LR_FACTOR", "10.0")
+UNFROZEN = ("MODEL.BACKBONE.FREEZE_AT", "0")
+SLOWLY = "backbone at a tenth of the rate"
 
 CORE = (
     Model("BN*", "bn"),
@@ -54,21 +60,24 @@ CORE = (
     Model("GN, gamma 1 and beta 0", "reset"),
     Model("GN calibrated", "calibrated"),
     Model("GN distilled", "distilled"),
-    Model("GN distilled, 16 channels per group", "distilled", ("DIM_PER_GP", 16)),
-    Model("BN*, gamma and beta of the heads at a tenth of the rate", "bn", norm_rate=0.1),
-    Model("GN distilled, gamma and beta at a tenth of the rate", "distilled", norm_rate=0.1),
+    Model("GN distilled, 16 channels per group", "distilled", WIDTH_16),
+    Model(f"GN distilled, 16 channels per group, {SLOWLY}", "distilled", WIDTH_16, opts=SLOW),
+    Model(f"BN*, {SLOWLY}", "bn", opts=SLOW),
 )
 MORE = (
-    Model("GN calibrated, stem and res2 trained", "calibrated", freeze_at=0),
-    Model("BN*, stem and res2 trained", "bn", freeze_at=0),
+    Model(f"GN distilled, {SLOWLY}", "distilled", opts=SLOW),
+    Model("BN*, gamma and beta of the heads at a tenth of the rate", "bn", opts=SLOW_NORM),
+    Model("GN distilled, gamma and beta at a tenth of the rate", "distilled", opts=SLOW_NORM),
+    Model("GN calibrated, stem and res2 trained", "calibrated", opts=UNFROZEN),
+    Model("BN*, stem and res2 trained", "bn", opts=UNFROZEN),
     Model("GN calibrated, 16 groups", "calibrated", ("NUM_GROUPS", 16)),
     Model("GN calibrated, 1 group", "calibrated", ("NUM_GROUPS", 1)),
-    Model("GN calibrated, 16 channels per group", "calibrated", ("DIM_PER_GP", 16)),
+    Model("GN calibrated, 16 channels per group", "calibrated", WIDTH_16),
     Model("GN calibrated, 8 pictures", "calibrated", pictures=8),
     Model("GN calibrated, 32 pictures", "calibrated", pictures=32),
     Model("GN calibrated, foreign pictures", "calibrated", foreign=True),
     Model("GN calibrated to what gamma and beta promise", "promised"),
-    Model("GN calibrated, gamma and beta at 10 times the rate", "calibrated", norm_rate=10.0),
+    Model("GN calibrated, gamma and beta at 10 times the rate", "calibrated", opts=FAST_NORM),
 )
 
 
@@ -148,7 +157,8 @@ class Run:
         keys = {
             **facts,
             "MODEL.WEIGHTS": str(self.converted),
-            "MODEL.BACKBONE.FREEZE_AT": self.model.freeze_at,
+            # FPN and heads are the same beside every backbone
+            "MODEL.GROUP_NORM.HEADS_NUM_GROUPS": 32,
             "MODEL.DEVICE": "cuda" if torch.cuda.is_available() else "cpu",
             "MODEL.ROI_HEADS.NUM_CLASSES": len(truth["categories"]),
             "DATASETS.TRAIN": (names["train"],),
@@ -159,7 +169,6 @@ class Run:
             "MODEL.RPN.PRE_NMS_TOPK_TEST": 1000,
             "MODEL.RPN.POST_NMS_TOPK_TRAIN": 300,
             "MODEL.RPN.POST_NMS_TOPK_TEST": 300,
-            "SOLVER.NORM_LR_FACTOR": self.model.norm_rate,
             "SOLVER.MAX_ITER": ITERATIONS,
             "SOLVER.STEPS": (ITERATIONS * 3 // 4, ITERATIONS * 9 // 10),
             "TEST.DETECTIONS_PER_IMAGE": 100,
@@ -168,7 +177,8 @@ class Run:
             "SEED": self.seed,
             "OUTPUT_DIR": str(folder),
         }
-        opts = [*(str(word) for pair in keys.items() for word in pair), *self.opts]
+        opts = [str(word) for pair in keys.items() for word in pair]
+        opts += [*self.model.opts, *self.opts]
         config = "Shapes/mask_rcnn_R_18_FPN_gn.yaml"
         trainer = Trainer(read_config(argparse.Namespace(config_file=config, opts=opts)))
         trainer.resume_or_load(resume=False)
@@ -217,8 +227,7 @@ def all_runs(args: argparse.Namespace) -> list[Run]:
             for name, folder, foreign, probe in sets:
                 for model in [m for m in models if m.name in (args.models or [m.name])]:
                     # A probe trains nothing, and foreign pictures need a second folder
-                    trained = model.freeze_at == 0 or model.norm_rate != 1
-                    if (probe and trained) or (model.foreign and folder == foreign):
+                    if (probe and model.opts) or (model.foreign and folder == foreign):
                         continue
                     where = (args.backbone, str(args.output_dir), tuple(args.opts))
                     runs.append(Run(model, name, folder, foreign, seed, probe, *where))

@@ -51,5 +51,6 @@ def _find_problems(cfg: CfgNode, num_gpus: int) -> Iterator[Problem]:
     if problem := check_groups(cfg):
         yield problem
         # One group divides all channels
-        cfg.MODEL.GROUP_NORM.NUM_GROUPS, cfg.MODEL.GROUP_NORM.DIM_PER_GP = 1, -1
+        keys = cfg.MODEL.GROUP_NORM
+        keys.NUM_GROUPS, keys.DIM_PER_GP, keys.HEADS_NUM_GROUPS = 1, -1, -1
     yield from check_layers(cfg, num_gpus)

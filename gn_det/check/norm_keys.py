@@ -16,7 +16,6 @@ STOCK = {
     "FastRCNNConvFCHead": "GNFastRCNNConvFCHead",
     "MaskRCNNConvUpsampleHead": "GNMaskRCNNConvUpsampleHead",
 }
-DEFAULT_GROUPS = {"NUM_GROUPS": 32, "DIM_PER_GP": -1, "EPSILON": 1e-5}
 
 
 def check_norm_keys(cfg: CfgNode) -> Iterator[Problem]:
@@ -66,19 +65,28 @@ def check_builders(cfg: CfgNode) -> Iterator[Problem]:
         for key in ("ZERO_INIT_RESIDUAL", "WEIGHT_STANDARDIZATION")
         if keys.RESNETS[key]
     ]
-    division = any(keys.GROUP_NORM[key] != value for key, value in DEFAULT_GROUPS.items())
-    norms = {
-        "BACKBONE": (keys.RESNETS.NORM, keys.FPN.NORM),
-        "ROI_HEADS": (keys.RESNETS.NORM,),
-        "ROI_BOX_HEAD": (keys.ROI_BOX_HEAD.NORM,),
-        "ROI_MASK_HEAD": (keys.ROI_MASK_HEAD.NORM,),
+    resnet_unlike, heads_unlike = _unlike_stock(keys.GROUP_NORM)
+    unlike = {
+        "BACKBONE": (keys.RESNETS.NORM == "GN" and resnet_unlike)
+        or (keys.FPN.NORM == "GN" and heads_unlike),
+        "ROI_HEADS": keys.RESNETS.NORM == "GN" and resnet_unlike,
+        "ROI_BOX_HEAD": keys.ROI_BOX_HEAD.NORM == "GN" and heads_unlike,
+        "ROI_MASK_HEAD": keys.ROI_MASK_HEAD.NORM == "GN" and heads_unlike,
     }
     # A classifier is a backbone and nothing else
-    for part in ["BACKBONE"] if is_pretraining(cfg) else norms:
+    for part in ["BACKBONE"] if is_pretraining(cfg) else unlike:
         name = keys[part].NAME
-        ignored = ["GROUP_NORM"] if division and "GN" in norms[part] else []
+        ignored = ["GROUP_NORM"] if unlike[part] else []
         ignored += resnet if part in ("BACKBONE", "ROI_HEADS") else []
         if name in STOCK and ignored:
             what = " and ".join(f"MODEL.{key}" for key in ignored)
             why = f"it is Detectron2's own and ignores {what}"
             yield Problem(f"MODEL.{part}.NAME", name, why, f"set it to {STOCK[name]}")
+
+
+def _unlike_stock(keys: CfgNode) -> tuple[bool, bool]:
+    """Whether GN of the ResNet, and of FPN and heads, is other than Detectron2's 32 groups."""
+    epsilon = keys.EPSILON != 1e-5
+    resnet = (keys.NUM_GROUPS, keys.DIM_PER_GP) != (32, -1)
+    heads = keys.HEADS_NUM_GROUPS != 32 if keys.HEADS_NUM_GROUPS > 0 else resnet
+    return epsilon or resnet, epsilon or heads

@@ -88,10 +88,11 @@ def _norm_layers(cfg: CfgNode, model: nn.Module) -> Iterator[str]:
 def _kind(cfg: CfgNode, norm: nn.Module) -> str:
     """A norm layer in words, as `GN (32 groups)`."""
     if isinstance(norm, nn.GroupNorm):
-        width = norm.num_channels // norm.num_groups
-        if width == cfg.MODEL.GROUP_NORM.DIM_PER_GP:
+        keys, width = cfg.MODEL.GROUP_NORM, norm.num_channels // norm.num_groups
+        if width == keys.DIM_PER_GP:
             return f"GN ({width} channels a group)"
-        if norm.num_groups == cfg.MODEL.GROUP_NORM.NUM_GROUPS or norm.num_groups > 1 < width:
+        asked = keys.NUM_GROUPS, keys.HEADS_NUM_GROUPS
+        if norm.num_groups in asked or norm.num_groups > 1 < width:
             return f"GN ({norm.num_groups} groups)"
         return "LN (one group)" if norm.num_groups == 1 else "IN (one channel a group)"
     name = type(norm).__name__

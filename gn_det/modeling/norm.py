@@ -7,6 +7,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..layers import GroupNorm
+from .parts import TRUNK, part_of
 
 Norm = str | Callable[[int], nn.Module]
 
@@ -19,7 +20,8 @@ def get_norm(cfg: CfgNode, norm: str, where: str) -> Norm:
         norm: value of a `NORM` key. "GN", "LN" and "IN" follow the paper's Figure 2: G groups, one
             group, one channel per group. Every other name ("", "FrozenBN", "BN", "SyncBN", ...) is
             Detectron2's own and comes back as it is.
-        where: the layer or module that gets the norm, for error messages.
+        where: name in the model of the layer that gets the norm: `HEADS_NUM_GROUPS` holds outside
+            the ResNet. Error messages begin with it.
 
     Returns:
         `norm` itself, or a function from the number of channels to a `GroupNorm`.
@@ -28,11 +30,12 @@ def get_norm(cfg: CfgNode, norm: str, where: str) -> Norm:
         InputError: by the function, for channels that the groups do not divide.
     """
     keys = cfg.MODEL.GROUP_NORM
-    division = {
-        "GN": {"num_groups": keys.NUM_GROUPS, "dim_per_gp": keys.DIM_PER_GP},
-        "LN": {"num_groups": 1},
-        "IN": {"dim_per_gp": 1},
-    }.get(norm)
+    if keys.HEADS_NUM_GROUPS > 0 and part_of(where) not in TRUNK:
+        key, groups = "HEADS_NUM_GROUPS", {"num_groups": keys.HEADS_NUM_GROUPS}
+    else:
+        key = "DIM_PER_GP" if keys.DIM_PER_GP > 0 else "NUM_GROUPS"
+        groups = {"num_groups": keys.NUM_GROUPS, "dim_per_gp": keys.DIM_PER_GP}
+    division = {"GN": groups, "LN": {"num_groups": 1}, "IN": {"dim_per_gp": 1}}.get(norm)
     if division is None:
         return norm
 
@@ -40,7 +43,6 @@ def get_norm(cfg: CfgNode, norm: str, where: str) -> Norm:
         try:
             return GroupNorm(num_channels, **division, eps=keys.EPSILON)
         except ValueError as error:
-            key = "DIM_PER_GP" if keys.DIM_PER_GP > 0 else "NUM_GROUPS"
             raise InputError(f"{where}: {error}; change MODEL.GROUP_NORM.{key}") from None
 
     return build

@@ -148,6 +148,13 @@ def test_names_of_norms(opts, kind):
     assert section(printed, "norm layers")[0] == f"ResNet: 20 {kind}"
 
 
+def test_divisions_of_resnet_and_heads_are_told_apart():
+    opts = ("MODEL.GROUP_NORM.DIM_PER_GP", 16, "MODEL.GROUP_NORM.HEADS_NUM_GROUPS", 64)
+    printed = check(SHAPES, *TINY, *SCRATCH, "SOLVER.STEPS", "()", *opts)
+    resnet, fpn, *_ = section(printed, "norm layers")
+    assert resnet == "ResNet: 20 GN (16 channels a group)" and fpn == "FPN: 8 GN (64 groups)"
+
+
 def test_a_wrong_config_ends_with_its_problems():
     words = ("--check", "MODEL.WEIGHTS", "", "SOLVER.MAX_ITER", 10)
     done = command("tools/train_net.py", "--config-file", SHAPES, *words)

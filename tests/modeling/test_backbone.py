@@ -126,6 +126,17 @@ def test_groups_reach_every_layer(norm, opts, groups_of_64):
     assert {m.eps for m in layers} == {1e-3}
 
 
+def test_heads_are_divided_apart_from_the_resnet():
+    """And C4's res5, which comes with the ResNet's weights, as the ResNet."""
+    opts = ("MODEL.GROUP_NORM.DIM_PER_GP", 16, "MODEL.GROUP_NORM.HEADS_NUM_GROUPS", 8)
+    fpn, c4 = build(*norm_everywhere("GN"), *opts), build(*C4, *opts)
+    resnets = [fpn.backbone.bottom_up, c4.backbone, c4.roi_heads.res5]
+    inside = {id(m): m for resnet in resnets for m in resnet.modules()}
+    layers = [m for model in (fpn, c4) for m in model.modules() if isinstance(m, nn.GroupNorm)]
+    assert all(m.num_groups * 16 == m.num_channels for m in layers if id(m) in inside)
+    assert [m.num_groups for m in layers if id(m) not in inside] == 16 * [8]
+
+
 def test_trunk_and_fpn_norms_are_independent():
     """Table 5 needs a BN* trunk with GN elsewhere; a BN trunk must survive a GN FPN."""
     for trunk, kind in (("FrozenBN", FrozenBatchNorm2d), ("BN", nn.BatchNorm2d)):
