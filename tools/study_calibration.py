@@ -47,7 +47,7 @@ class Model:
     opts: tuple[str, ...] = ()
 
 
-WIDTH_16 = ("DIM_PER_GP", 16)
+WIDTH_16, WIDTH_32 = ("DIM_PER_GP", 16), ("DIM_PER_GP", 32)
 SLOW = ("SOLVER.BACKBONE_MULTIPLIER", "0.1")
 SLOW_NORM = ("SOLVER.NORM_LR_FACTOR", "0.1")
 FAST_NORM = ("SOLVER.NORM_LR_FACTOR", "10.0")
@@ -61,11 +61,12 @@ CORE = (
     Model("GN calibrated", "calibrated"),
     Model("GN distilled", "distilled"),
     Model("GN distilled, 16 channels per group", "distilled", WIDTH_16),
-    Model(f"GN distilled, 16 channels per group, {SLOWLY}", "distilled", WIDTH_16, opts=SLOW),
+    Model(f"GN distilled, 32 channels per group, {SLOWLY}", "distilled", WIDTH_32, opts=SLOW),
     Model(f"BN*, {SLOWLY}", "bn", opts=SLOW),
 )
 MORE = (
     Model(f"GN distilled, {SLOWLY}", "distilled", opts=SLOW),
+    Model(f"GN distilled, 16 channels per group, {SLOWLY}", "distilled", WIDTH_16, opts=SLOW),
     Model("BN*, gamma and beta of the heads at a tenth of the rate", "bn", opts=SLOW_NORM),
     Model("GN distilled, gamma and beta at a tenth of the rate", "distilled", opts=SLOW_NORM),
     Model("GN calibrated, stem and res2 trained", "calibrated", opts=UNFROZEN),
