@@ -154,7 +154,7 @@ def _data(cfg: CfgNode) -> Iterator[str]:
 
 
 def _learning_rates(cfg: CfgNode, optimizer: Optimizer) -> Iterator[str]:
-    """The learning rate at the points where it turns."""
+    """The learning rate at the points where it turns, of what has no factor of its own."""
     scheduler = build_lr_scheduler(cfg, optimizer)
     end = cfg.SOLVER.MAX_ITER
     turns = {0, min(cfg.SOLVER.WARMUP_ITERS, end), end // 2, end}
@@ -170,7 +170,8 @@ def _learning_rates(cfg: CfgNode, optimizer: Optimizer) -> Iterator[str]:
         when = f"step {step:,}"
         if is_pretraining(cfg):
             when = f"epoch {step / end * cfg.PRETRAIN.EPOCHS:.4g}"
-        yield f"{when}: " + ("the end" if step == end else f"{min(scheduler.get_lr()):.4g}")
+        rate = cfg.SOLVER.BASE_LR * max(scheduler.get_lr()) / max(scheduler.base_lrs)
+        yield f"{when}: " + ("the end" if step == end else f"{rate:.4g}")
 
 
 def _initial_weights(cfg: CfgNode, model: nn.Module) -> Iterator[str]:

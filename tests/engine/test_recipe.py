@@ -148,6 +148,21 @@ def test_names_of_norms(opts, kind):
     assert section(printed, "norm layers")[0] == f"ResNet: 20 {kind}"
 
 
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ("SOLVER.BACKBONE_MULTIPLIER", 0.1),
+        ("SOLVER.NORM_LR_FACTOR", 10.0),
+        ("SOLVER.BIAS_LR_FACTOR", 2.0),
+    ],
+)
+def test_the_learning_rate_is_that_of_the_config(opts):
+    """Whatever factors parts of the model have."""
+    printed = check(SHAPES, *TINY, *SCRATCH, "SOLVER.STEPS", "()", "SOLVER.WARMUP_ITERS", 1, *opts)
+    rate = shapes_config("mask_rcnn_R_18_FPN_gn").SOLVER.BASE_LR
+    assert section(printed, "learning rate")[1] == f"step 1: {rate:.4g}"
+
+
 def test_divisions_of_resnet_and_heads_are_told_apart():
     opts = ("MODEL.GROUP_NORM.DIM_PER_GP", 16, "MODEL.GROUP_NORM.HEADS_NUM_GROUPS", 64)
     printed = check(SHAPES, *TINY, *SCRATCH, "SOLVER.STEPS", "()", *opts)
