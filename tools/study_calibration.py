@@ -61,12 +61,12 @@ CORE = (
     Model("GN calibrated", "calibrated"),
     Model("GN distilled", "distilled"),
     Model("GN distilled, 16 channels per group", "distilled", WIDTH_16),
-    Model(f"GN distilled, 32 channels per group, {SLOWLY}", "distilled", WIDTH_32, opts=SLOW),
+    Model(f"GN distilled, 16 channels per group, {SLOWLY}", "distilled", WIDTH_16, opts=SLOW),
     Model(f"BN*, {SLOWLY}", "bn", opts=SLOW),
 )
 MORE = (
     Model(f"GN distilled, {SLOWLY}", "distilled", opts=SLOW),
-    Model(f"GN distilled, 16 channels per group, {SLOWLY}", "distilled", WIDTH_16, opts=SLOW),
+    Model(f"GN distilled, 32 channels per group, {SLOWLY}", "distilled", WIDTH_32, opts=SLOW),
     Model("BN*, gamma and beta of the heads at a tenth of the rate", "bn", opts=SLOW_NORM),
     Model("GN distilled, gamma and beta at a tenth of the rate", "distilled", opts=SLOW_NORM),
     Model("GN calibrated, stem and res2 trained", "calibrated", opts=UNFROZEN),
