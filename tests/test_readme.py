@@ -196,6 +196,12 @@ def test_backbones(checkout):
     assert re.search(r"taken +100 ", run(as_bn, checkout))
     run(as_gn, checkout, "--num-pictures", "4", "--distill", "1")
     assert "NORM: GN" in (checkout / "R-50-GN.yaml").read_text()
+    assert "DIM_PER_GP: 16" in (checkout / "R-50-GN.yaml").read_text()
+    (keys,) = re.findall(r"`(MODEL\S+ 16 .* SOLVER.BACKBONE_MULTIPLIER 0.1)`", README)
+    start = "python tools/train_net.py --check --config-file configs/COCO-InstanceSegmentation"
+    printed = run(f"{start}/mask_rcnn_R_50_FPN_2x_gn.yaml {keys}", checkout)
+    for told in ("ResNet: 53 GN (16 channels a group)", "FPN: 8 GN (32 groups)", "rate 0.00025,"):
+        assert told in printed
     (study,) = commands("python tools/study_calibration.py")
     make_shapes(checkout / "datasets/mine", num_train=6, num_val=2)
     few = ("--seeds", "0", "--models", "BN*", "GN calibrated", "--opts", *SHORT)
