@@ -50,14 +50,15 @@ def regroup(
     norm_factor: float = 1.0,
     backbone_factor: float = 1.0,
 ) -> Optimizer:
-    """Give every norm parameter of `model` this weight decay, whatever group it came in.
+    """Give norm parameters their weight decay, and them and the backbone their learning rates.
 
-    The paper finds zero "important for good detection results" (Section 4.2). Detectron2 lets
+    The paper finds zero decay "important for good detection results" (Section 4.2). Detectron2 lets
     `WEIGHT_DECAY_BIAS` win over `WEIGHT_DECAY_NORM`, and so decays beta when biases are decayed;
     beta is a norm parameter first. One line a group is logged.
 
     Args:
         optimizer: not stepped yet; its parameter groups are replaced.
+        norm_decay: of every norm parameter, whatever group it came in.
         norm_factor: what norm parameters' learning rates are multiplied by.
         backbone_factor: the same of the ResNet, and of its res5 where a RoI head has that. FPN,
             which starts at random, is not slowed.

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 from detectron2.engine import DefaultTrainer
@@ -47,7 +48,7 @@ def describe_recipe(cfg: CfgNode, num_gpus: int = 1) -> str:
         "optimizer": _optimizer(cfg, optimizer, model),
         "batch": _batch(cfg, num_gpus),
         "training set": _data(cfg),
-        "learning rate": _learning_rates(cfg, optimizer),
+        "learning rate": _learning_rates(cfg),
         "initial weights": _initial_weights(cfg, model),
     }
     return "\n".join(
@@ -153,9 +154,10 @@ def _data(cfg: CfgNode) -> Iterator[str]:
     yield f"{', '.join(names)}: {images:,} {what}, {seen / images:.1f} epochs"
 
 
-def _learning_rates(cfg: CfgNode, optimizer: Optimizer) -> Iterator[str]:
+def _learning_rates(cfg: CfgNode) -> Iterator[str]:
     """The learning rate at the points where it turns, of what has no factor of its own."""
-    scheduler = build_lr_scheduler(cfg, optimizer)
+    alone = torch.optim.SGD([torch.zeros(1)], lr=cfg.SOLVER.BASE_LR)
+    scheduler = build_lr_scheduler(cfg, alone)
     end = cfg.SOLVER.MAX_ITER
     turns = {0, min(cfg.SOLVER.WARMUP_ITERS, end), end // 2, end}
     if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
@@ -170,8 +172,7 @@ def _learning_rates(cfg: CfgNode, optimizer: Optimizer) -> Iterator[str]:
         when = f"step {step:,}"
         if is_pretraining(cfg):
             when = f"epoch {step / end * cfg.PRETRAIN.EPOCHS:.4g}"
-        rate = cfg.SOLVER.BASE_LR * max(scheduler.get_lr()) / max(scheduler.base_lrs)
-        yield f"{when}: " + ("the end" if step == end else f"{rate:.4g}")
+        yield f"{when}: " + ("the end" if step == end else f"{scheduler.get_lr()[0]:.4g}")
 
 
 def _initial_weights(cfg: CfgNode, model: nn.Module) -> Iterator[str]:

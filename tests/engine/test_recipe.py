@@ -154,12 +154,13 @@ def test_names_of_norms(opts, kind):
         ("SOLVER.BACKBONE_MULTIPLIER", 0.1),
         ("SOLVER.NORM_LR_FACTOR", 10.0),
         ("SOLVER.BIAS_LR_FACTOR", 2.0),
+        ("SOLVER.BASE_LR", 0.0),
     ],
 )
 def test_the_learning_rate_is_that_of_the_config(opts):
     """Whatever factors parts of the model have."""
     printed = check(SHAPES, *TINY, *SCRATCH, "SOLVER.STEPS", "()", "SOLVER.WARMUP_ITERS", 1, *opts)
-    rate = shapes_config("mask_rcnn_R_18_FPN_gn").SOLVER.BASE_LR
+    rate = shapes_config("mask_rcnn_R_18_FPN_gn", *opts).SOLVER.BASE_LR
     assert section(printed, "learning rate")[1] == f"step 1: {rate:.4g}"
 
 
