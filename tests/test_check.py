@@ -213,6 +213,7 @@ ACCIDENTS = {
     ),
     "steps out of order": (FPN, ("SOLVER.STEPS", "(160000,120000)"), "SOLVER.STEPS", "increase"),
     "the same step twice": (FPN, ("SOLVER.STEPS", "(9,9)"), "SOLVER.STEPS", "do not increase"),
+    "a step at the end": (FPN, ("SOLVER.MAX_ITER", 160000), "SOLVER.STEPS", "[160000]"),
     "steps past the end": (FPN, ("SOLVER.MAX_ITER", 130000), "SOLVER.STEPS", "[160000]"),
     "classes": (
         *(FPN, ("MODEL.ROI_HEADS.NUM_CLASSES", 7)),

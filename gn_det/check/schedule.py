@@ -19,11 +19,11 @@ def check_steps(cfg: CfgNode) -> Iterator[Problem]:
     key, steps, end = f"{section}.STEPS", cfg[section].STEPS, cfg[section][last]
     if any(one >= two for one, two in pairwise(steps)):
         yield Problem(key, steps, "they do not increase", "put them in order")
-    if late := [step for step in steps if step > end]:
+    if late := [step for step in steps if step >= end]:
         yield Problem(
             key,
             steps,
-            f"the learning rate would never fall at {late}, past {section}.{last} {end}",
+            f"the learning rate would never fall at {late}: {section}.{last} is {end}",
             f'scale them with {last}, or set {key} "()"',
         )
 
