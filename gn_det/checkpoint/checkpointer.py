@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.logger import log_first_n
 from torch import nn
@@ -172,7 +171,8 @@ def is_whole(path: Path) -> bool:
 def iteration_of(path: Path) -> int:
     """The last iteration that a whole checkpoint has seen, -1 for another kind of file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except BROKEN:
+        content = read_content(path, "meta")
+    except InputError:
         return -1
-    return content.get("iteration", -1) if isinstance(content, dict) else -1
+    iteration = content.get("iteration") if isinstance(content, Mapping) else None
+    return iteration if type(iteration) is int else -1

@@ -119,7 +119,7 @@ def convert(
         )
     written = written_facts(file)
     usual = usual_facts(file, source, renamed.norm, shape, opts)
-    facts = usual | shape | {NORM: renamed.norm} | written
+    facts = usual | {NORM: renamed.norm} | written | shape
     if STRIDE not in facts:
         # MSRA's and Detectron's BN models alone; every GN one has it on the 3x3
         wide = facts.get("MODEL.RESNETS.NUM_GROUPS", 1) > 1

@@ -94,7 +94,11 @@ def describe_file(path: Path) -> Facts:
         InputError: if it cannot be read.
     """
     file = read_weights(path, device="meta")
-    if facts := written_facts(file):
+    try:
+        facts = written_facts(file)
+    except InputError as error:
+        raise InputError(f"{path} cannot be read as weights: {error}") from None
+    if facts:
         return facts
     try:
         renamed = rename(file.tensors, SOURCES[find_source(file.tensors)])
@@ -104,8 +108,34 @@ def describe_file(path: Path) -> Facts:
 
 
 def written_facts(file: WeightsFile) -> Facts:
-    """What gn_det wrote into a file; nothing, if it did not."""
-    return {key: value for key, value in file.facts.items() if key in KEYS}
+    """What gn_det wrote into a file; nothing, if it did not.
+
+    Raises:
+        InputError: for values that gn_det does not write.
+    """
+    facts = {key: file.facts[key] for key in KEYS if key in file.facts}
+    for key, value in facts.items():
+        if not _is_fact(key, value):
+            raise InputError(f"its own record of {key} is damaged: convert the backbone again")
+    if len(facts.keys() & {*GROUP_NORM}) == 1:
+        raise InputError(
+            f"its own record of {GROUP_NORM[0]} is damaged: convert the backbone again"
+        )
+    return facts
+
+
+def _is_fact(key: str, value: Any) -> bool:
+    """Whether a value is of the kind and size that a key has."""
+    if key == NORM:
+        return type(value) is str and re.fullmatch(r"\w{0,12}", value) is not None
+    if key == PIXELS[0]:
+        return value in ("RGB", "BGR") if type(value) is str else False
+    if key in PIXELS:
+        numbers = type(value) is list and len(value) == 3
+        return numbers and all(type(v) in (int, float) and abs(v) < 1e6 for v in value)
+    if key in (STRIDE, STANDARDIZATION):
+        return type(value) is bool
+    return type(value) is int and -1 <= value < 2**16
 
 
 def architecture(tensors: Mapping[str, Tensor]) -> Facts:

@@ -1,14 +1,16 @@
 """Reading weights of every format without running anything that a file brings along."""
 
-import argparse
+import errno
+import math
+import os
 import pickle
-import re
 import struct
+import tokenize
 import zipfile
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +21,30 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import InputError
+from .pickled_values import NUMBERS, Budget
+from .torch_file import LEGACY, read_archive, read_legacy
+from .unpickle import Unpickler
 
 # Where trainers keep the weights, beside optimizer and counters
 NESTS = ("model", "state_dict", "model_state_dict", "model_state", "blobs")
 _WITHOUT_NAMES = "it holds no tensors by name"
-# How deep in a file networks are looked for
+# How deep in a file networks are looked for, among how many names and how long ones
 _DEPTH = 4
-# How files of `torch.save` begin that are no zip archives (PyTorch before 1.6)
-_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
+_MAX_NAMES = 200_000
+_MAX_LENGTH = 500
+
+# The third version is for structures whose fields have names beyond ASCII
+_NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 # What readers raise on files that are no weights, or that somebody has damaged
 BROKEN = (
     *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError),
     *(AssertionError, ArithmeticError, MemoryError, SystemError, pickle.UnpicklingError),
     *(struct.error, zipfile.BadZipFile, zlib.error, safetensors.SafetensorError),
+    *(NotImplementedError, SyntaxError, tokenize.TokenError),
 )
 
 
@@ -64,7 +76,10 @@ def read_weights(path: Path, device: str = "cpu") -> WeightsFile:
         raise InputError(f"{path} cannot be read as weights: {_WITHOUT_NAMES}")
     written = content.get("gn_det")
     facts = dict(written) if isinstance(written, Mapping) else {}
-    networks = dict(_networks(content))
+    try:
+        networks = dict(_networks(content))
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} cannot be read as weights: {error}") from None
     place = next((nest for nest in (*NESTS, "") if nest in networks), None)
     if place is None:
         # Under names of their own: which of them is meant, whoever takes them has to tell
@@ -76,24 +91,40 @@ def read_weights(path: Path, device: str = "cpu") -> WeightsFile:
     else:
         found = networks[place]
     if not found:
-        keys = ", ".join(str(key) for key in list(content)[:8]) or "nothing"
+        keys = ", ".join(repr(key)[:50] for key in list(content)[:8]) or "nothing"
         raise InputError(f"{path} cannot be read as weights: {_WITHOUT_NAMES}, but {keys}")
     tensors = {name: _tensor(value, name, path, device) for name, value in found.items()}
     others = {k: len(v) for k, v in networks.items() if place is not None and k != place}
-    return WeightsFile(tensors, facts, str(content.get("__author__", "")), others)
+    author = content.get("__author__")
+    return WeightsFile(tensors, facts, author if isinstance(author, str) else "", others)
 
 
-def _networks(
-    content: Mapping[Any, Any], place: str = "", depth: int = _DEPTH
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _networks(content: Mapping[Any, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every mapping of names to tensors, by the keys that lead there; "" for the whole file."""
-    names = {k.decode(errors="replace") if isinstance(k, bytes) else k: content[k] for k in content}
-    if tensors := {k: v for k, v in names.items() if isinstance(k, str) and is_tensor(v)}:
-        yield place, tensors
-    for key, value in names.items():
-        # What an optimizer keeps stands under numbers
-        if isinstance(key, str) and isinstance(value, Mapping) and depth:
-            yield from _networks(value, f"{place}.{key}" if place else key, depth - 1)
+    left, waiting = _MAX_NAMES, [("", content, _DEPTH)]
+    while waiting:
+        place, mapping, depth = waiting.pop()
+        left -= len(mapping)
+        if left < 0:
+            raise pickle.UnpicklingError("it has too many names")
+        names = {_name(key): value for key, value in mapping.items()}
+        if tensors := {k: v for k, v in names.items() if k is not None and is_tensor(v)}:
+            yield place, tensors
+        waiting += [
+            (f"{place}.{key}" if place else key, value, depth - 1)
+            for key, value in reversed(names.items())
+            if key is not None and isinstance(value, Mapping) and depth
+        ]
+
+
+def _name(key: Any) -> str | None:
+    """A key as a name, None for the numbers that optimizers keep their state under."""
+    name = key.decode(errors="replace") if isinstance(key, bytes) else key
+    if not isinstance(name, str):
+        return None
+    if len(name) > _MAX_LENGTH or not name.isprintable():
+        raise pickle.UnpicklingError(f"it has the name {name[:50]!r}")
+    return name
 
 
 def read_content(path: Path, device: str = "cpu") -> Any:
@@ -109,38 +140,66 @@ def read_content(path: Path, device: str = "cpu") -> Any:
 
 
 def _read(path: Path, device: str) -> Any:
+    # Before it is opened: a pipe would be waited for, and a device has no end
+    if not path.is_file():
+        if path.exists():
+            raise OSError("it is no regular file")
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    budget = Budget(path.stat().st_size)
     with path.open("rb") as file:
         begin = file.read(16)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            arrays = all(name.endswith(".npy") for name in archive.namelist())
-            # PyTorch compares no checksums
-            if device != "meta" and (damaged := archive.testzip()):
-                raise zipfile.BadZipFile(f"its part {damaged} is damaged")
-        if arrays:
-            with np.load(path, allow_pickle=False) as archive:
-                return dict(archive)
-    elif begin.startswith(b"PK"):
+            return _read_zip(archive, budget, device)
+    if begin.startswith(b"PK"):
         raise zipfile.BadZipFile("it is cut off: copy or download it again")
     if path.suffix == ".safetensors" or begin[8:10] == b'{"':
         return load_file(path)
-    if zipfile.is_zipfile(path) or begin.startswith(_OLD_TORCH):
-        # The scripts of torchvision and timm keep their command line and scores beside the weights
-        with torch.serialization.safe_globals([argparse.Namespace, *_arrays()]):
-            return torch.load(path, map_location=device, weights_only=True)
-    with path.open("rb") as file:
-        return _ArrayUnpickler(file, encoding="latin1").load()
+    # In memory no length that the file claims can be taken for what it has
+    content = BytesIO(path.read_bytes())
+    if begin.startswith(LEGACY):
+        return read_legacy(content, budget, device)
+    return Unpickler(content, budget).load()
 
 
-def _arrays() -> list[Any]:
-    """What NumPy's arrays and scalars are pickled by, under its old name and its new one."""
-    kinds = {type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"}
-    parts = [
-        (_ARRAY_PARTS[name], f"numpy.{core}.multiarray.{name}")
-        for name in ("_reconstruct", "scalar")
-        for core in ("core", "_core")
-    ]
-    return [*parts, np.ndarray, np.dtype, *kinds]
+def _read_zip(archive: zipfile.ZipFile, budget: Budget, device: str) -> Any:
+    """The content of an archive of `torch.save` or of `numpy.savez`."""
+    # Compressed archives may unpack to thousands of times their size
+    budget.spend(sum(info.file_size for info in archive.infolist()))
+    names = archive.namelist()
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise zipfile.BadZipFile(
+            "it is a TorchScript program: save the model's state_dict by itself"
+        )
+    try:
+        if all(name.endswith(".npy") for name in names):
+            arrays = {name.removesuffix(".npy"): _read_npy(archive, name, device) for name in names}
+            return {name: array for name, array in arrays.items() if array is not None}
+        return read_archive(archive, budget, device)
+    except zipfile.BadZipFile as error:
+        raise zipfile.BadZipFile(f"a part of it is damaged: {error}") from None
+
+
+def _read_npy(archive: zipfile.ZipFile, name: str, device: str) -> np.ndarray | Tensor | None:
+    """An array of numbers, or None for one of text; one without content on the meta device."""
+    with archive.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in _NPY_HEADERS:
+            raise ValueError(f"its array {name} is of version {version[0]} of NumPy's format")
+        shape, fortran, dtype = _NPY_HEADERS[version](file)
+        if dtype.kind in "SU":
+            return None
+        if dtype.kind not in NUMBERS:
+            raise ValueError(f"its array {name} does not hold numbers")
+        if math.prod(shape) * dtype.itemsize != archive.getinfo(name).file_size - file.tell():
+            raise ValueError(f"its array {name} has another size than its bytes")
+        if device == "meta":
+            empty = torch.from_numpy(np.empty(0, dtype.newbyteorder("=")))
+            return empty.new_empty(shape, device="meta")
+        array = np.frombuffer(bytearray(file.read()), dtype)
+        # PyTorch takes arrays of this machine's byte order alone
+        native = array.astype(dtype.newbyteorder("="), copy=False)
+        return native.reshape(shape, order="F" if fortran else "C")
 
 
 def is_tensor(value: object) -> bool:
@@ -151,7 +210,10 @@ def is_tensor(value: object) -> bool:
 
 
 def _tensor(value: Any, name: str, path: Path, device: str) -> Tensor:
-    tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    try:
+        tensor = value if isinstance(value, Tensor) else torch.from_numpy(value)
+    except TypeError as error:
+        raise InputError(f"{path} cannot be read as weights: {name}: {_reason(error)}") from None
     if tensor.is_quantized or tensor.is_complex() or tensor.layout != torch.strided:
         raise InputError(
             f"{path} cannot be read as weights: {name} is quantised, complex or sparse: save the "
@@ -161,41 +223,6 @@ def _tensor(value: Any, name: str, path: Path, device: str) -> Tensor:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in a few words; PyTorch takes a page for it, and advises to run the file."""
-    text = str(error)
-    alone = "save the model's state_dict by itself"
-    if asked := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", text):
-        return f"it asks for {asked[1]}, which is no tensor: {alone}"
-    if "TorchScript" in text:
-        return f"it is a TorchScript program: {alone}"
-    if "weights_only" in text or "persistent id" in text:
-        return f"it holds more than tensors and plain values: {alone}"
-    return text.partition("\n")[0] or type(error).__name__
-
-
-# What pickled arrays are built with; NumPy has kept the names, but in modules that move
-_ARRAY_PARTS = {
-    "_reconstruct": np.empty(0).__reduce__()[0],
-    "_frombuffer": np.empty(0).__reduce_ex__(5)[0],
-    "scalar": np.float32(0).__reduce__()[0],
-    "ndarray": np.ndarray,
-    "dtype": np.dtype,
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles NumPy arrays and plain values, and refuses everything that could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.partition(".")[0] == "numpy" and name in _ARRAY_PARTS:
-            return _ARRAY_PARTS[name]
-        if (module, name) == ("_codecs", "encode"):
-            return _encode  # how older pickles hold bytes
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        # In PyTorch's words, which `_reason` knows
-        raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {module}.{name}")
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")
+    """What went wrong, in one line."""
+    reason = str(error).partition("\n")[0]
+    return reason if reason.isprintable() and reason else type(error).__name__

@@ -100,8 +100,8 @@ def test_nothing_is_run(name, tmp_path):
     with pytest.raises(InputError, match=f"{name} cannot be read as weights: ") as error:
         read_weights(path)
     assert "\n" not in str(error.value) and not touched.exists()
-    if not name.endswith(("npz", "safetensors")):
-        assert "which is no tensor" in str(error.value)
+    if not name.endswith(("npz", "safetensors")) and name != "nested.pkl":
+        assert "it asks for" in str(error.value)
 
 
 def test_the_malice_is_real(tmp_path):
