@@ -1,9 +1,9 @@
-"""Random damage to the three kinds of files that come from others: annotations, weights, configs.
+"""Files of others, damaged at random or made to do harm: annotations, images, weights, configs.
 
     python tests/faults/fuzz.py [N] [--seed S]
 
-Each is read N times, otherwise damaged every time. A reader may take what it is given or refuse it
-with an `InputError`; nothing may be run or overwritten.
+N of each kind are read, in a process of their own. A reader may take a file or refuse it with an
+`InputError`. Nothing may be run or overwritten; no file may crash the process, or hang it.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import pickle
 import random
 import shutil
 import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from hostile_annotations import hostile_annotations, hostile_image
+from hostile_configs import hostile_config
+from hostile_weights import hostile_weights
+from in_child import calls
 
 from gn_det.checkpoint.checkpointer import StrictCheckpointer
+from gn_det.checkpoint.facts import describe_file
+from gn_det.checkpoint.read import read_weights
 from gn_det.data import make_shapes
 from gn_det.data.clean import Source
+from gn_det.data.picture_files import examine, read_picture
 from gn_det.data.prepare import prepare
 from gn_det.engine.train import find_config, read_config
 from gn_det.errors import InputError
@@ -109,13 +115,27 @@ class Annotations:
 
     def read(self, rng: random.Random) -> None:
         path = self.folder / "data" / "damaged.json"
-        if rng.random() < 0.3:
+        if rng.random() < 0.5:
+            path.write_text(json.dumps(hostile_annotations(rng, json.loads(self.whole))))
+        elif rng.random() < 0.5:
             path.write_bytes(damage_bytes(self.whole, rng))
         else:
             path.write_text(json.dumps(damage_values(json.loads(self.whole), rng)))
         written = self.folder / "prepared"
         shutil.rmtree(written, ignore_errors=True)
         prepare(Source(path, self.folder / "data" / "images"), self.val, written)
+
+
+class Images:
+    """An image, as `--train` names it and `predict` takes it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self, rng: random.Random) -> None:
+        path = hostile_image(rng, self.folder)
+        examine(path)
+        read_picture(path)
 
 
 class Weights:
@@ -135,6 +155,12 @@ class Weights:
         self.files = [folder / name for name in ("whole.pth", "bare.pth", "whole.pkl", "whole.npz")]
 
     def read(self, rng: random.Random) -> None:
+        if rng.random() < 0.6:
+            path = hostile_weights(rng, self.folder)
+            read_weights(path, rng.choice(["cpu", "meta"]))
+            describe_file(path)
+            StrictCheckpointer(self.model, whole=True).load(str(path))
+            return
         whole = rng.choice(self.files)
         path = self.folder / f"damaged{rng.choice([whole.suffix, '.pth', '.pkl', '.pyth'])}"
         path.write_bytes(damage_bytes(whole.read_bytes(), rng))
@@ -157,6 +183,10 @@ class Configs:
 
     def read(self, rng: random.Random) -> None:
         path = self.folder / "damaged.yaml"
+        if rng.random() < 0.5:
+            path = hostile_config(rng, self.folder, find_config(SHIPPED))
+            read_config(argparse.Namespace(config_file=str(path), opts=[]))
+            return
         if rng.random() < 0.4:
             text = damage_bytes(self.whole.encode(), rng)
         else:
@@ -174,39 +204,44 @@ class Configs:
 
 
 SHIPPED = "Shapes/mask_rcnn_R_18_FPN_gn.yaml"
-READERS = {"annotations": Annotations, "weights": Weights, "configs": Configs}
+READERS = {"annotations": Annotations, "images": Images, "weights": Weights, "configs": Configs}
 
 
 def fuzz(kind: str, count: int, seed: int, folder: Path) -> list[str]:
-    """Damage a kind of file so many times; what went wrong, a traceback for each."""
+    """Read so many files of a kind; what went wrong, a traceback or a few words for each."""
     folder.mkdir()
     reader = READERS[kind](folder)
     before = snapshot(folder)
-    lost = []
-    for number in range(count):
+
+    def read(number: int) -> str:
         try:
             reader.read(random.Random(f"{seed}/{kind}/{number}"))
         except InputError as error:
-            # What was noticed in a data set is told line by line
+            # What was noticed in a data set is reported line by line
             if "\n" in str(error) and kind != "annotations":
-                lost.append(f"{kind} {number}: more than one line: {error}")
-        except Exception:
-            lost.append(f"{kind} {number}: {traceback.format_exc()}")
+                return f"more than one line: {error}"
+        return ""
+
+    lost = []
+    for number, why in calls(read, count):
         if (folder / "canary").exists():
-            lost.append(f"{kind} {number}: it has run what a file brought along")
+            why = f"it has run what a file brought along; {why}"
             (folder / "canary").unlink()
+        if why:
+            lost.append(f"{kind} {number}: {why}")
     if before.items() - snapshot(folder).items():
         lost.append(f"{kind}: files have been changed")
     return lost
 
 
 def snapshot(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    whole = (path for path in folder.rglob("*") if path.is_file() and path.name[:7] != "hostile")
+    return {path: path.read_bytes() for path in whole}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("count", nargs="?", type=int, default=1000, help="of each (default 1000)")
+    parser.add_argument("count", nargs="?", type=int, default=1250, help="of each (default 1250)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     failed = 0
