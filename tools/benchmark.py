@@ -18,12 +18,12 @@ try:
     import torch
     import torch._dynamo
     import torch.nn.functional as F
+    from studies.rivals import BASELINE, MODELS, Detector, build_rivals
+    from studies.saved_bytes import saved_bytes
+    from studies.timing import Times, interleave
     from torch import Tensor
 
-    from gn_det.engine.rivals import BASELINE, MODELS, Detector, build_rivals
     from gn_det.engine.run_record import device_name, git_commit, versions
-    from gn_det.evaluation.saved_bytes import saved_bytes
-    from gn_det.evaluation.timing import Times, interleave
     from gn_det.layers import group_norm_act
 except ImportError as error:
     raise SystemExit(f"error: {error}") from None

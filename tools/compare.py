@@ -2,7 +2,7 @@
 """Would GN help on your pictures? From a COCO folder to a BN*-against-GN report: see --help."""
 
 try:
-    from gn_det.engine import compare
+    from gn_det.comparison import compare
 except ImportError as error:
     raise SystemExit(f"error: {error}") from None
 

@@ -2,7 +2,7 @@
 """BN* against GN in miniature, from an embedded data set to a report: see --help."""
 
 try:
-    from gn_det.engine import demo
+    from gn_det.comparison import demo
 except ImportError as error:
     raise SystemExit(f"error: {error}") from None
 

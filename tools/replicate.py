@@ -22,10 +22,10 @@ try:
     import torch
     from matplotlib.figure import Figure
 
+    from gn_det.comparison.jobs import PRETRAIN, TRAIN, Training, run_trainings
     from gn_det.data import make_shapes
     from gn_det.engine.pretrain import CHECKPOINT
     from gn_det.engine.run_record import RECORD
-    from gn_det.engine.trainings import Training, run_trainings
     from gn_det.errors import InputError, exit_on_input_error
     from gn_det.evaluation.bootstrap import ImageMatches, paired_difference
     from gn_det.evaluation.coco_stats import load_coco
@@ -43,6 +43,7 @@ PRETRAININGS = {FPN: "pretrain_R_18_gn", C4: "pretrain_R_50_gn"}
 TRUNK = "MODEL.RESNETS.NORM"
 REST = ("MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM")
 BATCHES = (1, 2, 4, 8)
+UNCHECKED = str(Path(__file__).with_name("studies") / "unchecked_train.py")
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Replication:
         for d in (d for d in DETECTORS if not d.scratch):
             keys = [TRUNK, d.trunk.replace("Frozen", ""), *d.division]
             config = PRETRAININGS[d.config]
-            made = self.training("pretrain", d.pretraining, config, CHECKPOINT, keys)
+            made = self.training(PRETRAIN, d.pretraining, config, CHECKPOINT, keys)
             trainings[d.pretraining] = made
         return list(trainings.values())
 
@@ -169,18 +170,18 @@ class Replication:
             "SEED": seed,
         }
         words = [str(word) for pair in keys.items() for word in pair]
-        module = "accident" if detector.accident else "train"
+        program = (UNCHECKED,) if detector.accident else TRAIN
         name = f"{detector.name}, seed {seed}"
-        return self.training(module, name, detector.config, RECORD, [*words, *detector.division])
+        return self.training(program, name, detector.config, RECORD, [*words, *detector.division])
 
     def training(
-        self, module: str, name: str, config: str, product: str, keys: list[str]
+        self, program: tuple[str, ...], name: str, config: str, product: str, keys: list[str]
     ) -> Training:
         """A training of a config of `Shapes`."""
         folder = self.output / name.replace(", ", "_").replace(" ", "-").replace("*", "star")
         opts = (*keys, *self.opts, "OUTPUT_DIR", str(folder.resolve()))
         return Training(
-            name, folder, get_config_file(f"Shapes/{config}.yaml"), opts, module, product
+            name, folder, get_config_file(f"Shapes/{config}.yaml"), opts, program, product
         )
 
     def run(self, at_once: int) -> None:

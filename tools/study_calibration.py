@@ -18,18 +18,18 @@ import matplotlib.pyplot as plt
 import torch
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.env import seed_all_rng
+from studies.linear_probe import mean_auc
 from torch import Tensor
 
+from gn_det.checkpoint.bn_to_gn import SIDE, normalise, to_group_norm
+from gn_det.checkpoint.calibrate import measured_moments, promised_moments
 from gn_det.checkpoint.convert import Conversion, build_resnet, convert
 from gn_det.checkpoint.read import read_weights
 from gn_det.checkpoint.save import facts_of, save_backbone
+from gn_det.comparison.initial_weights import DISTILL_STEPS
 from gn_det.data.pictures import load_pictures
-from gn_det.engine.cells import DISTILL_STEPS
-from gn_det.engine.convert_backbone import SIDE, normalise, to_group_norm
 from gn_det.engine.train import Trainer, read_config
-from gn_det.evaluation.linear_probe import mean_auc
 from gn_det.files import write_whole
-from gn_det.modeling.calibrate import measured_moments, promised_moments
 
 # After 250 a seed was worth 1 AP, and the order of two norms another one than after 1000
 ITERATIONS = 1000

@@ -1,1 +1,1 @@
-"""Training, pretraining and the demo."""
+"""Training, pretraining, evaluation and prediction."""

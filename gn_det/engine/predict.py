@@ -21,6 +21,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 from pycocotools.coco import COCO
 
+from ..check.machine import check_machine
 from ..checkpoint.checkpointer import StrictCheckpointer
 from ..data.picture_files import read_picture
 from ..data.pictures import is_picture
@@ -29,7 +30,6 @@ from ..evaluation.figures import MIN_SCORE, draw
 from ..files import write_whole
 from .run_record import RECORD
 from .train import read_config
-from .trainer import check_machine
 
 
 class Predictor(DefaultPredictor):

@@ -7,14 +7,15 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from ..check.machine import check_machine
 from ..checkpoint.save import save_backbone
 from ..config import is_pretraining
 from ..data.image_folder import build_test_loader, build_train_loader, read_folder
 from ..errors import InputError
 from ..evaluation.classification import AccuracyEvaluator
 from . import train
-from .epochs import check_folders, resolve_config, with_classes
-from .trainer import Trainer, check_machine
+from .pretrain_schedule import check_folders, resolve_config, with_classes
+from .trainer import Trainer
 
 CHECKPOINT = "backbone.pth"
 

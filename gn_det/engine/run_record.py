@@ -1,6 +1,5 @@
 """What a run was: written beside Detectron2's own outputs, so that a report can tell it."""
 
-import json
 import os
 import platform
 import re
@@ -13,58 +12,10 @@ from typing import Any
 import detectron2
 import torch
 import torchvision
-from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import HookBase
 from torch import nn
 
-from ..files import write_whole
-
 RECORD = "run.json"
-
-
-class MemoryRecorder(HookBase):
-    """Writes `peak_memory_mib` into the metrics.
-
-    Args:
-        device: as in `MODEL.DEVICE`.
-    """
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-
-    def after_step(self) -> None:
-        memory = peak_memory_mib(self._device)
-        self.trainer.storage.put_scalar("peak_memory_mib", memory, smoothing_hint=False)
-
-
-class RunRecorder(HookBase):
-    """Writes `run.json` once the run is at its end.
-
-    It holds the seed, device, categories, parameter counts, versions and git commit. It is
-    written after the last evaluation, so that it also says that the other outputs are whole.
-    """
-
-    def __init__(self, cfg: CfgNode) -> None:
-        self._cfg = cfg
-        self._path = Path(cfg.OUTPUT_DIR) / RECORD
-
-    def before_train(self) -> None:
-        self._path.unlink(missing_ok=True)
-
-    def after_train(self) -> None:
-        if self.trainer.iter < self.trainer.max_iter:
-            return  # stopped before its end
-        record = {
-            "seed": self._cfg.SEED,
-            "device": device_name(self._cfg.MODEL.DEVICE),
-            "categories": categories_of(self._cfg.DATASETS.TRAIN[0]),
-            "parameters": count_parameters(self.trainer.model),
-            "versions": versions(),
-            "git_commit": git_commit(),
-        }
-        with write_whole(self._path) as file:
-            file.write(json.dumps(record, indent=2) + "\n")
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -19,10 +19,10 @@ from ..config import add_gn_config
 from ..data.prepare import register
 from ..errors import InputError, exit_on_input_error
 from ..model_zoo import get_config_file
-from .own_data import add_data_arguments, data_opts, describe_data
-from .processes import count_processes, joined, launch, restarted
-from .recipe import describe_recipe
-from .step import anywhere
+from .dataset_args import add_data_arguments, data_opts, describe_data
+from .describe import describe_recipe
+from .distributed import count_processes, joined, launch, restarted
+from .train_step import anywhere
 from .trainer import Trainer
 
 # What Detectron2 raises for configs that make no sense, and files that are none

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..check import check_config
+from ..check.machine import check_machine
 from ..checkpoint.checkpointer import StrictCheckpointer
 from ..config import is_pretraining
 from ..data import check_dataset
@@ -28,10 +29,9 @@ from ..data.loader import TrainLoader, build_train_loader
 from ..errors import InputError
 from ..solver import build_optimizer
 from .accumulate import accumulate_gradients
-from .history import Evaluation, cut_metrics
-from .run_record import MemoryRecorder, RunRecorder
-from .step import BadBatchError, TrainingStep
-from .stop import StopOnSignal
+from .hooks import Evaluation, MemoryRecorder, RunRecorder, StopOnSignal
+from .metrics_file import cut_metrics
+from .train_step import BadBatchError, TrainingStep
 
 
 class Trainer(DefaultTrainer):
@@ -257,32 +257,3 @@ def without_traceback() -> Iterator[None]:
 def is_dead_loader(error: BaseException | None) -> bool:
     """Whether PyTorch says by an error that a loading process is gone."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
-
-
-def check_machine(cfg: CfgNode) -> None:
-    """Raise an `InputError` for a device, weights file or output folder that cannot be used."""
-    check_device(cfg)
-    check_weights_file(cfg)
-    try:
-        Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be made: {error.strerror}") from None
-    if not os.access(cfg.OUTPUT_DIR, os.W_OK):
-        raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written to")
-
-
-def check_device(cfg: CfgNode) -> None:
-    """Raise an `InputError` for a GPU that is not there."""
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("MODEL.DEVICE is cuda, but PyTorch sees no GPU: add MODEL.DEVICE cpu")
-
-
-def check_weights_file(cfg: CfgNode) -> None:
-    """Raise an `InputError` for a weights file that does not exist."""
-    weights = cfg.MODEL.WEIGHTS.partition("?")[0]
-    if weights and "://" not in weights and not os.path.isfile(weights):
-        what = "is a folder" if os.path.isdir(weights) else "does not exist"
-        raise InputError(
-            f"MODEL.WEIGHTS {weights} {what}: give the file of a backbone or a detector, "
-            'or "" with MODEL.BACKBONE.FREEZE_AT 0 to train from scratch'
-        )

@@ -5,13 +5,13 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
+from studies.saved_bytes import saved_bytes
 from torch import library, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from gn_det.evaluation.saved_bytes import saved_bytes
 from gn_det.layers import frozen_bn_act, group_norm_act, rebuilt_activations
 
 CASES = {

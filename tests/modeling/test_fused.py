@@ -12,6 +12,7 @@ from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.roi_heads import build_box_head, build_mask_head
 from detectron2.utils.events import EventStorage
 from modeling.test_backbone import C4
+from studies.saved_bytes import saved_bytes
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch._dynamo.testing import CompileCounter
@@ -19,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gn_det.evaluation.saved_bytes import saved_bytes
 from gn_det.modeling import implement
 
 R50 = ("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)

@@ -4,8 +4,7 @@ import json
 
 import pytest
 from conftest import command
-
-from gn_det.evaluation.timing import Times, interleave
+from studies.timing import Times, interleave
 
 RIVALS = ("Detectron2 GN", "gn_det GN, none", "gn_det GN, conv3", "torchvision, GN in the backbone")
 

@@ -16,11 +16,14 @@ import torch
 from detectron2.config import CfgNode
 
 from ..config import is_pretraining
+from ..engine.run_record import RECORD
+from ..engine.train import read_config
 from ..errors import InputError, exit_on_sigterm
 from ..files import held
-from .run_record import RECORD
-from .steps import Launcher, refuse_other_config
-from .train import read_config
+from .launcher import Launcher, refuse_other_config
+
+TRAIN = ("-m", "gn_det.engine.train")
+PRETRAIN = ("-m", "gn_det.engine.pretrain")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Training:
         folder: its `OUTPUT_DIR`, which `opts` sets.
         config_file: a path.
         opts: `KEY VALUE` pairs.
-        module: of `gn_det.engine`, that is run.
+        program: arguments of Python that run it: a module, or a script.
         product: a file in `folder` that is there once it is finished.
     """
 
@@ -40,7 +43,7 @@ class Training:
     folder: Path
     config_file: str
     opts: tuple[str, ...]
-    module: str = "train"
+    program: tuple[str, ...] = TRAIN
     product: str = RECORD
 
     @cached_property
@@ -137,7 +140,7 @@ def run_trainings(
             words = ["--config-file", training.config_file, "--resume", *training.opts]
             show = partial(progress.advance, training)
             variables = {**(environment or {}), **mine}
-            launcher.launch(training.module, words, training.folder, show, variables)
+            launcher.launch([*training.program, *words], training.folder, show, variables)
         finally:
             places.put(mine)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from .train import read_config
+from gn_det.engine.train import read_config
 
 STOCK = [
     *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),

@@ -10,10 +10,10 @@ from detectron2.modeling import build_backbone
 from torch import nn
 from torch.testing import assert_close
 
+from gn_det.checkpoint.calibrate import balance, calibrate, measured_moments, promised_moments
 from gn_det.checkpoint.convert import backbone_config, build_resnet
+from gn_det.checkpoint.distill import distill, feature_errors
 from gn_det.data.pictures import choose_pictures, load_pictures
-from gn_det.engine.distill import distill, feature_errors
-from gn_det.modeling.calibrate import balance, calibrate, measured_moments, promised_moments
 
 FACTS = {
     "MODEL.RESNETS.DEPTH": 18,

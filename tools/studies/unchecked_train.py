@@ -2,8 +2,8 @@
 
 from detectron2.config import CfgNode
 
-from .train import run
-from .trainer import Trainer
+from gn_det.engine.train import run
+from gn_det.engine.trainer import Trainer
 
 
 class AccidentTrainer(Trainer):

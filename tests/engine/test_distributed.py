@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gn_det.data.loader import UnreadableSample
 from gn_det.engine import train
-from gn_det.engine.processes import count_processes, launch
-from gn_det.engine.step import TrainingStep
+from gn_det.engine.distributed import count_processes, launch
+from gn_det.engine.train_step import TrainingStep
 from gn_det.engine.trainer import Trainer
 from gn_det.errors import InputError
 

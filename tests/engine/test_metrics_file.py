@@ -2,7 +2,7 @@
 
 import json
 
-from gn_det.engine.history import cut_metrics
+from gn_det.engine.metrics_file import cut_metrics
 
 
 def write(folder, *iterations: int, torn: str = "") -> None:

@@ -1,17 +1,15 @@
 """A recipe made to fit a data set: input size, anchors, schedule and learning rate."""
 
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
 
-from ..data.annotations import CAP
+from ..data.object_sizes import DataSizes
 from ..errors import InputError
 
 # Half of the objects should be at least so large, in pixels of the network's input
@@ -33,48 +31,6 @@ class Proposal:
 
     def __str__(self) -> str:
         return f"{self.key} {self.value}: {self.why}"
-
-
-@dataclass(frozen=True)
-class DataSizes:
-    """Sizes in a training set, in pixels.
-
-    Args:
-        pictures: (N, 2), width and height of the pictures that have objects.
-        objects: (M, 2), width and height of the objects' boxes.
-        owners: (M,), the row of `pictures` that each object is in.
-    """
-
-    pictures: np.ndarray
-    objects: np.ndarray
-    owners: np.ndarray
-
-    @classmethod
-    def of(cls, annotations: Path) -> "DataSizes":
-        """The sizes in a COCO instances file, crowds and empty boxes left out."""
-        content = json.loads(annotations.read_text())
-        objects = content["annotations"]
-        real = [a for a in objects if not a.get("iscrowd") and min(a["bbox"][2:]) > 0]
-        ids = sorted({a["image_id"] for a in real})
-        sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
-        row = {number: i for i, number in enumerate(ids)}
-        return cls(
-            np.array([sizes[number] for number in ids], dtype=float),
-            np.array([a["bbox"][2:] for a in real], dtype=float),
-            np.array([row[a["image_id"]] for a in real]),
-        )
-
-    def resized(self, side: int, longest: int) -> np.ndarray:
-        """The objects' widths and heights, (M, 2), once Detectron2 has resized their pictures.
-
-        Args:
-            side: what the shorter side is brought to.
-            longest: the longer side is made no longer than this.
-        """
-        short, long = self.pictures.min(1), self.pictures.max(1)
-        if side == 0:
-            return self.objects  # Detectron2 leaves the pictures as they are
-        return self.objects * np.minimum(side / short, longest / long)[self.owners, None]
 
 
 def propose_sizes(cfg: CfgNode, sizes: DataSizes, given: Sequence[str] = ()) -> Iterator[Proposal]:
@@ -107,36 +63,6 @@ def propose_sizes(cfg: CfgNode, sizes: DataSizes, given: Sequence[str] = ()) -> 
         anchors = [[int(s * factor) for s in level] for level in cfg.MODEL.ANCHOR_GENERATOR.SIZES]
         why = f"1 object of 20 is smaller than {small:.0f} pixels once its picture is resized"
         yield Proposal("MODEL.ANCHOR_GENERATOR.SIZES", anchors, why)
-
-
-def objects_out_of_reach(cfg: CfgNode, sizes: DataSizes) -> Iterator[str]:
-    """Objects that a model of this config cannot find well or at all, in words, if any.
-
-    These are objects whose shape overlaps with no anchor's by half (positions are left out: anchors
-    stand dense enough), and those beyond the detections that a picture may have.
-    """
-    limit = cfg.TEST.DETECTIONS_PER_IMAGE
-    each = np.bincount(sizes.owners)
-    if count := int((each.clip(max=CAP) > limit).sum()):
-        yield (
-            f"{count} picture{'s have' if count > 1 else ' has'} more objects (up to {each.max()}) "
-            f"than TEST.DETECTIONS_PER_IMAGE {limit} lets be found: give it as {CAP}"
-        )
-    side, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-    objects = sizes.resized(side, longest)[:, None]
-    areas = np.array([s**2 for level in cfg.MODEL.ANCHOR_GENERATOR.SIZES for s in level])
-    ratios = np.array([r for level in cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS for r in level])
-    widths = np.sqrt(areas[:, None] / ratios).ravel()
-    heights = np.sqrt(areas[:, None] * ratios).ravel()
-    anchors = np.stack([widths, heights], axis=1)[None]
-    common = np.minimum(objects, anchors).prod(2)
-    overlap = common / (objects.prod(2) + anchors.prod(2) - common)
-    if share := float((overlap.max(1) < 0.5).mean()):
-        small = (objects.prod(2)[:, 0] < areas.min()).mean()
-        yield (
-            f"{share:.1%} of the objects have a shape that no anchor overlaps with by half "
-            f"({small:.1%} are smaller than all anchors): MODEL.ANCHOR_GENERATOR has the anchors"
-        )
 
 
 def pictures_seen(budget: str | None, pictures: int, largest_batch: int) -> tuple[int, str]:

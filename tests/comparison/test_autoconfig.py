@@ -10,14 +10,9 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from torchvision.ops import box_iou
 
-from gn_det.engine.fit import (
-    DataSizes,
-    chosen,
-    objects_out_of_reach,
-    pictures_seen,
-    propose_schedule,
-    propose_sizes,
-)
+from gn_det.check.anchors import objects_out_of_reach
+from gn_det.comparison.autoconfig import chosen, pictures_seen, propose_schedule, propose_sizes
+from gn_det.data.object_sizes import DataSizes
 from gn_det.engine.train import read_config
 from gn_det.errors import InputError
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from ..data import make_shapes
+from ..engine.pretrain import CHECKPOINT
+from ..engine.run_record import RECORD
 from ..errors import InputError, exit_on_input_error
 from ..evaluation.report import Run, write_report
 from ..model_zoo import get_config_file
-from .pretrain import CHECKPOINT
-from .run_record import RECORD
-from .trainings import Training, run_trainings
+from .jobs import PRETRAIN, TRAIN, Training, run_trainings
 
 TITLE = "BN* against GN: the demo"
 TEXT = (
@@ -64,11 +64,11 @@ class Demo:
         if not self.shapes.exists():
             self.say("drawing the data set `shapes`")
             make_shapes(self.shapes)
-        pretrainings = [self.training(name, "pretrain", CHECKPOINT) for name in PRETRAININGS]
+        pretrainings = [self.training(name, PRETRAIN, CHECKPOINT) for name in PRETRAININGS]
         tunings = []
         for _, _, config, pretraining in MODELS:
             weights = str(self.output / pretraining / CHECKPOINT)
-            tunings.append(self.training(config, "train", RECORD, weights))
+            tunings.append(self.training(config, TRAIN, RECORD, weights))
         environment = {"DETECTRON2_DATASETS": str(self.shapes.parent)}
         for trainings in (pretrainings, tunings):
             for failure in run_trainings(trainings, self.output, 1, environment).values():
@@ -78,7 +78,9 @@ class Demo:
             for (name, where, *_), t in zip(MODELS, tunings, strict=True)
         )
 
-    def training(self, config: str, module: str, product: str, weights: str = "") -> Training:
+    def training(
+        self, config: str, program: tuple[str, ...], product: str, weights: str = ""
+    ) -> Training:
         """A training of a config of `Shapes`."""
         keys = {
             "MODEL.DEVICE": self.device,
@@ -87,11 +89,11 @@ class Demo:
         }
         opts = (*(word for pair in keys.items() for word in pair), *self.opts)
         path = get_config_file(f"Shapes/{config}.yaml")
-        return Training(config, self.output / config, path, opts, module, product)
+        return Training(config, self.output / config, path, opts, program, product)
 
     def facts(self) -> dict[str, str | int | list[str]]:
         """What the report tells of the data and the schedules."""
-        cfg = self.training(MODELS[0][2], "train", RECORD).cfg
+        cfg = self.training(MODELS[0][2], TRAIN, RECORD).cfg
         facts: dict[str, str | int | list[str]] = {}
         for split, name in (("train", "training pictures"), ("val", "validation pictures")):
             truth = json.loads((self.shapes / f"instances_{split}.json").read_text())

@@ -42,15 +42,15 @@ class Launcher:
 
     def launch(
         self,
-        module: str,
         arguments: Sequence[str],
         folder: Path,
         show: Callable[[str], None],
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Run `gn_det.engine.<module>` to its end.
+        """Run Python to its end.
 
         Args:
+            arguments: of the interpreter.
             folder: its `OUTPUT_DIR`.
             show: is given its progress lines, as "eta: 0:01:00  iter: 19  total_loss: 2.1 ...".
             environment: variables that are set for it.
@@ -60,7 +60,7 @@ class Launcher:
         """
         tail: deque[str] = deque(maxlen=15)
         process = subprocess.Popen(
-            [sys.executable, "-m", f"gn_det.engine.{module}", *arguments],
+            [sys.executable, *arguments],
             env={**os.environ, **(environment or {})},
             text=True,
             stdin=subprocess.DEVNULL,

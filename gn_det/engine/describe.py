@@ -26,7 +26,7 @@ from ..errors import InputError
 from ..modeling import build_without_memory
 from ..modeling.parts import TRUNK, count_parts, part_of, weight_names
 from ..solver import build_optimizer, describe_groups, images_per_pass, is_norm
-from .epochs import resolve_config
+from .pretrain_schedule import resolve_config
 from .run_record import count_parameters
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import GroupNorm
-from .conv import StandardizedConv2d
+from ..modeling.conv import StandardizedConv2d
 
 # Below this a normalised channel (of variance 1 in its group) is taken to carry no signal
 SILENT = 1e-3

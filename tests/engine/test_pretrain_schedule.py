@@ -10,7 +10,7 @@ from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 
-from gn_det.engine.epochs import resolve_config
+from gn_det.engine.pretrain_schedule import resolve_config
 from gn_det.engine.train import read_config
 from gn_det.errors import InputError
 

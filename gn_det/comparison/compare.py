@@ -20,38 +20,21 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.logger import setup_logger
 
 from ..check import check_config
+from ..check.anchors import objects_out_of_reach
+from ..check.machine import check_machine, check_weights_file
 from ..config import add_gn_config
+from ..data.object_sizes import DataSizes
 from ..data.prepare import Prepared, keys_of
+from ..engine.dataset_args import add_data_arguments, prepare_data
+from ..engine.describe import describe_recipe
+from ..engine.run_record import RECORD
+from ..engine.train import find_config, read_config
 from ..errors import InputError, exit_on_input_error
 from ..evaluation.report import Run, write_report
-from .cells import (
-    DISTILL_STEPS,
-    NORM_KEYS,
-    Cell,
-    check_pairs,
-    find_weights,
-    flatten,
-    norm_keys,
-    plan,
-    untold_keys,
-    weight_keys,
-    where,
-)
-from .fit import (
-    DataSizes,
-    Proposal,
-    chosen,
-    objects_out_of_reach,
-    pictures_seen,
-    propose_schedule,
-    propose_sizes,
-)
-from .own_data import add_data_arguments, prepare_data
-from .recipe import describe_recipe
-from .run_record import RECORD
-from .train import find_config, read_config
-from .trainer import check_machine, check_weights_file
-from .trainings import Training, run_trainings
+from .autoconfig import Proposal, chosen, pictures_seen, propose_schedule, propose_sizes
+from .initial_weights import DISTILL_STEPS, find_weights, untold_keys, weight_keys
+from .jobs import Training, run_trainings
+from .plan import NORM_KEYS, Cell, check_pairs, flatten, norm_keys, plan, where
 
 BASE = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_4conv1fc.yaml"
 # Flag -> the keys that it decides

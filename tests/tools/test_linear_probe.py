@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-
-from gn_det.evaluation.linear_probe import RIDGE, auc, mean_auc
+from studies.linear_probe import RIDGE, auc, mean_auc
 
 
 def curve_auc(scores: np.ndarray, positive: np.ndarray) -> float:

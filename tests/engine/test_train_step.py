@@ -8,7 +8,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from gn_det.data.loader import UnreadableSample
-from gn_det.engine.step import BadBatchError, TrainingStep
+from gn_det.engine.train_step import BadBatchError, TrainingStep
 
 GOOD = [{"file_name": "good.png", "x": torch.ones(4, 3)}]
 NAN = [{"file_name": "nan.png", "x": torch.full((4, 3), float("nan"))}]

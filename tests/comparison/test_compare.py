@@ -14,12 +14,13 @@ from conftest import ROOT, TINY, command, hear_interrupts
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_backbone
 
-import gn_det.engine.trainings as trainings_module
+import gn_det.comparison.jobs as trainings_module
 from gn_det.checkpoint.facts import describe
-from gn_det.engine.cells import Cell, check_pairs, find_weights, norm_keys, plan, published, where
-from gn_det.engine.compare import parse, prepare_comparison, read_base
+from gn_det.comparison.compare import parse, prepare_comparison, read_base
+from gn_det.comparison.initial_weights import find_weights, published
+from gn_det.comparison.jobs import run_trainings
+from gn_det.comparison.plan import Cell, check_pairs, norm_keys, plan, where
 from gn_det.engine.predict import load_run
-from gn_det.engine.trainings import run_trainings
 from gn_det.errors import InputError
 from gn_det.evaluation.coco_stats import coco_stats
 from gn_det.files import held
@@ -153,7 +154,7 @@ def test_one_failure_does_not_lose_the_others(shapes, tmp_path, monkeypatch, cap
     found = comparison(shapes, tmp_path, "--images-per-batch", "1", "2")
     seen = []
 
-    def launch(self, module, arguments, folder, show, environment):
+    def launch(self, arguments, folder, show, environment):
         seen.append((folder.name, environment["CUDA_VISIBLE_DEVICES"]))
         time.sleep(0.05)
         show("eta: 0:00:00  iter: 5  total_loss: 1")
@@ -323,7 +324,7 @@ def test_pixels_that_a_backbone_does_not_tell(given, shapes, tmp_path):
 
 
 def test_check_trains_nothing(shapes, tmp_path, capsys):
-    from gn_det.engine.compare import run
+    from gn_det.comparison.compare import run
 
     run(words(shapes, tmp_path, "--check"))
     printed = capsys.readouterr().out

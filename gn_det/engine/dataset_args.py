@@ -8,11 +8,12 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
+from ..check.anchors import objects_out_of_reach
 from ..data.clean import Source, survey
 from ..data.findings import refuse
+from ..data.object_sizes import DataSizes
 from ..data.prepare import Prepared, keys_of, prepare
 from ..errors import InputError
-from .fit import DataSizes, objects_out_of_reach
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

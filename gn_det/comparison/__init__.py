@@ -1,0 +1,1 @@
+"""Comparing norms on one dataset: plan, jobs and report."""

@@ -1,0 +1,1 @@
+"""Code that only the studies and the benchmark need."""
