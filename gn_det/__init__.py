@@ -1,17 +1,24 @@
-"""Group Normalization for Detectron2: importing this registers backbones, heads and data sets."""
+"""Group Normalization for Detectron2: importing this registers backbones, heads and datasets.
 
-try:
-    import detectron2  # noqa: F401
-except ModuleNotFoundError:
-    raise ImportError(
-        "gn_det needs Detectron2: install its official main, "
-        "https://github.com/facebookresearch/detectron2, or run tools/install_detectron2.py"
-    ) from None
+`gn_det.layers` needs PyTorch alone, and can be imported where Detectron2 is not installed.
+"""
 
-from . import data, modeling  # noqa: F401  (registration)
-from .check import check_config
-from .config import add_gn_config
-from .model_zoo import get_config_file
+from importlib.util import find_spec
+from typing import NoReturn
+
+from .errors import NO_DETECTRON2
 
 __version__ = "0.1.0"
 __all__ = ["add_gn_config", "check_config", "get_config_file"]
+
+if find_spec("detectron2") is not None:
+    from . import data, modeling  # noqa: F401  (registration)
+    from .check import check_config
+    from .config import add_gn_config
+    from .model_zoo import get_config_file
+else:
+
+    def __getattr__(name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(NO_DETECTRON2)

@@ -4,6 +4,11 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+NO_DETECTRON2 = (
+    "gn_det needs Detectron2: install its official main, "
+    "https://github.com/facebookresearch/detectron2, or run tools/install_detectron2.py"
+)
+
 
 class InputError(ValueError):
     """What the user gave cannot work; the message names the key or file, and the mend."""

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Would GN help on your pictures? From a COCO folder to a BN*-against-GN report: see --help."""
+"""Compare norms on a custom dataset, from a COCO-format folder to a report: see --help."""
 
 try:
-    from gn_det.comparison import compare
+    from gn_det.cli import run_command
 except ImportError as error:
     raise SystemExit(f"error: {error}") from None
 
 if __name__ == "__main__":
-    compare.run()
+    run_command("compare")

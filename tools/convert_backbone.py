@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Bring a pretrained backbone into Detectron2, as BN* or as GN: see --help."""
+"""Convert a pretrained backbone for Detectron2, BN to GN too: see --help."""
 
 try:
-    from gn_det.engine import convert_backbone
+    from gn_det.cli import run_command
 except ImportError as error:
     raise SystemExit(f"error: {error}") from None
 
 if __name__ == "__main__":
-    convert_backbone.run()
+    run_command("convert")

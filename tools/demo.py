@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""BN* against GN in miniature, from an embedded data set to a report: see --help."""
+"""Compare BN* with GN on an embedded dataset, from pretraining to a report."""
 
 try:
-    from gn_det.comparison import demo
+    from gn_det.cli import run_command
 except ImportError as error:
     raise SystemExit(f"error: {error}") from None
 
 if __name__ == "__main__":
-    demo.run()
+    run_command("demo")

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What a trained model finds in pictures: see --help."""
+"""Run a trained model on images: see --help."""
 
 try:
-    from gn_det.engine import predict
+    from gn_det.cli import run_command
 except ImportError as error:
     raise SystemExit(f"error: {error}") from None
 
 if __name__ == "__main__":
-    predict.run()
+    run_command("predict")

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Pretrain a backbone on folders of pictures, with Detectron2's flags: see --help."""
+"""Pretrain a backbone by classifying images: see --help."""
 
 try:
-    from gn_det.engine import pretrain
+    from gn_det.cli import run_command
 except ImportError as error:
     raise SystemExit(f"error: {error}") from None
 
 if __name__ == "__main__":
-    pretrain.run()
+    run_command("pretrain")

@@ -2,9 +2,9 @@
 """Train or evaluate a detector, with Detectron2's flags: see --help."""
 
 try:
-    from gn_det.engine import train
+    from gn_det.cli import run_command
 except ImportError as error:
     raise SystemExit(f"error: {error}") from None
 
 if __name__ == "__main__":
-    train.run()
+    run_command("train")

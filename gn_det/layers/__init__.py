@@ -3,7 +3,7 @@
 from .frozen_bn_act import frozen_bn_act
 from .group_norm import GroupNorm, GroupNormAct
 from .group_norm_act import group_norm_act
-from .rebuild import rebuilt_activations
+from .recompute import recompute_activations
 from .weight_standardization import standardize_weight
 
 __all__ = [
@@ -11,6 +11,6 @@ __all__ = [
     "GroupNormAct",
     "frozen_bn_act",
     "group_norm_act",
-    "rebuilt_activations",
+    "recompute_activations",
     "standardize_weight",
 ]

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
-from . import eager, kernels
-from .exporting import is_exporting
-from .layout import dense, like
+from . import eager
+from .dispatch import dense, has_kernel, is_exporting, like
 
 _LIBRARY = library.Library("gn_det", "FRAGMENT")
 _LIBRARY.define(
@@ -103,7 +102,7 @@ def _forward(
     relu: bool,
 ) -> Tensor:
     arguments = (x, weight, bias, mean, variance, residual, eps, relu)
-    if not kernels.covers(x):
+    if not has_kernel(x):
         return eager.frozen_bn(*arguments)
     from .kernels import frozen_bn
 
@@ -114,7 +113,7 @@ def _forward(
 def _backward(
     dy: Tensor, y: Tensor | None, weight: Tensor, variance: Tensor, eps: float, residual: bool
 ) -> tuple[Tensor, Tensor]:
-    if not kernels.covers(dy):
+    if not has_kernel(dy):
         return eager.frozen_bn_backward(dy, y, weight, variance, eps, residual)
     from .kernels import frozen_bn
 

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from . import eager, kernels
-from .exporting import is_exporting
-from .layout import dense, like
-from .rebuild import Recipe, is_rebuilding, remember
+from . import eager
+from .dispatch import dense, has_kernel, is_exporting, like
+from .recompute import Recomputation, attach, is_recomputing
 
 _LIBRARY = library.Library("gn_det", "FRAGMENT")
 _LIBRARY.define(
@@ -103,21 +102,21 @@ class _GroupNormAct(torch.autograd.Function):
         y, mean, rstd = torch.ops.gn_det.group_norm_act(
             x, weight, bias, residual, groups, eps, relu
         )
-        ctx.recipe = None
+        ctx.recomputation = None
         # What is compiled keeps what the compiler thinks best
         eagerly = not torch.compiler.is_compiling()
-        if eagerly and is_rebuilding() and residual is None:
+        if eagerly and is_recomputing() and residual is None:
             inputs = [t.detach() for t in (x, weight, bias, mean, rstd)]
             again = partial(torch.ops.gn_det.group_norm_act_again, *inputs, groups, eps, relu)
-            ctx.recipe = Recipe(again)
+            ctx.recomputation = Recomputation(again)
         # The kernels know from x what passes the ReLU, unless something was added
-        knows_from_x = ctx.recipe is not None or (eagerly and kernels.covers(x))
+        knows_from_x = ctx.recomputation is not None or (eagerly and has_kernel(x))
         needs_y = relu and (residual is not None or not knows_from_x)
         ctx.save_for_backward(x, y if needs_y else None, weight, bias, mean, rstd)
         ctx.constants = groups, eps, relu
         ctx.has_residual = residual is not None
-        if ctx.recipe is not None:
-            remember(y, ctx.recipe)
+        if ctx.recomputation is not None:
+            attach(y, ctx.recomputation)
         return y
 
     @staticmethod
@@ -127,10 +126,10 @@ class _GroupNormAct(torch.autograd.Function):
                 "group_norm_act has no second derivative: use torch.nn.functional.group_norm"
             )
         x, y, *others = ctx.saved_tensors
-        if ctx.recipe is not None:
+        if ctx.recomputation is not None:
             # Where the next operation's gradient has just had it again
-            latest = ctx.recipe.take()
-            y = None if kernels.covers(x) else latest
+            latest = ctx.recomputation.take()
+            y = None if has_kernel(x) else latest
         dx, dweight, dbias, passed = torch.ops.gn_det.group_norm_act_backward(
             like(dy, x), x, y, *others, *ctx.constants
         )
@@ -148,7 +147,7 @@ def _forward(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not kernels.covers(x):
+    if not has_kernel(x):
         return eager.group_norm(x, weight, bias, residual, groups, eps, relu)
     with torch.cuda.device_of(x):
         return _kernels_for(x, groups).forward(x, weight, bias, groups, eps, residual, relu)
@@ -166,7 +165,7 @@ def _backward(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not kernels.covers(x):
+    if not has_kernel(x):
         return eager.group_norm_backward(dy, x, y, weight, bias, mean, rstd, groups, eps, relu)
     with torch.cuda.device_of(x):
         return _kernels_for(x, groups).backward(dy, x, y, weight, bias, mean, rstd, groups, relu)
@@ -182,7 +181,7 @@ def _again(
     eps: float,
     relu: bool,
 ) -> Tensor:
-    if not kernels.covers(x):
+    if not has_kernel(x):
         return eager.group_norm(x, weight, bias, None, groups, eps, relu)[0]
     with torch.cuda.device_of(x):
         found = _kernels_for(x, groups)

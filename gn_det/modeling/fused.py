@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
-from ..layers import GroupNorm, GroupNormAct, frozen_bn_act, rebuilt_activations
+from ..layers import GroupNorm, GroupNormAct, frozen_bn_act, recompute_activations
 from .conv import NormConv2d
 
 IMPLEMENTATIONS = ("fused", "native", "compiled")
@@ -45,7 +45,7 @@ class FusedStem(BasicStem):
     recompute = "none"
 
     def forward(self, x: Tensor) -> Tensor:
-        with rebuilt_activations(self.recompute != "none"):
+        with recompute_activations(self.recompute != "none"):
             return F.max_pool2d(self.conv1(x), kernel_size=3, stride=2, padding=1)
 
 
@@ -58,7 +58,7 @@ class FusedBasicBlock(BasicBlock):
         return _checkpoint(self.recompute == "block", self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        with rebuilt_activations(self.recompute in ("norm", "conv3")):
+        with recompute_activations(self.recompute in ("norm", "conv3")):
             shortcut = x if self.shortcut is None else self.shortcut(x)
             return self.conv2(self.conv1(x), shortcut)
 
@@ -72,7 +72,7 @@ class FusedBottleneckBlock(BottleneckBlock):
         return _checkpoint(self.recompute == "block", self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        with rebuilt_activations(self.recompute in ("norm", "conv3")):
+        with recompute_activations(self.recompute in ("norm", "conv3")):
             shortcut = x if self.shortcut is None else self.shortcut(x)
             out = self.conv2.convolve(self.conv1(x))
             if self.recompute != "conv3":

@@ -15,7 +15,7 @@ from detectron2.modeling.roi_heads import (
 )
 from torch import Tensor
 
-from ..layers import rebuilt_activations
+from ..layers import recompute_activations
 from .fused import implement, implementation
 from .norm import get_norm, stock_config
 from .resnet import finish_resnet
@@ -59,7 +59,7 @@ class GNFastRCNNConvFCHead(_Implemented, FastRCNNConvFCHead):
         return head
 
     def forward(self, x: Tensor) -> Tensor:
-        with rebuilt_activations(self.recompute != "none"):
+        with recompute_activations(self.recompute != "none"):
             return super().forward(x)
 
 
@@ -76,5 +76,5 @@ class GNMaskRCNNConvUpsampleHead(_Implemented, MaskRCNNConvUpsampleHead):
         return head
 
     def layers(self, x: Tensor) -> Tensor:
-        with rebuilt_activations(self.recompute != "none"):
+        with recompute_activations(self.recompute != "none"):
             return super().layers(x)

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from gn_det.layers import frozen_bn_act, group_norm_act, rebuilt_activations
+from gn_det.layers import frozen_bn_act, group_norm_act, recompute_activations
 
 CASES = {
     "linear": (False, False),
@@ -123,7 +123,7 @@ def test_bytes_for_the_backward_pass(dtype, size):
         return group_norm_act(y, weight.requires_grad_(), bias.requires_grad_(), 4, relu=True)
 
     def rebuilt():
-        with rebuilt_activations():
+        with recompute_activations():
             return forward(fused)
 
     def plain(y):
@@ -154,7 +154,7 @@ def test_a_forward_pass_without_a_backward_pass_leaves_nothing():
     conv, (x, weight, bias, residual) = nn.Conv2d(8, 8, 1), inputs(requires_grad=True)
 
     def forward():
-        with rebuilt_activations():
+        with recompute_activations():
             y = conv(x)
             z = group_norm_act(y, weight, bias, 4, 1e-5, residual, relu=True)
             return y, z, F.relu_(conv(z))
@@ -168,7 +168,7 @@ def test_inside_a_checkpoint():
     x, weight, bias, _ = inputs((2, 8, 16, 16), requires_grad=True)
 
     def forward(y):
-        with rebuilt_activations():
+        with recompute_activations():
             for conv in convs:
                 y = group_norm_act(conv(y), weight, bias, 4, relu=True)
             return y
@@ -195,7 +195,7 @@ def test_what_is_changed_in_place_is_kept():
     x, weight, bias, _ = inputs(requires_grad=True)
     found = []
     for enabled in (False, True):
-        with rebuilt_activations(enabled):
+        with recompute_activations(enabled):
             y = group_norm_act(x, weight, bias, 4)
             y += 1
             loss = conv(y).square().sum()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from gn_det.layers import frozen_bn_act, group_norm_act, kernels, rebuilt_activations
+from gn_det.layers import dispatch, frozen_bn_act, group_norm_act, recompute_activations
 
 pytest.importorskip("triton")
 from gn_det.layers.kernels import split, tile, whole
@@ -28,7 +28,7 @@ SHAPES = {
 
 @pytest.fixture(autouse=True)
 def on_any_device(monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "INTERPRETED", DEVICE == "cpu")
+    monkeypatch.setattr(dispatch, "INTERPRETED", DEVICE == "cpu")
 
 
 @pytest.fixture(params=["split", "whole"])
@@ -138,7 +138,7 @@ def test_gradients_of_what_is_rebuilt(path, monkeypatch):
     x = make((2, 8, 6, 7), torch.float32, "NCHW")
 
     def gradients(enabled: bool) -> list[Tensor]:
-        with rebuilt_activations(enabled):
+        with recompute_activations(enabled):
             y = x
             for conv in convs:
                 y = group_norm_act(conv(y), weight, bias, 2, relu=True)
@@ -204,6 +204,6 @@ def test_layouts_that_differ(path):
 
 def test_what_the_kernels_leave_to_pytorch():
     x = make((2, 8, 4, 6), torch.float32, "NCHW")
-    assert kernels.covers(x) and kernels.covers(x.to(memory_format=torch.channels_last))
+    assert dispatch.has_kernel(x) and dispatch.has_kernel(x.to(memory_format=torch.channels_last))
     for other in (x.double(), x[:, ::2], x[:0], x[0], x.transpose(2, 3)):
-        assert not kernels.covers(other)
+        assert not dispatch.has_kernel(other)

@@ -1,0 +1,6 @@
+"""`python -m gn_det`, the same as the command `gn-det`."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Which implementation runs on a tensor, and the memory format that it gets.
+
+While a model is exported: PyTorch's own operators, which other runtimes know. On GPUs that the
+Triton kernels cover: those. Everywhere else: PyTorch's kernels, in `eager`.
+"""
+
+import importlib.util
+from functools import cache
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Tests set this to run the kernels on the CPU, in a process with TRITON_INTERPRET=1
+INTERPRETED = False
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def is_exporting() -> bool:
+    """Whether the caller is traced or exported, and must use PyTorch's own operators."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether the Triton kernels cover x, (N, C, H, W).
+
+    They run on GPUs of compute capability 8.0 or newer.
+    """
+    if not (x.is_cuda or INTERPRETED) or not HAS_TRITON:
+        return False
+    if x.dtype not in DTYPES or x.dim() != 4 or x.numel() == 0:
+        return False
+    # Limits of a grid's last dimension, and of offsets within an image
+    if x.shape[0] >= 2**16 or x.stride(0) >= 2**31:
+        return False
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        return False
+    return INTERPRETED or _is_new_enough(x.device.index)
+
+
+@cache
+def _is_new_enough(device: int) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def dense(x: Tensor) -> Tensor:
+    """X itself if it is contiguous (NCHW) or channels_last (NHWC), else a contiguous copy."""
+    return x if x.is_contiguous(memory_format=_format(x)) else x.contiguous()
+
+
+def like(tensor: Tensor, x: Tensor) -> Tensor:
+    """`tensor` in the dtype and memory format of a dense x, copied only if they differ."""
+    tensor = tensor if tensor.dtype == x.dtype else tensor.to(x.dtype)
+    return tensor.contiguous(memory_format=_format(x))
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    if x.dim() == 4 and not x.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
