@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,31 @@ def held(folder: Path) -> Iterator[None]:
                     "with --output-dir"
                 ) from None
         yield
+
+
+def open_regular(path: str | os.PathLike[str], limit: int) -> IO[bytes]:
+    """Open a file to read its bytes; links are followed.
+
+    Args:
+        limit: the largest size in bytes.
+
+    Raises:
+        OSError: if it cannot be opened, is larger, or is a folder, FIFO, socket or device, which
+            could be waited for or read without end.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if status.st_size > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", str(path))
+    return open(path, "rb")
+
+
+def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The bytes of a file; see `open_regular`, whose errors it raises."""
+    with open_regular(path, limit) as file:
+        # Some files of the system say that they are empty, and never end
+        return file.read(os.fstat(file.fileno()).st_size)
 
 
 def _sync_folder(folder: Path) -> None:

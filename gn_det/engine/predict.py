@@ -24,7 +24,7 @@ from pycocotools.coco import COCO
 from ..checkpoint.checkpointer import StrictCheckpointer
 from ..data.picture_files import read_picture
 from ..data.pictures import is_picture
-from ..errors import InputError, exit_on_input_error
+from ..errors import InputError, exit_on_input_error, printable
 from ..evaluation.figures import MIN_SCORE, draw
 from ..files import write_whole
 from .run_record import RECORD
@@ -163,7 +163,7 @@ def run(argv: Sequence[str] | None = None) -> None:
             drawn = draw(picture, shown, as_coco(picture, number, categories))
             target = args.output_dir / f"{number:05}_{path.stem}.jpg"
             Image.fromarray(drawn).save(target, quality=90)
-            print(f"{target}: {len(shown)} objects", flush=True)
+            print(f"{printable(str(target), 1000)}: {len(shown)} objects", flush=True)
         with write_whole(args.output_dir / "coco_instances_results.json") as file:
             file.write(json.dumps(results) + "\n")
         print(f"{args.output_dir / 'coco_instances_results.json'}: {len(results)} of any score")
