@@ -21,6 +21,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..check import check_config
 from ..config import add_gn_config
+from ..config_file import add_base_argument, find_config
 from ..data.prepare import Prepared, keys_of
 from ..errors import InputError, exit_on_input_error
 from ..evaluation.report import Run, write_report
@@ -49,7 +50,7 @@ from .fit import (
 from .own_data import add_data_arguments, prepare_data
 from .recipe import describe_recipe
 from .run_record import RECORD
-from .train import find_config, read_config
+from .train import read_config
 from .trainer import check_machine, check_weights_file
 from .trainings import Training, run_trainings
 
@@ -92,7 +93,7 @@ def prepare_comparison(args: argparse.Namespace) -> Comparison:
     refuse_decided(args.opts)
     opts = ["MODEL.DEVICE", "cuda" if torch.cuda.is_available() else "cpu", *args.opts]
     output, config = args.output_dir, find_config(args.base)
-    base = read_base(config, opts)
+    base = read_base(config, opts, args.allow_remote_base)
     data = prepare_data(args, base, output / "data", (output / "runs").exists())
     train = Path(data.train)
     sizes = DataSizes.of(train)
@@ -113,7 +114,9 @@ def prepare_comparison(args: argparse.Namespace) -> Comparison:
         }
         # What the user gives comes last, and counts
         words = (*(str(word) for pair in keys.items() for word in pair), *opts)
-        training = Training(str(cell), Path(keys["OUTPUT_DIR"]), config, words)
+        remote = args.allow_remote_base
+        folder = Path(keys["OUTPUT_DIR"])
+        training = Training(str(cell), folder, config, words, allow_remote_base=remote)
         found.cells[cell] = training
         try:
             check_weights_file(training.cfg)
@@ -177,9 +180,10 @@ def base_config() -> CfgNode:
     return cfg
 
 
-def read_base(base: str, opts: Sequence[str]) -> CfgNode:
+def read_base(base: str, opts: Sequence[str], allow_remote_base: bool = False) -> CfgNode:
     """The config of a file and `KEY VALUE` pairs."""
-    return read_config(argparse.Namespace(config_file=base, opts=list(opts)))
+    args = {"config_file": base, "opts": list(opts), "allow_remote_base": allow_remote_base}
+    return read_config(argparse.Namespace(**args))
 
 
 def keep_best(found: Comparison, results: Mapping[str, Any]) -> Path:
@@ -236,6 +240,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--init", nargs="+", default=[], metavar="CHECKPOINT", help=help_)
     help_ = "iterations of the largest batch, or epochs as 24epochs; by the number of pictures"
     add("--budget", metavar="ITERS|EPOCHS", help=help_)
+    add_base_argument(parser)
     add("--num-gpus", type=int, default=1, metavar="N", help="trainings at once, one on each")
     add("--output-dir", type=Path, default=Path("output/compare"), metavar="FOLDER")
     add("--check", action="store_true", help="look at the data and print the plan, train nothing")

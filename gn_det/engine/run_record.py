@@ -19,6 +19,7 @@ from detectron2.engine import HookBase
 from torch import nn
 
 from ..files import write_whole
+from ..model_zoo import CONFIG_ROOT
 
 RECORD = "run.json"
 
@@ -119,12 +120,34 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that this runs from, `-dirty` if changed, None if installed."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Commit of the checkout that this runs from, `-dirty` if changed, None if installed.
+
+    What is installed below somebody's repository is no part of that, so git is asked of a checkout
+    that has `gn_det/` at its top alone, and runs none of the programs that its settings name.
+    """
+    package = Path(__file__).resolve().parents[1]
+    root, installed = package.parent, CONFIG_ROOT.resolve().parent == package
+    if installed or not (root / ".git").exists():
+        return None
     try:
-        done = subprocess.run(
-            command, cwd=os.path.dirname(__file__), capture_output=True, text=True, check=True
-        )
+        if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        return _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(root: Path, *words: str) -> str:
+    """What git says of the repository at `root`, whatever the environment tells it."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    environment |= {"GIT_CEILING_DIRECTORIES": str(root.parent), "GIT_OPTIONAL_LOCKS": "0"}
+    settings = ("-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")
+    done = subprocess.run(
+        ["git", "-C", str(root), *settings, *words],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return done.stdout.strip()

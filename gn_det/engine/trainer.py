@@ -29,6 +29,7 @@ from ..errors import InputError
 from ..solver import build_optimizer
 from .accumulate import accumulate_gradients
 from .history import Evaluation, cut_metrics
+from .proposals import check_proposals
 from .run_record import MemoryRecorder, RunRecorder
 from .step import BadBatchError, TrainingStep
 from .stop import StopOnSignal
@@ -90,13 +91,15 @@ class Trainer(DefaultTrainer):
         """Check what can be checked before anything is written or built.
 
         Raises:
-            InputError: for a device, data set, weights file or output folder that cannot be used.
+            InputError: for a device, data set, proposal file, weights file or output folder that
+                cannot be used.
         """
         for name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
             # Other architectures count their classes under keys of their own
             is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
             classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES if is_rcnn else None
             check_dataset(name, classes, annotated=not eval_only)
+        check_proposals(cfg, eval_only)
         check_machine(cfg)
 
     @classmethod

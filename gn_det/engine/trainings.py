@@ -34,6 +34,7 @@ class Training:
         opts: `KEY VALUE` pairs.
         module: of `gn_det.engine`, that is run.
         product: a file in `folder` that is there once it is finished.
+        allow_remote_base: whether the config's bases may lie on the network.
     """
 
     name: str
@@ -42,11 +43,13 @@ class Training:
     opts: tuple[str, ...]
     module: str = "train"
     product: str = RECORD
+    allow_remote_base: bool = False
 
     @cached_property
     def cfg(self) -> CfgNode:
-        arguments = argparse.Namespace(config_file=self.config_file, opts=list(self.opts))
-        return read_config(arguments)
+        arguments = {"config_file": self.config_file, "opts": list(self.opts)}
+        remote = self.allow_remote_base
+        return read_config(argparse.Namespace(**arguments, allow_remote_base=remote))
 
     @property
     def size(self) -> int:
@@ -134,7 +137,8 @@ def run_trainings(
         mine = places.get()
         try:
             progress.begin(training)
-            words = ["--config-file", training.config_file, "--resume", *training.opts]
+            flags = ["--resume", *["--allow-remote-base"] * training.allow_remote_base]
+            words = ["--config-file", training.config_file, *flags, *training.opts]
             show = partial(progress.advance, training)
             variables = {**(environment or {}), **mine}
             launcher.launch(training.module, words, training.folder, show, variables)
