@@ -1,5 +1,6 @@
 """How a mistake in what the user gave ends: one sentence, exit code not 0, no traceback."""
 
+import reprlib
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,22 @@ NO_DETECTRON2 = (
 
 class InputError(ValueError):
     """What the user gave cannot work; the message names the key or file, and the mend."""
+
+
+def printable(value: object, limit: int = 200) -> str:
+    """A value that came with someone's data, safe to print: one short line, nothing hidden in it.
+
+    Control characters, which could forge lines or steer a terminal, are escaped.
+
+    Args:
+        value: texts and numbers are printed as they are, all else in a few characters.
+        limit: of characters.
+    """
+    if not isinstance(value, str):
+        # Lists may be nested deeper, and be larger, than `str` can take
+        value = str(value) if isinstance(value, int | float) else reprlib.repr(value)
+    shown = value if len(value) <= limit else f"{value[: limit - 3]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """Files that are on the disk whole, or not at all, and folders that one command works in."""
 
 import errno
-import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import FileLock, Timeout
 
 from .errors import InputError
 
@@ -38,24 +40,52 @@ def write_whole(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[An
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep a folder, which is made if need be, for this process, until the block or process ends.
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a folder, which is created if needed, until the block or the process ends.
 
     Raises:
-        InputError: if another one has it.
+        InputError: if another process has locked it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            # Disks that know no locks are used without
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise InputError(
-                    f"another command works in {folder}: wait for its end, or name another folder "
-                    "with --output-dir"
-                ) from None
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"another command works in {folder}: wait until it ends, or name another folder with "
+            "--output-dir"
+        ) from None
+    except NotImplementedError:
+        pass  # some network disks have no locks
+    try:
         yield
+    finally:
+        lock.release()
+
+
+def open_regular(path: str | os.PathLike[str], limit: int) -> IO[bytes]:
+    """Open a file to read its bytes; links are followed.
+
+    Args:
+        limit: the largest size in bytes.
+
+    Raises:
+        OSError: if it cannot be opened, is larger, or is a folder, FIFO, socket or device, which
+            could be waited for or read without end.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if status.st_size > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", str(path))
+    return open(path, "rb")
+
+
+def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The bytes of a file; see `open_regular`, whose errors it raises."""
+    with open_regular(path, limit) as file:
+        # Some files of the system say that they are empty, and never end
+        return file.read(os.fstat(file.fileno()).st_size)
 
 
 def _sync_folder(folder: Path) -> None:

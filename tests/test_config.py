@@ -3,7 +3,6 @@
 from argparse import Namespace
 from collections.abc import Iterator
 
-import detectron2
 import pytest
 import torch
 from conftest import ROOT, TINY
@@ -190,21 +189,3 @@ def test_leaves_are_short(name):
 def test_wrong_keys_and_values(opts):
     with pytest.raises(InputError, match=r"Shapes/.*" + opts[0].split(".")[-1]):
         read_config(Namespace(config_file="Shapes/mask_rcnn_R_18_FPN_gn.yaml", opts=opts))
-
-
-CODE = "MODEL:\n  ANCHOR_GENERATOR:\n    SIZES: !!python/object/apply:eval ['[[2**5]]']\n"
-
-
-def test_code_in_a_config_is_not_run(tmp_path):
-    (tmp_path / "base.yaml").write_text(CODE)
-    (tmp_path / "mine.yaml").write_text('_BASE_: "base.yaml"\n')
-    for name in ("base.yaml", "mine.yaml"):
-        with pytest.raises(InputError, match=r"base\.yaml would run code, at line 3"):
-            read_config(Namespace(config_file=str(tmp_path / name), opts=[]))
-
-
-def test_detectron2_s_own_may_compute_their_anchors(tmp_path, monkeypatch):
-    (tmp_path / "base.yaml").write_text(CODE)
-    monkeypatch.setattr(detectron2, "__file__", str(tmp_path / "__init__.py"))
-    cfg = read_config(Namespace(config_file=str(tmp_path / "base.yaml"), opts=[]))
-    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[32]]

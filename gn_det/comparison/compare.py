@@ -23,12 +23,13 @@ from ..check import check_config
 from ..check.anchors import objects_out_of_reach
 from ..check.machine import check_machine, check_weights_file
 from ..config import add_gn_config
+from ..config_file import add_base_argument, find_config
 from ..data.object_sizes import DataSizes
 from ..data.prepare import Prepared, keys_of
 from ..engine.dataset_args import add_data_arguments, prepare_data
 from ..engine.describe import describe_recipe
 from ..engine.run_record import RECORD
-from ..engine.train import find_config, read_config
+from ..engine.train import read_config
 from ..errors import InputError, exit_on_input_error
 from ..evaluation.report import Run, write_report
 from .autoconfig import Proposal, chosen, pictures_seen, propose_schedule, propose_sizes
@@ -75,7 +76,7 @@ def prepare_comparison(args: argparse.Namespace) -> Comparison:
     refuse_decided(args.opts)
     opts = ["MODEL.DEVICE", "cuda" if torch.cuda.is_available() else "cpu", *args.opts]
     output, config = args.output_dir, find_config(args.base)
-    base = read_base(config, opts)
+    base = read_base(config, opts, args.allow_remote_base)
     data = prepare_data(args, base, output / "data", (output / "runs").exists())
     train = Path(data.train)
     sizes = DataSizes.of(train)
@@ -96,7 +97,9 @@ def prepare_comparison(args: argparse.Namespace) -> Comparison:
         }
         # What the user gives comes last, and counts
         words = (*(str(word) for pair in keys.items() for word in pair), *opts)
-        training = Training(str(cell), Path(keys["OUTPUT_DIR"]), config, words)
+        remote = args.allow_remote_base
+        folder = Path(keys["OUTPUT_DIR"])
+        training = Training(str(cell), folder, config, words, allow_remote_base=remote)
         found.cells[cell] = training
         try:
             check_weights_file(training.cfg)
@@ -160,9 +163,10 @@ def base_config() -> CfgNode:
     return cfg
 
 
-def read_base(base: str, opts: Sequence[str]) -> CfgNode:
+def read_base(base: str, opts: Sequence[str], allow_remote_base: bool = False) -> CfgNode:
     """The config of a file and `KEY VALUE` pairs."""
-    return read_config(argparse.Namespace(config_file=base, opts=list(opts)))
+    args = {"config_file": base, "opts": list(opts), "allow_remote_base": allow_remote_base}
+    return read_config(argparse.Namespace(**args))
 
 
 def keep_best(found: Comparison, results: Mapping[str, Any]) -> Path:
@@ -219,6 +223,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--init", nargs="+", default=[], metavar="CHECKPOINT", help=help_)
     help_ = "iterations of the largest batch, or epochs as 24epochs; by the number of pictures"
     add("--budget", metavar="ITERS|EPOCHS", help=help_)
+    add_base_argument(parser)
     add("--num-gpus", type=int, default=1, metavar="N", help="trainings at once, one on each")
     add("--output-dir", type=Path, default=Path("output/compare"), metavar="FOLDER")
     add("--check", action="store_true", help="look at the data and print the plan, train nothing")

@@ -19,7 +19,7 @@ from ..config import is_pretraining
 from ..engine.run_record import RECORD
 from ..engine.train import read_config
 from ..errors import InputError, exit_on_sigterm
-from ..files import held
+from ..files import locked
 from .launcher import Launcher, refuse_other_config
 
 TRAIN = ("-m", "gn_det.engine.train")
@@ -37,6 +37,7 @@ class Training:
         opts: `KEY VALUE` pairs.
         program: arguments of Python that run it: a module, or a script.
         product: a file in `folder` that is there once it is finished.
+        allow_remote_base: whether the config's bases may lie on the network.
     """
 
     name: str
@@ -45,11 +46,13 @@ class Training:
     opts: tuple[str, ...]
     program: tuple[str, ...] = TRAIN
     product: str = RECORD
+    allow_remote_base: bool = False
 
     @cached_property
     def cfg(self) -> CfgNode:
-        arguments = argparse.Namespace(config_file=self.config_file, opts=list(self.opts))
-        return read_config(arguments)
+        arguments = {"config_file": self.config_file, "opts": list(self.opts)}
+        remote = self.allow_remote_base
+        return read_config(argparse.Namespace(**arguments, allow_remote_base=remote))
 
     @property
     def size(self) -> int:
@@ -137,14 +140,15 @@ def run_trainings(
         mine = places.get()
         try:
             progress.begin(training)
-            words = ["--config-file", training.config_file, "--resume", *training.opts]
+            flags = ["--resume", *["--allow-remote-base"] * training.allow_remote_base]
+            words = ["--config-file", training.config_file, *flags, *training.opts]
             show = partial(progress.advance, training)
             variables = {**(environment or {}), **mine}
             launcher.launch([*training.program, *words], training.folder, show, variables)
         finally:
             places.put(mine)
 
-    with held(output), ThreadPoolExecutor(at_once) as pool, exit_on_sigterm():
+    with locked(output), ThreadPoolExecutor(at_once) as pool, exit_on_sigterm():
         jobs = {pool.submit(train, training): training.name for training in trainings}
         try:
             return collect_failures(jobs, progress)

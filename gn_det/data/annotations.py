@@ -1,6 +1,6 @@
 """A COCO instances file, looked at entry by entry, and brought to what training relies on."""
 
-import json
+import reprlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,13 +8,16 @@ from typing import Any
 
 from ..errors import InputError
 from .findings import Findings
-from .masks import area_of, bounds_of, clean_mask, is_number
+from .json_files import read_json
+from .masks import Mask, area_of, bounds_of, clean_mask, is_number, length_of
 
 # COCO's evaluation counts no more detections in a picture
 CAP = 100
 LEFT_OUT = "they are left out"
 # Of all objects, that may look as if boxes were meant in another way before a training is stopped
 TOLERATED = 0.05
+# Of a mask's length in sides of its box: pycocotools takes 1 GB to draw it 28 pixels wide
+MAX_ENLARGED = 200_000
 
 
 def read_instances(path: Path) -> dict[str, Any]:
@@ -23,12 +26,7 @@ def read_instances(path: Path) -> dict[str, Any]:
     Raises:
         InputError: if it cannot be read, or is no such file.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
+    content = read_json(path)
     for key in ("images", "annotations", "categories"):
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
@@ -47,7 +45,7 @@ def inspect_ids(content: Mapping[str, list[dict]], found: Findings) -> None:
     """
     for key in ("images", "categories"):
         for number, count in Counter(_hashable(entry.get("id")) for entry in content[key]).items():
-            if count > 1 or type(number) is not int:
+            if count > 1 or not _is_id(number):
                 then = "give each its own whole number"
                 found.add(f"ids of {key} that are missing, no number or twice", number, then, True)
     for key, field in (("images", "file_name"), ("categories", "name")):
@@ -61,7 +59,7 @@ def inspect_ids(content: Mapping[str, list[dict]], found: Findings) -> None:
     for annotation in content["annotations"]:
         number = annotation.get("id")
         if _hashable(annotation.get("image_id")) not in pictures:
-            then = "mend image_id, or take them out"
+            then = "fix image_id, or take them out"
             found.add("annotations of pictures that are not listed", number, then, True)
         if _hashable(annotation.get("category_id")) not in categories:
             then = "list their category, or take them out"
@@ -76,14 +74,20 @@ def inspect_annotation_ids(annotations: Sequence[dict], found: Findings) -> None
         found: what is noticed goes in here.
     """
     for number, count in Counter(_hashable(a.get("id")) for a in annotations).items():
-        if count > 1 or type(number) is not int or number < 1:
+        if count > 1 or not _is_id(number) or number < 1:  # type: ignore[operator]
             what = "ids of annotations that are missing, below 1, no number or twice"
             then = "number them from 1, or give the file with --train or --val, which does"
             found.add(what, number, then, True)
 
 
 def _hashable(value: object) -> object:
-    return value if type(value) in (int, str) else repr(value)
+    """What an id is counted by; a list may be nested deeper than `repr` can follow."""
+    return value if type(value) in (int, str) else reprlib.repr(value)
+
+
+def _is_id(value: object) -> bool:
+    """Whether a value is a whole number of 64 bits; pycocotools sorts ids as such."""
+    return type(value) is int and -(2**63) <= value < 2**63
 
 
 def _is_name(value: object) -> bool:
@@ -126,7 +130,7 @@ def clean_objects(
             tiny.append(shown)
         if mask := annotation.get("segmentation"):
             mask = clean_mask(shown, mask, (height, width), found)
-            if mask is None:
+            if mask is None or not (crowd or _can_be_cropped(shown, mask, box, found)):
                 continue
             if not crowd and _overlap(annotation["bbox"], bounds_of(mask)) < 0.5:
                 apart.append(shown)
@@ -158,14 +162,32 @@ def clean_box(
         found.add("empty boxes", shown, LEFT_OUT)
         return None
     if x >= width or y >= height or x + w <= 0 or y + h <= 0:
-        then = "mend them: boxes are x, y, width and height in pixels of the picture"
+        then = "fix them: boxes are x, y, width and height in pixels of the picture"
         found.add("boxes outside their picture", shown, then, stops=True)
         return None
     left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
     # Many tools count the last pixel in or out
     if max(left - x, top - y, x + w - right, y + h - bottom) > 1:
         found.add("boxes that leave their picture", shown, "they are cut at its border")
+    if right <= left or bottom <= top:
+        # Less wide than the numbers there are at its place
+        found.add("empty boxes", shown, LEFT_OUT)
+        return None
     return left, top, right - left, bottom - top
+
+
+def _can_be_cropped(
+    shown: object, mask: Mask, box: tuple[float, float, float, float], found: Findings
+) -> bool:
+    """Whether Detectron2 can draw a mask's polygons at the scale that its box has in training.
+
+    There boxes of any size become 28 pixels wide and high, those below 0.1 counting as 0.1.
+    """
+    if length_of(mask) <= MAX_ENLARGED * max(min(box[2:]), 0.1):
+        return True
+    then = "fix their boxes, which are far too small, or the masks"
+    found.add("masks that are long beside their boxes", shown, then, stops=True)
+    return False
 
 
 def _overlap(one: Sequence[float], two: Sequence[float]) -> float:
@@ -173,7 +195,8 @@ def _overlap(one: Sequence[float], two: Sequence[float]) -> float:
     width = min(one[0] + one[2], two[0] + two[2]) - max(one[0], two[0])
     height = min(one[1] + one[3], two[1] + two[3]) - max(one[1], two[1])
     common = max(width, 0) * max(height, 0)
-    return common / (one[2] * one[3] + two[2] * two[3] - common)
+    union = one[2] * one[3] + two[2] * two[3] - common
+    return common / union if union > 0 else 0
 
 
 def inspect_counts(content: Mapping[str, list[dict]], found: Findings) -> None:

@@ -1,10 +1,12 @@
 """A COCO-format data set of one's own, looked at, and mended where that can be done."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .annotations import (
+    clean_box,
     clean_objects,
     inspect_annotation_ids,
     inspect_counts,
@@ -12,6 +14,8 @@ from .annotations import (
     read_instances,
 )
 from .findings import Finding, Findings
+from .image_reader import size_error
+from .masks import clean_mask, is_read_as_given
 from .picture_files import inspect_pictures, missing_pictures
 from .split import split
 
@@ -56,7 +60,7 @@ def clean(source: Source) -> Cleaned:
 
 
 def survey(source: Source) -> list[Finding]:
-    """What there is to notice in a data set that is used as it is, its pictures unread.
+    """What there is to notice in a data set that is used as it is; of images the start is read.
 
     Raises:
         InputError: if the annotation file cannot be read, or is no such file.
@@ -69,14 +73,43 @@ def survey(source: Source) -> list[Finding]:
     missing_pictures(content["images"], source.images, found)
     sizes = {}
     for image in content["images"]:
-        if all(type(image.get(side)) is int for side in ("width", "height")):
-            sizes[image["id"]] = image["width"], image["height"]
-        else:
+        width, height = sides = image.get("width"), image.get("height")
+        if not all(type(side) is int for side in sides):
             then = "give them, in pixels"
             found.add("pictures without width and height", image["file_name"], then, stops=True)
+        elif why := size_error(width, height):
+            told, then = f"{image['file_name']}: {why}", "fix width and height, or the image"
+            found.add("images of a size that cannot be used", told, then, stops=True)
+        else:
+            sizes[image["id"]] = sides
     objects = list(clean_objects(content["annotations"], sizes, found))
+    _inspect_as_given(content["annotations"], sizes, found)
     inspect_counts({**content, "annotations": objects}, found)
     return list(found)
+
+
+def _inspect_as_given(
+    annotations: Sequence[dict], sizes: Mapping[int, tuple[int, int]], found: Findings
+) -> None:
+    """Masks that `clean_objects` changes or leaves out, but that are read if the file is used.
+
+    Args:
+        annotations: of a COCO instances file whose ids are in order.
+        sizes: (width, height) in pixels by image id; objects of other images are left out.
+        found: what is noticed goes in here.
+    """
+    for number, annotation in enumerate(annotations, start=1):
+        mask = annotation.get("segmentation")
+        if not mask or annotation["image_id"] not in sizes:
+            continue
+        width, height = sizes[annotation["image_id"]]
+        shown = annotation.get("id", f"the {number}th")
+        if not is_read_as_given(mask):
+            then = "give the file with --train or --val, which writes them again"
+            found.add("masks that Detectron2 cannot read as they are", shown, then, stops=True)
+        if clean_box(annotation, shown, width, height, Findings()) is None:
+            # Evaluation reads the masks of objects without a box, too
+            clean_mask(shown, mask, (height, width), found)
 
 
 def divide(data: Cleaned, val_fraction: float, group_by: str | None) -> tuple[Cleaned, Cleaned]:

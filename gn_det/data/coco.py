@@ -1,10 +1,13 @@
 """What a COCO-format annotation file must hold before a run may start."""
 
-import json
+from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..errors import InputError
+from .json_files import read_json
+
+ENCODING = "utf-8"  # Detectron2 reads no byte order mark
 
 
 def count_categories(name: str) -> int | None:
@@ -15,9 +18,8 @@ def count_categories(name: str) -> int | None:
     if "thing_classes" in metadata.as_dict():
         return len(metadata.thing_classes)
     try:
-        with open(metadata.get("json_file", ""), encoding="utf-8") as file:
-            return len(json.load(file)["categories"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return len(read_json(Path(metadata.get("json_file", "")), ENCODING)["categories"])
+    except (InputError, KeyError, TypeError):
         return None
 
 
@@ -42,17 +44,13 @@ def check_dataset(name: str, num_classes: int | None = None, annotated: bool = T
     if path is None:
         return
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except OSError as error:
-        raise InputError(
-            f"data set {name}: cannot read {path} ({error.strerror}); "
-            "is DETECTRON2_DATASETS the folder that holds your data sets?"
-        ) from None
-    except ValueError as error:
-        raise InputError(f"data set {name}: {path} is not JSON ({error})") from None
+        content = read_json(Path(path), ENCODING)
+    except InputError as error:
+        hint = "is DETECTRON2_DATASETS the folder that holds your data sets?"
+        raise InputError(f"data set {name}: {error}; {hint}") from None
     for key in ("images", "categories", *(("annotations",) if annotated else ())):
-        if not isinstance(content, dict) or not content.get(key):
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not entries:
             raise InputError(
                 f"data set {name}: {path} holds no {key}: it must be a COCO instances file"
             )

@@ -1,10 +1,12 @@
 """Objects of a COCO-format data set as square pictures, in one folder a class."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from .json_files import read_json
+from .picture_files import read_picture
 
 
 def write_crops(annotations: Path, images: Path, folder: Path, side: int = 56) -> None:
@@ -17,8 +19,11 @@ def write_crops(annotations: Path, images: Path, folder: Path, side: int = 56) -
         annotations: file of instances, in COCO's format.
         images: folder of its pictures.
         side: of the crops, in pixels; the default is what a 48 px classifier is tested on.
+
+    Raises:
+        InputError: if the annotation file or an image cannot be read.
     """
-    content = json.loads(annotations.read_text())
+    content = read_json(annotations)
     names = {category["id"]: category["name"] for category in content["categories"]}
     for name in names.values():
         (folder / name).mkdir(parents=True)
@@ -27,8 +32,7 @@ def write_crops(annotations: Path, images: Path, folder: Path, side: int = 56) -
         if not annotation.get("iscrowd"):
             objects[annotation["image_id"]].append(annotation)
     for image in content["images"]:
-        with Image.open(images / image["file_name"]) as file:
-            picture = file.convert("RGB")
+        picture = Image.fromarray(read_picture(images / image["file_name"]))
         for found in objects[image["id"]]:
             x, y, width, height = found["bbox"]
             half = np.random.default_rng(found["id"]).uniform(0.6, 1.0) * max(width, height)

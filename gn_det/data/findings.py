@@ -1,10 +1,10 @@
 """What is noticed in a data set, and what is done about it."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..errors import InputError
+from ..errors import InputError, printable
 
 NUM_EXAMPLES = 3
 
@@ -28,6 +28,7 @@ class Findings:
     """Findings in the making: every `add` counts one case of what it names."""
 
     def __init__(self) -> None:
+        self._counts: Counter[tuple[str, str, bool]] = Counter()
         self._examples: dict[tuple[str, str, bool], list[str]] = defaultdict(list)
 
     def add(self, what: str, example: object, then: str, stops: bool = False) -> None:
@@ -35,16 +36,20 @@ class Findings:
 
         Args:
             what: a plural, as "pictures without objects".
-            example: what the case is known by: a file name, an id.
-            then: what is done about it, or, where it stops, the mend.
+            example: what the case is known by: a file name, an id; it is made `printable`.
+            then: what is done about it, or, where it stops, the fix.
         """
-        self._examples[what, then, stops].append(str(example))
+        self._counts[what, then, stops] += 1
+        examples = self._examples[what, then, stops]
+        if len(examples) < NUM_EXAMPLES:
+            examples.append(printable(example))
 
     def __iter__(self) -> Iterator[Finding]:
         """What stops first, then by number of cases."""
-        cases = self._examples.items()
-        for (what, then, stops), found in sorted(cases, key=lambda c: (not c[0][2], -len(c[1]))):
-            yield Finding(what, len(found), tuple(found[:NUM_EXAMPLES]), then, stops)
+        cases = self._counts.items()
+        for case, count in sorted(cases, key=lambda c: (not c[0][2], -c[1])):
+            what, then, stops = case
+            yield Finding(what, count, tuple(self._examples[case]), then, stops)
 
 
 def refuse(findings: dict[str, list[Finding]]) -> None:

@@ -15,7 +15,8 @@ from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .picture_files import READ_ERRORS
+from ..errors import printable
+from .image_reader import READ_ERRORS
 
 # (index of a record, how many samples came before it)
 Place = tuple[int, int]
@@ -130,7 +131,8 @@ class _MappedRecords(Dataset):
                 return self._mapper(record)
         except READ_ERRORS as error:
             name = record["file_name"] if isinstance(record, dict) else record[0]
-            return UnreadableSample(name, str(error) or type(error).__name__)
+            why = printable(str(error) or type(error).__name__)
+            return UnreadableSample(printable(name, 1000), why)
 
 
 class _PlacedBatches(Sampler):

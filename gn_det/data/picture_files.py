@@ -4,22 +4,25 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
-from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..files import write_whole
 from .findings import Findings
+from .image_reader import TURNS, decode_image, read_image_bytes, starts_as_image
 
-ORIENTATION = 0x0112  # EXIF's tag
 # Of a picture's values, that black and white are set to when more than 8 bits become 8
 PERCENTILES = (0.1, 99.9)
-# What Pillow raises on files that it cannot read
-READ_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# Of the files that are only opened; one by one their threads would wait for each other
+PART = 500
+MISSING, UNREADABLE = "pictures missing", "pictures that cannot be read"
+REPLACE = "replace them, or take them out of the annotation file"
+MAX_VALUE = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -48,51 +51,39 @@ class PictureFile:
 def examine(path: Path) -> PictureFile:
     """Read a file whole, and decode it."""
     try:
-        content = path.read_bytes()
+        content = read_image_bytes(path)
     except (OSError, ValueError) as error:
         return PictureFile(error=str(error))
     digest = sha256(content).hexdigest()
     try:
-        with Image.open(BytesIO(content)) as file:
-            orientation = file.getexif().get(ORIENTATION, 1)
-            turned = ImageOps.exif_transpose(file).size
-            crosswise = orientation in (5, 6, 7, 8)
-            return PictureFile(
-                turned[::-1] if crosswise else turned,
-                turned,
-                digest,
-                orientation,
-                _depth(file, content),
-                file.format or "",
-            )
-    except READ_ERRORS as error:
-        return PictureFile(digest=digest, error=_why(error))
-
-
-def _why(error: Exception) -> str:
-    """Why a file cannot be read; Pillow's own words name the place in memory that it was in."""
-    return "no picture" if isinstance(error, UnidentifiedImageError) else str(error)
-
-
-def _depth(file: Image.Image, content: bytes) -> str:
-    """Whether a picture has more than 8 bits, as `PictureFile.deep`."""
-    if file.mode.startswith(("I", "F")):
-        return "grey"
-    bits = 8
-    if file.format == "PNG":
-        # Of the header; Pillow drops the lower half of colours of 16
-        bits = content[24]
-    elif file.format == "TIFF":
-        tags = file.tag_v2.get(258, (8,))  # type: ignore[attr-defined]
-        bits = max(tags) if isinstance(tags, tuple) else tags
-    return "colour" if bits > 8 else ""
+        image = decode_image(content)
+    except InputError as error:
+        return PictureFile(digest=digest, error=str(error))
+    turned = image.upright.size
+    crosswise = image.orientation in (5, 6, 7, 8)
+    stored = turned[::-1] if crosswise else turned
+    return PictureFile(stored, turned, digest, image.orientation, image.deep, image.format)
 
 
 def missing_pictures(entries: Sequence[dict[str, Any]], folder: Path, found: Findings) -> None:
-    """Find files that are missing, without reading the others; see `inspect_pictures`."""
-    for entry in entries:
-        if not (folder / entry["file_name"]).is_file():
-            found.add("pictures missing", entry["file_name"], _put_into(folder), stops=True)
+    """Find files that are missing, or no images by their first bytes; see `inspect_pictures`."""
+    parts = [entries[i : i + PART] for i in range(0, len(entries), PART)]
+    with ThreadPoolExecutor() as pool:
+        problems = pool.map(lambda part: [_problem_at_start(folder, e) for e in part], parts)
+        for entry, problem in zip(entries, chain.from_iterable(problems), strict=True):
+            if problem:
+                then = _put_into(folder) if problem == MISSING else REPLACE
+                found.add(problem, entry["file_name"], then, stops=True)
+
+
+def _problem_at_start(folder: Path, entry: dict[str, Any]) -> str:
+    """What `missing_pictures` finds about an entry's file, or ""."""
+    try:
+        # Detectron2 would open any format, EPS with the help of another program
+        known = starts_as_image(folder / entry["file_name"])
+    except (OSError, ValueError):
+        return MISSING
+    return "" if known else UNREADABLE
 
 
 def _put_into(folder: Path) -> str:
@@ -118,10 +109,9 @@ def inspect_pictures(
         for entry, file in zip(entries, pool.map(examine, paths), strict=True):
             name = entry["file_name"]
             if file.error and not file.digest:
-                found.add("pictures missing", name, _put_into(folder), stops=True)
+                found.add(MISSING, name, _put_into(folder), stops=True)
             elif file.error:
-                then = "replace them, or take them out of the annotation file"
-                found.add("pictures that cannot be read", f"{name}: {file.error}", then, stops=True)
+                found.add(UNREADABLE, f"{name}: {file.error}", REPLACE, stops=True)
             else:
                 size, copy = _read_as(entry, file, found)
                 yield {**entry, "width": size[0], "height": size[1]}, file.digest, copy
@@ -151,25 +141,30 @@ def _read_as(
             # Detectron2 would turn what Pillow has turned
             copy = "turned"
     if listed not in (file.turned, (None, None)):
-        told = f"{name}: {file.turned[0]}x{file.turned[1]}, listed as {listed[0]!r}x{listed[1]!r}"
-        then = "mend width and height, or the boxes would be somewhere else"
+        shown = "x".join(printable(side) for side in listed)
+        told = f"{name}: {file.turned[0]}x{file.turned[1]}, listed as {shown}"
+        then = "fix width and height, or the boxes would be somewhere else"
         found.add("pictures of another size than listed", told, then, stops=True)
     return file.turned, copy
 
 
 def copy_picture(source: Path, target: Path, how: str) -> None:
-    """Write a lossless copy of 8 bits without EXIF's tags, "turned" by them or "as stored"."""
-    with Image.open(BytesIO(source.read_bytes())) as file:
-        undo = {5: 5, 6: 8, 7: 7, 8: 6}.get(file.getexif().get(ORIENTATION, 1), 1)
-        picture = to_eight_bits(ImageOps.exif_transpose(file))
-    if how == "as stored":
-        # From what all formats agree on, back
-        picture.getexif()[ORIENTATION] = undo
-        picture = ImageOps.exif_transpose(picture)
+    """Write a lossless copy of 8 bits without EXIF's tags, "turned" by them or "as stored".
+
+    Raises:
+        OSError: if one cannot be read, or the other not be written.
+        InputError: if the source cannot be decoded.
+    """
+    decoded = decode_image(read_image_bytes(source))
+    image = to_eight_bits(decoded.upright)
+    # Quarters are undone by the opposite ones, mirroring and halves by themselves
+    undo = {6: 8, 8: 6}.get(decoded.orientation, decoded.orientation)
+    if how == "as stored" and undo in TURNS:
+        image = image.transpose(TURNS[undo])
     target.parent.mkdir(parents=True, exist_ok=True)
     with write_whole(target, "wb") as file:
-        # A new picture has none of the old one's tags
-        Image.fromarray(np.asarray(picture)).save(file, format="PNG")
+        # A new image has none of the old one's tags
+        Image.fromarray(np.asarray(image)).save(file, format="PNG")
 
 
 def to_eight_bits(picture: Image.Image) -> Image.Image:
@@ -180,7 +175,8 @@ def to_eight_bits(picture: Image.Image) -> Image.Image:
     """
     if not picture.mode.startswith(("I", "F")):
         return picture.convert("RGB")
-    values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
+    values = np.nan_to_num(np.asarray(picture), posinf=MAX_VALUE, neginf=-MAX_VALUE)
+    values = values.astype(np.float64)
     low, high = np.percentile(values, PERCENTILES)
     stretched = (values - low) / max(high - low, 1e-12)
     return Image.fromarray((255 * stretched.clip(0, 1)).round().astype(np.uint8))
@@ -196,7 +192,9 @@ def read_picture(path: Path) -> np.ndarray:
         InputError: if it cannot be read.
     """
     try:
-        with Image.open(BytesIO(path.read_bytes())) as file:
-            return np.asarray(to_eight_bits(ImageOps.exif_transpose(file)).convert("RGB"))
-    except READ_ERRORS as error:
-        raise InputError(f"{path} cannot be read as a picture: {_why(error)}") from None
+        return np.asarray(
+            to_eight_bits(decode_image(read_image_bytes(path)).upright).convert("RGB")
+        )
+    except (OSError, ValueError) as error:
+        shown = printable(str(path), 1000)
+        raise InputError(f"{shown} cannot be read as a picture: {error}") from None

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import InputError
 from .picture_files import read_picture
 
-# Of photographs and scans; Pillow knows many more, and starts other programs for some
+# Of the formats that are read; GIF, of graphics rather than photographs, is left out
 SUFFIXES = frozenset(
     (".bmp", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 )

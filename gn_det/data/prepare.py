@@ -18,10 +18,11 @@ from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from ..errors import InputError
-from ..files import write_whole
+from ..files import open_regular, write_whole
 from .annotations import read_instances
 from .clean import Cleaned, Source, look
 from .findings import refuse
+from .json_files import MAX_BYTES
 from .masks import box_mask
 from .picture_files import copy_picture
 
@@ -93,11 +94,21 @@ def fingerprint(sources: Iterable[Source], folder: Path, options: dict[str, Any]
 
     Args:
         folder: that copies of pictures lie in, by their whole paths.
+
+    Raises:
+        InputError: for files that cannot be read.
     """
     digest = sha256(json.dumps([str(folder.resolve()), options], sort_keys=True).encode())
     for source in sources:
         content = read_instances(source.annotations)
-        digest.update(f"{source.images.resolve()}\n{json.dumps(content)}\n".encode())
+        try:
+            text = json.dumps(content)
+        except RecursionError:
+            why = "lists within lists are nested too deeply"
+            raise InputError(f"{source.annotations} is no COCO instances file: {why}") from None
+        # A folder may have a name that UTF-8 has no bytes for
+        images = os.path.realpath(source.images).encode(errors="surrogateescape")
+        digest.update(images + f"\n{text}\n".encode())
         for entry in content["images"]:
             try:
                 size = os.path.getsize(source.images / str(entry.get("file_name")))
@@ -144,9 +155,9 @@ def write(data: Cleaned, path: Path, masks: bool) -> None:
 def is_prepared(path: str | Path) -> bool:
     """Whether a file was written by `write`."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read(len(MARK)) == MARK
-    except (OSError, UnicodeDecodeError):
+        with open_regular(path, MAX_BYTES) as file:
+            return file.read(len(MARK)) == MARK.encode()
+    except OSError:
         return False
 
 

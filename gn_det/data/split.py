@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, printable
 
 
 def split(
@@ -36,7 +36,9 @@ def split(
     if group_by is not None:
         # A file that two groups share joins them
         keys = _join([group_key(entry, group_by) for entry in entries], digests)
-    chosen = [int(sha256(key.encode()).hexdigest(), 16) / 16**64 < val_fraction for key in keys]
+    # A group may have a name that UTF-8 has no bytes for
+    hashes = [sha256(key.encode(errors="surrogatepass")).hexdigest() for key in keys]
+    chosen = [int(digest, 16) / 16**64 < val_fraction for digest in hashes]
     if all(chosen) or not any(chosen):
         side = "training" if all(chosen) else "validation"
         raise InputError(
@@ -56,7 +58,7 @@ def group_key(entry: Mapping[str, Any], group_by: str) -> str:
         raise InputError(f"--group-by {group_by} is no regular expression: {error}") from None
     if not found:
         raise InputError(
-            f"--group-by {group_by} is neither a field of {entry['file_name']}'s entry, "
+            f"--group-by {group_by} is neither a field of {printable(entry['file_name'])}'s entry, "
             "nor found in that name"
         )
     return found[1] if found.groups() and found[1] is not None else found[0]
@@ -68,6 +70,8 @@ def _join(keys: Sequence[str], digests: Sequence[str]) -> list[str]:
 
     def root(key: str) -> str:
         while parent[key] != key:
+            # Halved each time, or long chains would take a time that grows with their square
+            parent[key] = parent[parent[key]]
             key = parent[key]
         return key
 

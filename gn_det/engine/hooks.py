@@ -193,7 +193,8 @@ class MemoryRecorder(HookBase):
 
     def after_step(self) -> None:
         memory = peak_memory_mib(self._device)
-        self.trainer.storage.put_scalar("peak_memory_mib", memory, smoothing_hint=False)
+        if memory is not None:
+            self.trainer.storage.put_scalar("peak_memory_mib", memory, smoothing_hint=False)
 
 
 class RunRecorder(HookBase):

@@ -21,15 +21,21 @@ from detectron2.modeling import build_model
 from PIL import Image
 from pycocotools.coco import COCO
 
+from ..check.layers import BUILD_ERRORS
 from ..check.machine import check_machine
 from ..checkpoint.checkpointer import StrictCheckpointer
 from ..data.picture_files import read_picture
 from ..data.pictures import is_picture
-from ..errors import InputError, exit_on_input_error
+from ..errors import InputError, exit_on_input_error, printable
 from ..evaluation.figures import MIN_SCORE, draw
+from ..evaluation.markdown import one_line
 from ..files import write_whole
+from ..modeling import build_without_memory
+from ..plain_yaml import CONFIG_ERRORS, in_words
 from .run_record import RECORD
 from .train import read_config
+
+MAX_RECORD = 10 * 2**20  # bytes of run.json
 
 
 class Predictor(DefaultPredictor):
@@ -63,7 +69,7 @@ def load_run(
         opts: `KEY VALUE` pairs that override the config.
 
     Raises:
-        InputError: if the folder is none of a finished training.
+        InputError: if the folder is none of a finished training, or a file in it makes no sense.
     """
     for name in ("config.yaml", "model_final.pth", RECORD):
         if not (folder / name).is_file():
@@ -76,9 +82,66 @@ def load_run(
     keys += ["OUTPUT_DIR", str(output), "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
     config = str(folder / "config.yaml")
     cfg = read_config(argparse.Namespace(config_file=config, opts=[*keys, *opts]))
-    categories = json.loads((folder / RECORD).read_text()).get("categories")
-    unnamed = [{"id": i, "name": f"class {i}"} for i in range(cfg.MODEL.ROI_HEADS.NUM_CLASSES)]
-    return cfg, categories or unnamed
+    check_model(cfg, folder)
+    return cfg, read_categories(folder / RECORD, cfg)
+
+
+def check_model(cfg: CfgNode, folder: Path) -> None:
+    """Refuse a config whose model cannot be built, or that the weights beside it cannot fill.
+
+    Raises:
+        InputError: naming the config.
+    """
+    config = folder / "config.yaml"
+    if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals":
+        raise InputError(f"{config}: MODEL.PROPOSAL_GENERATOR needs proposals, and there are none")
+    try:
+        model = build_without_memory(cfg)
+    except (*BUILD_ERRORS, *CONFIG_ERRORS) as error:
+        raise InputError(f"{config}: the model cannot be built: {in_words(error)}") from None
+    # Before it takes all the memory that there is
+    count = sum(tensor.numel() for tensor in model.state_dict().values())
+    count = max(count, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    if count > (folder / "model_final.pth").stat().st_size:
+        raise InputError(f"{config}: the model has {count} values, more than model_final.pth holds")
+
+
+def read_categories(record: Path, cfg: CfgNode) -> list[dict[str, Any]]:
+    """The categories in a training's `run.json`, or numbers for names where it has none.
+
+    Raises:
+        InputError: for a file that is not such a record, or does not fit the config.
+    """
+    try:
+        if record.stat().st_size > MAX_RECORD:
+            raise ValueError(f"it has more than {MAX_RECORD} bytes")
+        content = json.loads(record.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not an object")
+        count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        found = content.get("categories")
+        if found is None or found == []:
+            return [{"id": i, "name": f"class {i}"} for i in range(count)]
+        if not isinstance(found, list) or not all(map(is_category, found)):
+            raise ValueError("its categories are not a list of ids, from 0 on, and names")
+        if len({category["id"] for category in found}) < len(found):
+            raise ValueError("two of its categories have the same id")
+        # Other architectures count their classes under keys of their own
+        if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and len(found) != count:
+            raise ValueError(f"it has {len(found)} categories, the model of config.yaml {count}")
+    except (OSError, RecursionError, ValueError) as error:
+        raise InputError(f"{record} cannot be used: {in_words(error)}") from None
+    return [{"id": category["id"], "name": one_line(category["name"])} for category in found]
+
+
+def is_category(value: object) -> bool:
+    """Whether a value is a category as COCO has them."""
+    return (
+        isinstance(value, dict)
+        and type(value.get("id")) is int
+        and value["id"] >= 0
+        and isinstance(value.get("name"), str)
+    )
 
 
 def find_pictures(paths: Sequence[Path]) -> list[Path]:
@@ -163,7 +226,7 @@ def run(argv: Sequence[str] | None = None) -> None:
             drawn = draw(picture, shown, as_coco(picture, number, categories))
             target = args.output_dir / f"{number:05}_{path.stem}.jpg"
             Image.fromarray(drawn).save(target, quality=90)
-            print(f"{target}: {len(shown)} objects", flush=True)
+            print(f"{printable(str(target), 1000)}: {len(shown)} objects", flush=True)
         with write_whole(args.output_dir / "coco_instances_results.json") as file:
             file.write(json.dumps(results) + "\n")
         print(f"{args.output_dir / 'coco_instances_results.json'}: {len(results)} of any score")

@@ -3,7 +3,6 @@
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,13 @@ import torch
 import torchvision
 from detectron2.data import MetadataCatalog
 from torch import nn
+
+from ..model_zoo import CONFIG_ROOT
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 RECORD = "run.json"
 
@@ -38,13 +44,18 @@ def categories_of(name: str) -> list[dict[str, Any]]:
     return [{"id": number, "name": names[i]} for number, i in ids.items()]
 
 
-def peak_memory_mib(device: str) -> float:
-    """Peak memory in MiB: what PyTorch allocated on a GPU, or all of the process on a CPU."""
+def peak_memory_mib(device: str) -> float | None:
+    """Peak memory in MiB: allocated by PyTorch on a GPU, or of the whole process on a CPU.
+
+    None where the system does not report it.
+    """
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
     # Linux's getrusage begins at the peak of the process that started this one
     if found := re.search(r"VmHWM:\s+(\d+) kB", _status()):
         return int(found[1]) / 2**10
+    if resource is None:
+        return None
     unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -70,12 +81,34 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that this runs from, `-dirty` if changed, None if installed."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Commit of the checkout that this runs from, `-dirty` if changed, None if installed.
+
+    What is installed below somebody's repository is no part of that, so git is asked of a checkout
+    that has `gn_det/` at its top alone, and runs none of the programs that its settings name.
+    """
+    package = Path(__file__).resolve().parents[1]
+    root, installed = package.parent, CONFIG_ROOT.resolve().parent == package
+    if installed or not (root / ".git").exists():
+        return None
     try:
-        done = subprocess.run(
-            command, cwd=os.path.dirname(__file__), capture_output=True, text=True, check=True
-        )
+        if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        return _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(root: Path, *words: str) -> str:
+    """What git says of the repository at `root`, whatever the environment tells it."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    environment |= {"GIT_CEILING_DIRECTORIES": str(root.parent), "GIT_OPTIONAL_LOCKS": "0"}
+    settings = ("-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")
+    done = subprocess.run(
+        ["git", "-C", str(root), *settings, *words],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return done.stdout.strip()

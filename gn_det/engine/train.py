@@ -1,35 +1,30 @@
 """Training and evaluation from the command line, as `tools/train_net.py` runs it."""
 
 import argparse
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
-import detectron2
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..check import ConfigError
 from ..check.weights import check_weights
 from ..config import add_gn_config
+from ..config_file import (
+    CONFIG_ERRORS,
+    add_base_argument,
+    find_config,
+    in_words,
+    merge_config_file,
+)
 from ..data.prepare import register
 from ..errors import InputError, exit_on_input_error
-from ..model_zoo import get_config_file
 from .dataset_args import add_data_arguments, data_opts, describe_data
 from .describe import describe_recipe
 from .distributed import count_processes, joined, launch, restarted
 from .train_step import anywhere
 from .trainer import Trainer
-
-# What Detectron2 raises for configs that make no sense, and files that are none
-CONFIG_ERRORS = (
-    *(AssertionError, AttributeError, LookupError, OSError, RecursionError, TypeError),
-    *(ValueError, yaml.YAMLError),
-)
 
 
 def read_config(args: argparse.Namespace) -> CfgNode:
@@ -39,14 +34,14 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     the scaling by `SOLVER.REFERENCE_WORLD_SIZE` off, unless that is among them too.
 
     Raises:
-        InputError: for a file that does not exist, and keys or values that do not fit.
+        InputError: for a file that does not exist or would run code, and keys or values that do not
+            fit.
     """
     cfg = get_cfg()
     add_gn_config(cfg)
     path = find_config(args.config_file)
+    merge_config_file(cfg, path, allow_remote=getattr(args, "allow_remote_base", False))
     try:
-        refuse_code(path)
-        cfg.merge_from_file(path)
         cfg.merge_from_list(args.opts)
         register((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         if "SOLVER.IMS_PER_BATCH" in args.opts and "SOLVER.REFERENCE_WORLD_SIZE" not in args.opts:
@@ -54,47 +49,9 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     except InputError:
         raise
     except CONFIG_ERRORS as error:
-        told = " ".join(str(error).split())
-        raise InputError(f"config {path} with {args.opts}: {told}") from None
+        raise InputError(f"config {path} with {args.opts}: {in_words(error)}") from None
     cfg.freeze()
     return cfg
-
-
-def refuse_code(path: str, derived: tuple[str, ...] = ()) -> None:
-    """Refuse a config that would run code on being read, itself or one that it is based on.
-
-    Detectron2's own may: some of them compute their anchors.
-
-    Args:
-        derived: the configs that are based on this one.
-
-    Raises:
-        InputError: for such a config, and for one that is based on itself.
-    """
-    if path in derived:
-        raise InputError(f"config {path} is based on itself, by _BASE_")
-    with PathManager.open(path) as file:
-        try:
-            content = yaml.safe_load(file)
-        except yaml.constructor.ConstructorError as error:
-            package = Path(detectron2.__file__).resolve().parent
-            own = (package, package.parent / "configs")  # the latter in a checkout
-            if any(folder in Path(path).resolve().parents for folder in own):
-                return
-            mark = error.problem_mark
-            raise InputError(
-                f"config {path} would run code, at line {mark.line + 1}: write its values out"
-            ) from None
-    bases = content.get("_BASE_", []) if isinstance(content, dict) else []
-    for base in bases if isinstance(bases, list) else [bases]:
-        base = os.path.expanduser(base)
-        beside = base if "://" in base else os.path.join(os.path.dirname(path), base)
-        refuse_code(beside, (*derived, path))
-
-
-def find_config(name: str) -> str:
-    """The path of a config file, which may be named as those of `configs/` are there."""
-    return name if os.path.isfile(name) else get_config_file(name)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -134,6 +91,7 @@ def run(argv: Sequence[str] | None = None, trainer_class: type[Trainer] = Traine
         help="batches with unreadable pictures, infinite numbers or NaN to pass over before one "
         "stops the training (SOLVER.SKIP_BAD_BATCHES)",
     )
+    add_base_argument(parser)
     add_data_arguments(parser)
     args = parser.parse_args(argv)
     with exit_on_input_error():

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from ..check import check_config
 from ..check.machine import check_machine
+from ..check.proposals import check_proposals
 from ..checkpoint.checkpointer import StrictCheckpointer
 from ..config import is_pretraining
 from ..data import check_dataset
@@ -90,13 +91,15 @@ class Trainer(DefaultTrainer):
         """Check what can be checked before anything is written or built.
 
         Raises:
-            InputError: for a device, data set, weights file or output folder that cannot be used.
+            InputError: for a device, data set, proposal file, weights file or output folder that
+                cannot be used.
         """
         for name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
             # Other architectures count their classes under keys of their own
             is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
             classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES if is_rcnn else None
             check_dataset(name, classes, annotated=not eval_only)
+        check_proposals(cfg, eval_only)
         check_machine(cfg)
 
     @classmethod

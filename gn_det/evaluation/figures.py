@@ -15,6 +15,8 @@ from pycocotools.coco import COCO
 from torchvision.ops import box_convert
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from .markdown import one_line
+
 MIN_SCORE = 0.5  # detections below are not drawn
 LONG_SIDE = 512  # of a drawn picture, in pixels
 # Okabe and Ito's colours, which the colour-blind can tell apart
@@ -56,7 +58,7 @@ def _curves(models: Mapping[str, Sequence[Lines]], key: str, title: str) -> str 
     axes.set_ylim(bottom=0)
     if not any(len(line.get_xdata()) for line in axes.lines):  # type: ignore[arg-type]
         return None
-    axes.legend(frameon=False, fontsize=9)
+    _legend(axes)
     return _svg(figure)
 
 
@@ -79,7 +81,7 @@ def batch_curve(models: Sequence[Mapping[str, Any]], kind: str) -> str:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xlabel("images per batch")
-    axes.legend(frameon=False, fontsize=9)
+    _legend(axes)
     return _svg(figure)
 
 
@@ -90,6 +92,11 @@ def _panel(title: str) -> tuple[Figure, Axes]:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _legend(axes: Axes) -> None:
+    for text in axes.legend(frameon=False, fontsize=9).get_texts():
+        text.set_parse_math(False)  # a $ in a name begins no formula
 
 
 def _svg(figure: Figure) -> str:
@@ -139,7 +146,7 @@ def draw(picture: np.ndarray, objects: list[dict[str, Any]], truth: COCO) -> np.
 
 def _label(found: Mapping[str, Any], truth: COCO) -> str:
     score = f" {found['score']:.0%}" if "score" in found else ""
-    return truth.cats[found["category_id"]]["name"] + score
+    return one_line(truth.cats[found["category_id"]]["name"]) + score
 
 
 def data_uri(image: np.ndarray) -> str:

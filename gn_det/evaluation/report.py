@@ -9,7 +9,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from pycocotools.coco import COCO
 
 from ..data.picture_files import read_picture
@@ -17,6 +17,7 @@ from ..files import write_whole
 from .bootstrap import Difference, ImageMatches, paired_difference
 from .coco_stats import STATS, coco_stats, kinds_of, load_coco
 from .figures import MIN_SCORE, batch_curve, data_uri, draw, learning_curves
+from .markdown import code, literal
 
 # A model below this AP has learnt next to nothing, and a difference would be an accident
 MIN_AP = 1.0
@@ -72,7 +73,7 @@ def summarize(run: Run, truth: COCO) -> dict[str, Any]:
         "folder": str(run.folder),
         **coco_stats(truth, run.detections),
         "seconds_per_iteration": median(seconds) if seconds else None,  # none below 4 iterations
-        "peak_memory_mib": max(memory),
+        "peak_memory_mib": max(memory, default=None),
         **json.loads((run.folder / "run.json").read_text()),
         "seed": run.seed,
     }
@@ -131,21 +132,25 @@ def write_report(
         file.write(json.dumps(results, indent=2) + "\n")
     for name in ("report.md", "report.html"):
         with write_whole(output / name) as file:
-            file.write(_environment().get_template(name).render(content, min_score=MIN_SCORE))
+            file.write(_template(name).render(content, min_score=MIN_SCORE))
     return results
 
 
-def _environment() -> Environment:
+def _template(name: str) -> Template:
+    """A template, of HTML or of Markdown, that takes every value for text."""
+    html = name.endswith(".html")
     environment = Environment(
         loader=PackageLoader(__package__, "templates"),
         undefined=StrictUndefined,
-        autoescape=lambda name: name is not None and name.endswith(".html"),
+        autoescape=html,
+        finalize=None if html else literal,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["number"] = lambda x, digits=1: "–" if x is None else f"{x:.{digits}f}"
     environment.filters["signed"] = lambda x: f"{x:+.1f}".replace("-", "−")
-    return environment
+    environment.filters["code"] = code
+    return environment.get_template(name)
 
 
 def _same(run: Run, model: Mapping[str, Any]) -> bool:
@@ -169,7 +174,9 @@ def _models(entries: Sequence[dict[str, Any]], kinds: Sequence[str]) -> list[dic
             "images_per_batch": images,
             "seeds": [entry["seed"] for entry in mine],
             "seconds_per_iteration": median(seconds) if seconds else None,
-            "peak_memory_mib": max(entry["peak_memory_mib"] for entry in mine),
+            "peak_memory_mib": max(
+                (e["peak_memory_mib"] for e in mine if e["peak_memory_mib"]), default=None
+            ),
             "parameters": mine[0]["parameters"],
         }
         for kind in kinds:

@@ -23,7 +23,7 @@ from gn_det.comparison.plan import Cell, check_pairs, norm_keys, plan, where
 from gn_det.engine.predict import load_run
 from gn_det.errors import InputError
 from gn_det.evaluation.coco_stats import coco_stats
-from gn_det.files import held
+from gn_det.files import locked
 
 FPN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_4conv1fc.yaml"
 # An untrained model is sure of nothing
@@ -140,7 +140,7 @@ def test_other_settings_are_refused(compared, shapes):
 
 
 def test_one_at_a_time_in_a_folder(tmp_path):
-    with held(tmp_path), pytest.raises(InputError, match="another command works in"):
+    with locked(tmp_path), pytest.raises(InputError, match="another command works in"):
         run_trainings([], tmp_path)
     assert run_trainings([], tmp_path) == {}
 

@@ -1,12 +1,15 @@
 """What a report says of runs: folders made for it; tests/engine has real ones."""
 
 import json
+import re
 import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from pycocotools.coco import COCO
 
+from gn_det.evaluation.markdown import literal
 from gn_det.evaluation.report import Run, write_report
 
 LINES = [
@@ -78,7 +81,7 @@ def test_says_what_was_found(runs, shapes, tmp_path):
         "All <of it> against nothing: box AP 100.0 higher (+100.0 to +100.0), mask AP 100.0 higher "
         "(+100.0 to +100.0) (95% intervals for one seed, so of the pictures alone)."
     )
-    assert sentence in (tmp_path / "report.md").read_text()
+    assert sentence.replace("<", "&lt;") in (tmp_path / "report.md").read_text()
     page = (tmp_path / "report.html").read_text()
     assert sentence.replace("<of it>", "&lt;of it&gt;") in page
     assert "<of it>" not in page and "<one>" not in page, "escaped"
@@ -172,6 +175,111 @@ def test_boxes_alone(shapes, tmp_path):
     runs = [make_run(tmp_path / norm, norm, 2, 0, found) for norm in ("one", "two")]
     write_report(runs, tmp_path / "boxes.json", tmp_path, ABOUT)
     assert "mask" not in (tmp_path / "report.md").read_text()
+
+
+HOSTILE = [
+    "a | b",
+    "two\nlines",
+    "</td></tr></table><script>alert(1)</script>",
+    "![x](http://127.0.0.1/x.png) [y](javascript:y)",
+    '"><img src=x onerror=alert(1)>',
+    "`code\\` \\| *x* __y__ &lt;b> $z$ \x00\x1b[1m\r",
+]
+
+
+class Page(HTMLParser):
+    """The tags of a page, with their attributes, and the texts of the cells of its tables."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.cells = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_data(self, data):
+        if self.cells:
+            self.cells[-1] += data
+
+
+@pytest.fixture
+def hostile(shapes, tmp_path) -> Path:
+    """The report of data whose classes, images, norms, folders and facts have hostile names."""
+    truth = json.loads((shapes / "instances_val.json").read_text())
+    for category, name in zip(truth["categories"], HOSTILE, strict=True):
+        category["name"] = name
+    for entry in truth["images"]:
+        name = entry["file_name"]
+        entry |= {"file_name": str(shapes / "images" / name), "listed_as": HOSTILE[4] + name}
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    found = perfect(shapes / "instances_val.json")
+    runs = [
+        make_run(tmp_path / folder, norm, 2, 0, found[::2] if norm == "one" else found)
+        for folder, norm in (("one", "one"), ("a` `` |<b>", HOSTILE[4] + "|$x^{$"))
+    ]
+    about = {**ABOUT, "title": HOSTILE[2], "text": HOSTILE[3]}
+    write_report(runs, tmp_path / "truth.json", tmp_path, about | {"facts": {"names": HOSTILE}})
+    return tmp_path
+
+
+def test_hostile_names_in_markdown(hostile):
+    """Each is one cell of its row, and nothing but text."""
+    text = (hostile / "report.md").read_text()
+    assert text.isprintable() or set(filter(lambda c: not c.isprintable(), text)) == {"\n"}
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(tables) == 4
+    for table in tables:
+        # A bar with a backslash before it is text
+        rows = [re.split(r"(?<!\\)(?:\\\\)*\|", row) for row in table.splitlines()]
+        assert len({len(row) for row in rows}) == 1 and set(rows[1][1:-1]) == {"---"}
+    names = [row.split(" | ")[0] for row in tables[-1].splitlines()[2:]]
+    assert len(names) == len(HOSTILE) and names[1] == "| two lines"
+    outside = re.sub(r"(`+).*?\1", "", text.replace("\\`", ""))
+    assert "<" not in outside and "](" not in outside.replace("\\](", "")
+    assert "```a` `` |<b>```" in text.replace(f"{hostile}/", "")
+
+
+def test_ordinary_names_stay_readable_in_markdown():
+    names = ["traffic light", "R-50", "BN*", "BN*, 2 a batch", "shapes_val", "R&D", "+1.0", "1.5"]
+    assert [literal(name) for name in names] == names
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("- a", r"\- a"),
+        ("1. a", r"1\. a"),
+        ("# a", r"\# a"),
+        ("> a", r"\> a"),
+        ("---", r"\---"),
+        ("*a*b", r"\*a\*b"),
+        ("_a_", r"\_a\_"),
+        ("~~a~~", r"\~\~a\~\~"),
+        ("<!-- a", "&lt;!-- a"),
+        ("&#60;", "&amp;#60;"),
+        ("[a](b)", r"[a\](b)"),
+        ("[a]: b", r"[a\]: b"),
+        ("[a]", r"[a\]"),
+        ("a\\|", r"a\\\|"),
+        ("a\u2028b\u202ec", "a b c"),
+    ],
+)
+def test_what_markdown_would_take_for_markup(name, expected):
+    assert literal(name) == expected
+
+
+def test_hostile_names_in_html(hostile):
+    page = Page((hostile / "report.html").read_text())
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("script") == 1 and tags.count("table") == 5
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert all(i["src"].startswith("data:image/jpeg;base64,") for i in images if "src" in i)
+    assert not [name for _, attributes in page.tags for name in attributes if name[:2] == "on"]
+    assert any(HOSTILE[4] in attributes["alt"] for attributes in images)
+    assert {*HOSTILE[:5]} <= {*page.cells}
 
 
 # In a real browser

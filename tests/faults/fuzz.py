@@ -211,7 +211,7 @@ def fuzz(kind: str, count: int, seed: int, folder: Path) -> list[str]:
     """Read so many files of a kind; what went wrong, a traceback or a few words for each."""
     folder.mkdir()
     reader = READERS[kind](folder)
-    before = snapshot(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     def read(number: int) -> str:
         try:
@@ -229,14 +229,9 @@ def fuzz(kind: str, count: int, seed: int, folder: Path) -> list[str]:
             (folder / "canary").unlink()
         if why:
             lost.append(f"{kind} {number}: {why}")
-    if before.items() - snapshot(folder).items():
+    if [path for path, content in before.items() if path.read_bytes() != content]:
         lost.append(f"{kind}: files have been changed")
     return lost
-
-
-def snapshot(folder: Path) -> dict[Path, bytes]:
-    whole = (path for path in folder.rglob("*") if path.is_file() and path.name[:7] != "hostile")
-    return {path: path.read_bytes() for path in whole}
 
 
 def main() -> None:

@@ -22,22 +22,22 @@ def calls(work: Callable[[int], str], count: int) -> Iterator[tuple[int, str]]:
         each number with what was lost, a traceback, a signal or a hang included.
     """
     context = get_context("fork")
-    number = 0
-    while number < count:
+    done = 0
+    while done < count:
         receiver, sender = context.Pipe(duplex=False)
-        child = context.Process(target=_serve, args=(work, range(number, count), sender))
+        child = context.Process(target=_serve, args=(work, range(done, count), sender))
         child.start()
         sender.close()
-        for number in range(number, count):
+        alive = True
+        while alive and done < count:
             try:
-                lost = receiver.recv() if receiver.poll(SECONDS) else f"it hangs for {SECONDS} s"
+                alive = receiver.poll(SECONDS)
+                lost = receiver.recv() if alive else f"it hangs for {SECONDS} s"
             except EOFError:
                 child.join()
-                lost = f"the process ends with {child.exitcode}"
-            yield number, lost
-            if not child.is_alive() or lost.startswith("it hangs"):
-                break
-        number += 1
+                alive, lost = False, f"the process ends with {child.exitcode}"
+            yield done, lost
+            done += 1
         child.kill()
         child.join()
         receiver.close()

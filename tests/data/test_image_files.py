@@ -1,0 +1,297 @@
+"""Image and annotation files that are no such files, damaged, or of formats that are not read."""
+
+import io
+import json
+import os
+import random
+import socket
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from child import limit_memory, run_in_child
+from detectron2.data import detection_utils
+from detectron2.data.datasets import register_coco_instances
+from PIL import Image
+
+from gn_det.data import check_dataset
+from gn_det.data.annotations import read_instances
+from gn_det.data.clean import Source, clean, survey
+from gn_det.data.crops import write_crops
+from gn_det.data.image_folder import PictureMapper, build_test_loader
+from gn_det.data.image_reader import FORMATS
+from gn_det.data.picture_files import examine, read_picture
+from gn_det.data.prepare import is_prepared
+from gn_det.data.split import split
+from gn_det.engine.predict import find_pictures
+from gn_det.errors import InputError, printable
+
+KINDS = ["fifo", "socket", "folder", "/dev/zero", "loop", "huge", "/proc"]
+
+
+def make(kind: str, path: Path) -> Path:
+    """Something that is no file to read, under a file's name."""
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        # Names of sockets must be short
+        with socket.socket(socket.AF_UNIX) as server:
+            before = os.getcwd()
+            os.chdir(path.parent)
+            try:
+                server.bind(path.name)
+            finally:
+                os.chdir(before)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "huge":
+        path.touch()
+        os.truncate(path, 2**43)
+    else:
+        targets = {"loop": str(path), "/proc": "/proc/self/status"}
+        path.symlink_to(targets.get(kind, kind))
+    return path
+
+
+def instances(folder: Path, file_name: str = "a.png") -> Source:
+    """A data set of one image of 40 x 30 pixels, which is not written."""
+    images = [{"id": 1, "file_name": file_name, "width": 40, "height": 30}]
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 9, 9]}
+    content = {"images": images, "annotations": [annotation]}
+    content["categories"] = [{"id": 1, "name": "nut"}]
+    (folder / "a.json").write_text(json.dumps(content))
+    return Source(folder / "a.json", folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_that_are_no_files(kind, tmp_path):
+    """Nothing waits for them or reads them, wherever images are named."""
+    path = make(kind, tmp_path / "a.png")
+    assert examine(path).error
+    source = instances(tmp_path)
+    for findings in (clean(source).findings, survey(source)):
+        assert any(f.stops and "a.png" in str(f) for f in findings)
+    with pytest.raises(InputError, match=r"a\.png"):
+        read_picture(path)
+    with pytest.raises(InputError, match=r"a\.png"):
+        write_crops(source.annotations, tmp_path, tmp_path / "crops")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_annotations_that_are_no_files(kind, tmp_path):
+    path = make(kind, tmp_path / "a.json")
+    with pytest.raises(InputError, match=r"a\.json"):
+        read_instances(path)
+    assert not is_prepared(path)
+    name = f"no_file_{kind}"
+    register_coco_instances(name, {}, str(path), str(tmp_path))
+    with pytest.raises(InputError, match=r"a\.json"):
+        check_dataset(name)
+
+
+def test_images_named_for_a_prediction(tmp_path):
+    (path,) = find_pictures([make("fifo", tmp_path / "a.png")])
+    with pytest.raises(InputError, match=r"a\.png"):
+        read_picture(path)
+    with pytest.raises(InputError):
+        find_pictures([tmp_path / "none", path])
+
+
+def test_a_folder_of_classes(tmp_path):
+    """As for pretraining."""
+    from test_image_folder import config
+
+    (tmp_path / "cat").mkdir()
+    make("fifo", tmp_path / "cat" / "a.png")
+    with pytest.raises(InputError, match=r"cat/a\.png"):
+        next(iter(build_test_loader(config("SOLVER.IMS_PER_BATCH", 1), str(tmp_path))))
+
+
+@pytest.mark.parametrize("length", [300, 5000])
+def test_a_file_name_that_is_too_long(length, tmp_path):
+    source = instances(tmp_path, "x" * length)
+    for findings in (clean(source).findings, survey(source)):
+        assert [f.stops for f in findings if "pictures missing" in f.what] == [True]
+        assert all(len(str(f)) < 1000 for f in findings)
+
+
+def saved(kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, format=kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "MPO"])
+def test_formats_that_are_read(kind, tmp_path):
+    """By their content, and as Detectron2 reads them."""
+    path = tmp_path / "a.png"
+    path.write_bytes(saved(kind))
+    assert np.array_equal(read_picture(path), detection_utils.read_image(str(path), "RGB"))
+    assert not any(f.stops for f in survey(instances(tmp_path)))
+    assert not any(f.stops for f in clean(instances(tmp_path)).findings)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "TGA", "PCX", "AVIF", "PDF", "SVG"])
+def test_other_formats_are_refused(kind, tmp_path, monkeypatch):
+    """Before training, though Detectron2 would read some; and no other program is started."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nexec cat > /dev/null\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    content = {"AVIF": b"\0\0\0\x1cftypavif\0\0\0\0mif1avif", "SVG": b"<svg/>"}
+    path = tmp_path / "a.png"
+    path.write_bytes(content.get(kind) or saved(kind))
+    for findings in (clean(instances(tmp_path)).findings, survey(instances(tmp_path))):
+        assert any(f.stops and "a.png" in str(f) for f in findings)
+    with pytest.raises(InputError, match=r"a\.png"):
+        read_picture(path)
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_that_cannot_be_written_back(kind, tmp_path):
+    """Its orientation counts, as for Detectron2; other tags do not."""
+    # Two entries: orientation 6, and a number that is stored as text
+    tags = b"II*\0\x08\0\0\0\x02\0" + b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
+    tags += b"\x9a\x82\x02\0\x04\0\0\0abc\0" + b"\0\0\0\0"
+    path = tmp_path / "a.png"
+    path.write_bytes(saved(kind, exif=Image.Exif() if kind == "TIFF" else b"Exif\0\0" + tags))
+    if kind == "TIFF":
+        path.write_bytes(saved(kind, tiffinfo={0x0112: 6, 0x829A: 0.5}))
+    image = read_picture(path)
+    assert image.shape == (40, 30, 3)
+    if kind != "TIFF":  # which Detectron2 turns twice, so that a copy is made
+        assert np.array_equal(image, detection_utils.read_image(str(path), "RGB"))
+
+
+def test_damaged_images(tmp_path):
+    """Each ends as an image or as one sentence, in bounded time and memory."""
+    run_in_child(__file__, "damaged", tmp_path / "a.png", seconds=300)
+
+
+def check_damaged(path: Path) -> None:
+    from hostile_annotations import SUPPORTED, damage, small_image
+
+    limit_memory(6)
+    warnings.simplefilter("ignore")
+    for kind in SUPPORTED:
+        read = 0
+        for seed in range(300):
+            rng = random.Random(f"{kind} {seed}")
+            path.write_bytes(damage(small_image(rng, kind), rng))
+            try:
+                read += read_picture(path).ndim == 3
+            except InputError as error:
+                assert str(error).isprintable() and str(path) in str(error)
+        assert 10 < read < 290, kind
+
+
+def check_hostile(folder: Path) -> None:
+    from hostile_annotations import hostile_image
+
+    limit_memory(6)
+    warnings.simplefilter("ignore")
+    for seed in range(300):
+        path = hostile_image(random.Random(seed), folder)
+        try:
+            read_picture(path)
+        except InputError as error:
+            assert str(error).isprintable() and str(path) in str(error)
+
+
+def test_hostile_images(tmp_path):
+    run_in_child(__file__, "hostile", tmp_path, seconds=200)
+
+
+@pytest.mark.parametrize("size", [(100_000, 1), (1, 100_000)])
+def test_images_of_extreme_shapes(size, tmp_path):
+    """Resized to a shorter side of 256 they would take gigabytes, or else no row were left."""
+    from test_image_folder import config
+
+    Image.new("L", size).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a\.png"):
+        PictureMapper(config(), is_train=False)((str(tmp_path / "a.png"), 0))
+    source = instances(tmp_path)
+    assert any(f.stops and "a.png" in str(f) for f in clean(source).findings)
+    content = json.loads(source.annotations.read_text())
+    content["images"][0] |= dict(zip(("width", "height"), size, strict=True))
+    source.annotations.write_text(json.dumps(content))
+    assert any(f.stops and "a.png" in str(f) for f in survey(source))
+
+
+@pytest.mark.parametrize("size", [(2**31 - 1, 2**31 - 1), (0, 5), (-40, -30), (10**400, 1)])
+def test_impossible_sizes_that_are_listed(size, tmp_path):
+    (tmp_path / "a.png").write_bytes(saved("PNG"))
+    source = instances(tmp_path)
+    content = json.loads(source.annotations.read_text())
+    content["images"][0] |= dict(zip(("width", "height"), size, strict=True))
+    source.annotations.write_text(json.dumps(content))
+    for findings in (clean(source).findings, survey(source)):
+        assert any(f.stops and "a.png" in str(f) for f in findings)
+
+
+TEXTS = {
+    "a huge number": '{"images": [{"id": 1' + "0" * 5000 + "}]}",
+    "nested lists": '{"images": ' + "[" * 10_000_000,
+    "nested lists that end": '{"images": [], "a": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "half a character": '{"images": "\xff',
+    "a byte of 0": "\0" * 1000,
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_json_that_cannot_be_read(case, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(TEXTS[case].encode("latin-1"))
+    with pytest.raises(InputError, match=r"a\.json") as error:
+        read_instances(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["a\nerror: forged", "\x1b[2Jgone", "\u202egnp.exe", "\ud800"])
+def test_names_forge_no_output(text, tmp_path):
+    """Whatever a file or category is called, it stays in its line, and the terminal as it is."""
+    source = instances(tmp_path, text if text != "\ud800" else "a.png")
+    content = json.loads(source.annotations.read_text())
+    content["annotations"][0]["id"] = text
+    content["annotations"][0]["bbox"] = text
+    source.annotations.write_text(json.dumps(content))
+    found = [*clean(source).findings, *survey(source)]
+    assert found and all(str(finding).isprintable() for finding in found)
+
+
+def test_printable():
+    assert printable("é ok 日本") == "é ok 日本"
+    assert printable("\x1b[0m\n\ud800") == r"\x1b[0m\n\ud800"
+    assert len(printable("x" * 10**6)) == 200
+    deep: list = []
+    for _ in range(10**5):
+        deep = [deep]
+    assert len(printable(deep)) < 100
+    while deep:  # or Python's own clean-up would follow it down
+        deep = deep.pop()
+
+
+def test_groups_that_many_files_link():
+    """A chain of groups takes no time in proportion to the square of its length."""
+    count = 30_000
+    entries = [{"file_name": str(i), "group": f"{(i + 1) // 2:06}"} for i in range(count)]
+    digests = [str(i // 2) for i in range(count)]
+    entries += [{"file_name": "alone", "group": str(i)} for i in range(100)]
+    digests += map(str, range(-100, 0))
+    begun = time.process_time()
+    chosen = split(entries[::-1], digests[::-1], 0.5, "group")
+    assert time.process_time() - begun < 5
+    assert len({*chosen[100:]}) == 1
+
+
+def test_a_group_without_bytes_in_utf_8():
+    entries = [{"file_name": str(i), "group": f"\ud800{i}"} for i in range(40)]
+    assert len({*split(entries, [str(i) for i in range(40)], 0.5, "group")}) == 2
+
+
+if __name__ == "__main__":
+    {"hostile": check_hostile, "damaged": check_damaged}[sys.argv[1]](Path(sys.argv[2]))
