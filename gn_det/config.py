@@ -1,5 +1,9 @@
 """The config keys that gn_det adds to Detectron2's."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from detectron2.config import CfgNode
 
 
@@ -71,3 +75,24 @@ def value_of(cfg: CfgNode, key: str) -> object:
     for part in key.split("."):
         cfg = cfg[part]
     return list(cfg) if isinstance(cfg, tuple) else cfg
+
+
+def flatten(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """A config's values by their full keys, as "MODEL.RESNETS.NORM"."""
+    values: dict[str, Any] = {}
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            values |= flatten(value, f"{prefix}{key}.")
+        else:
+            values[prefix + key] = value
+    return values
+
+
+def as_opts(keys: Mapping[str, object]) -> list[str]:
+    """Keys and values as `KEY VALUE` words of the command line."""
+    return [str(word) for pair in keys.items() for word in pair]
+
+
+def default_device() -> str:
+    """The value of `MODEL.DEVICE` for tools that choose it: a GPU if PyTorch sees one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,7 +10,7 @@ import os
 import posixpath
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -19,9 +19,11 @@ from urllib.parse import urlsplit, urlunsplit
 
 import detectron2
 import yaml
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
+from .config import add_gn_config
+from .data.prepare import register
 from .errors import InputError
 from .model_zoo import get_config_file
 from .plain_yaml import CONFIG_ERRORS, MAX_BYTES, in_words, parse_yaml, refuse_large
@@ -47,6 +49,40 @@ def find_config(name: str) -> str:
         return get_config_file(name)
     # Detectron2 logs the file, and would take such a name for a network address
     return os.path.abspath(name) if "://" in name else name
+
+
+def read_config(
+    config_file: str, opts: Sequence[str] = (), allow_remote_base: bool = False
+) -> CfgNode:
+    """The frozen config of a file and `KEY VALUE` pairs.
+
+    A batch size among the pairs is used as given, as in Detectron2's own configs: it switches off
+    the scaling by `SOLVER.REFERENCE_WORLD_SIZE`, unless that key is among the pairs too.
+
+    Args:
+        config_file: a path, or a name below `configs/`.
+        opts: keys and values in turn.
+        allow_remote_base: whether bases of the file may be downloaded.
+
+    Raises:
+        InputError: for a file that does not exist or would run code, and for keys or values that do
+            not fit.
+    """
+    cfg = get_cfg()
+    add_gn_config(cfg)
+    path, opts = find_config(config_file), list(opts)
+    merge_config_file(cfg, path, allow_remote_base)
+    try:
+        cfg.merge_from_list(opts)
+        register((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+        if "SOLVER.IMS_PER_BATCH" in opts and "SOLVER.REFERENCE_WORLD_SIZE" not in opts:
+            cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
+    except InputError:
+        raise
+    except CONFIG_ERRORS as error:
+        raise InputError(f"config {path} with {opts}: {in_words(error)}") from None
+    cfg.freeze()
+    return cfg
 
 
 def merge_config_file(cfg: CfgNode, path: str, allow_remote: bool = False) -> None:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,8 +22,8 @@ DATASETS = Path(tempfile.mkdtemp(prefix="gn_det_datasets_"))
 os.environ["DETECTRON2_DATASETS"] = str(DATASETS)
 atexit.register(shutil.rmtree, DATASETS, ignore_errors=True)
 
+from gn_det.config_file import read_config  # noqa: E402
 from gn_det.data import make_shapes  # noqa: E402
-from gn_det.engine.train import read_config  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,7 +42,7 @@ SCRATCH = ["MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", "0"]
 def shapes_config(name: str, *opts: object):
     """A shipped config of `configs/Shapes`, shrunk by TINY, with overrides."""
     words = [*TINY, *map(str, opts)]
-    return read_config(Namespace(config_file=f"Shapes/{name}.yaml", opts=words))
+    return read_config(f"Shapes/{name}.yaml", words)
 
 
 def command(*words: object, **kwargs) -> subprocess.CompletedProcess:

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from detectron2.data.datasets import register_coco_instances
 from torch import nn
 
 import gn_det
-from gn_det.engine.train import read_config
+from gn_det.config_file import read_config
 from gn_det.engine.trainer import Trainer
 from gn_det.errors import InputError
 
@@ -37,7 +36,7 @@ STOCK = {
 
 
 def config(name: str, *opts: object) -> CfgNode:
-    return read_config(Namespace(config_file=f"{name}.yaml", opts=list(map(str, opts))))
+    return read_config(f"{name}.yaml", list(map(str, opts)))
 
 
 def problems(cfg: CfgNode, num_gpus: int = 8) -> dict[str, str]:

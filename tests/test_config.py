@@ -1,6 +1,5 @@
 """Config keys and the shipped configs."""
 
-from argparse import Namespace
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +11,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 import gn_det
-from gn_det.engine.train import read_config
+from gn_det.config_file import read_config
 from gn_det.engine.trainer import Trainer
 from gn_det.errors import InputError
 
@@ -90,7 +89,7 @@ def architectures() -> Iterator[str]:
     """Every shipped config but those that repeat the model of another with other weights."""
     seen = set()
     for name in DETECTORS + PRETRAININGS:
-        cfg = read_config(Namespace(config_file=name, opts=TINY)).clone()
+        cfg = read_config(name, TINY).clone()
         cfg.defrost()
         if "SyncBN" in cfg.MODEL.RESNETS.NORM:
             continue  # does not train on a CPU
@@ -104,7 +103,7 @@ def architectures() -> Iterator[str]:
 @pytest.mark.parametrize("name", architectures())
 def test_every_model_trains(name):
     """Each builds, and one step of its optimizer on the CPU moves what is not frozen."""
-    cfg = read_config(Namespace(config_file=name, opts=TINY))
+    cfg = read_config(name, TINY)
     torch.manual_seed(0)
     model = build_model(cfg)
     if name in PRETRAININGS:
@@ -168,10 +167,7 @@ def pairs() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize(("baseline", "other"), pairs())
 def test_pairs_are_fair(baseline, other):
-    one, two = (
-        dict(leaves(read_config(Namespace(config_file=f"{name}.yaml", opts=[]))))
-        for name in (baseline, other)
-    )
+    one, two = (dict(leaves(read_config(f"{name}.yaml"))) for name in (baseline, other))
     different = {key for key in one if one[key] != two[key]}
     assert different and different <= ALLOWED
 
@@ -188,4 +184,4 @@ def test_leaves_are_short(name):
 )
 def test_wrong_keys_and_values(opts):
     with pytest.raises(InputError, match=r"Shapes/.*" + opts[0].split(".")[-1]):
-        read_config(Namespace(config_file="Shapes/mask_rcnn_R_18_FPN_gn.yaml", opts=opts))
+        read_config("Shapes/mask_rcnn_R_18_FPN_gn.yaml", opts)

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -21,10 +20,9 @@ from fvcore.common.config import CfgNode as FvcoreNode
 import gn_det
 from gn_det.comparison import jobs as trainings
 from gn_det.comparison.compare import parse, prepare_comparison
-from gn_det.config_file import find_config, read_config_file
+from gn_det.config_file import find_config, read_config, read_config_file
 from gn_det.engine import train
 from gn_det.engine.predict import load_run
-from gn_det.engine.train import read_config
 from gn_det.errors import InputError
 
 LEAVES = sorted((ROOT / "configs").glob("*/*.yaml"))
@@ -33,7 +31,7 @@ SMALL = "Shapes/mask_rcnn_R_18_FPN_gn.yaml"
 
 
 def read(path: object, *opts: str, **flags: bool) -> CfgNode:
-    return read_config(Namespace(config_file=str(path), opts=list(opts), **flags))
+    return read_config(str(path), list(opts), **flags)
 
 
 def by_fvcore(path: object) -> dict:

@@ -12,7 +12,8 @@ from detectron2.engine.defaults import create_ddp_model
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 
-from gn_det.engine.train import Trainer, read_config
+from gn_det.config_file import read_config
+from gn_det.engine.train import Trainer
 
 NAME = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_2x_gn"
 
@@ -23,7 +24,7 @@ def lazy(*overrides: str):
 
 
 def yaml(*opts: str):
-    return read_config(Namespace(config_file=f"{NAME}.yaml", opts=["MODEL.DEVICE", "cpu", *opts]))
+    return read_config(f"{NAME}.yaml", ["MODEL.DEVICE", "cpu", *opts])
 
 
 def test_equal_models():

@@ -1,7 +1,5 @@
 """The shipped recipes against what the paper, Detectron and Detectron2 published."""
 
-from argparse import Namespace
-
 import pytest
 import torch
 from conftest import ROOT
@@ -9,7 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.solver import build_lr_scheduler
 
-from gn_det.engine.train import read_config
+from gn_det.config_file import read_config
 
 MSRA = "detectron2://ImageNetPretrained/MSRA/R-{}.pkl"
 FAIR = "catalog://ImageNetPretrained/FAIR/R-{}-GN"
@@ -20,7 +18,7 @@ SYNC = ("SyncBN", "SyncBN", "SyncBN", "SyncBN")
 
 
 def config(name: str, *opts: object) -> CfgNode:
-    return read_config(Namespace(config_file=f"{name}.yaml", opts=list(map(str, opts))))
+    return read_config(f"{name}.yaml", list(map(str, opts)))
 
 
 # config: (norms of ResNet, FPN, box head and mask head; convs and fcs of the box head; weights)

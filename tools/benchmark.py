@@ -23,12 +23,13 @@ try:
     from studies.timing import Times, interleave
     from torch import Tensor
 
+    from gn_det.config import default_device
     from gn_det.engine.run_record import device_name, git_commit, versions
     from gn_det.layers import group_norm_act
 except ImportError as error:
     raise SystemExit(f"error: {error}") from None
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = default_device()
 # Positions of the largest RoIs, whose groups a GPU keeps in registers: one pass is enough
 ROI = 14 * 14
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -23,6 +23,7 @@ try:
     from matplotlib.figure import Figure
 
     from gn_det.comparison.jobs import PRETRAIN, TRAIN, Training, run_trainings
+    from gn_det.config import as_opts, default_device
     from gn_det.data import make_shapes
     from gn_det.engine.pretrain import CHECKPOINT
     from gn_det.engine.run_record import RECORD
@@ -33,6 +34,7 @@ try:
     from gn_det.evaluation.report import Run, summarize
     from gn_det.files import write_whole
     from gn_det.model_zoo import get_config_file
+    from gn_det.modeling.norm import NORM_KEYS
 except ImportError as error:
     raise SystemExit(f"error: {error}") from None
 
@@ -40,8 +42,7 @@ except ImportError as error:
 PROFILES = {"cpu": (2, 320), "gpu": (4, 1600)}
 FPN, C4 = "mask_rcnn_R_18_FPN_gn", "mask_rcnn_R_50_C4_gn"
 PRETRAININGS = {FPN: "pretrain_R_18_gn", C4: "pretrain_R_50_gn"}
-TRUNK = "MODEL.RESNETS.NORM"
-REST = ("MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM")
+TRUNK, *REST = NORM_KEYS.values()
 BATCHES = (1, 2, 4, 8)
 UNCHECKED = str(Path(__file__).with_name("studies") / "unchecked_train.py")
 
@@ -138,7 +139,7 @@ class Replication:
 
     def __init__(self, output: Path, seen: int, seeds: list[int], opts: list[str]) -> None:
         self.output, self.seen, self.seeds = output, seen, seeds
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device()
         self.opts = ["MODEL.DEVICE", device, *opts]
         self.data = output / "datasets"
 
@@ -169,7 +170,7 @@ class Replication:
             "TEST.EVAL_PERIOD": 0,
             "SEED": seed,
         }
-        words = [str(word) for pair in keys.items() for word in pair]
+        words = as_opts(keys)
         program = (UNCHECKED,) if detector.accident else TRAIN
         name = f"{detector.name}, seed {seed}"
         return self.training(program, name, detector.config, RECORD, [*words, *detector.division])

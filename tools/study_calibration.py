@@ -27,8 +27,10 @@ from gn_det.checkpoint.convert import Conversion, build_resnet, convert
 from gn_det.checkpoint.read import read_weights
 from gn_det.checkpoint.save import facts_of, save_backbone
 from gn_det.comparison.initial_weights import DISTILL_STEPS
+from gn_det.config import as_opts, default_device
+from gn_det.config_file import read_config
 from gn_det.data.pictures import load_pictures
-from gn_det.engine.train import Trainer, read_config
+from gn_det.engine.train import Trainer
 from gn_det.files import write_whole
 
 # After 250 a seed was worth 1 AP, and the order of two norms another one than after 1000
@@ -160,7 +162,7 @@ class Run:
             "MODEL.WEIGHTS": str(self.converted),
             # FPN and heads are the same beside every backbone
             "MODEL.GROUP_NORM.HEADS_NUM_GROUPS": 32,
-            "MODEL.DEVICE": "cuda" if torch.cuda.is_available() else "cpu",
+            "MODEL.DEVICE": default_device(),
             "MODEL.ROI_HEADS.NUM_CLASSES": len(truth["categories"]),
             "DATASETS.TRAIN": (names["train"],),
             "DATASETS.TEST": (names["val"],),
@@ -178,10 +180,10 @@ class Run:
             "SEED": self.seed,
             "OUTPUT_DIR": str(folder),
         }
-        opts = [str(word) for pair in keys.items() for word in pair]
+        opts = as_opts(keys)
         opts += [*self.model.opts, *self.opts]
         config = "Shapes/mask_rcnn_R_18_FPN_gn.yaml"
-        trainer = Trainer(read_config(argparse.Namespace(config_file=config, opts=opts)))
+        trainer = Trainer(read_config(config, opts))
         trainer.resume_or_load(resume=False)
         trainer.train()
         latest = trainer.storage.latest()

@@ -21,10 +21,11 @@ try:
     from detectron2.utils.env import seed_all_rng
     from matplotlib.figure import Figure
 
+    from gn_det.config import as_opts
+    from gn_det.config_file import read_config
     from gn_det.data import make_shapes
     from gn_det.engine.pretrain import PretrainTrainer
     from gn_det.engine.run_record import git_commit, versions
-    from gn_det.engine.train import read_config
     from gn_det.errors import InputError, exit_on_input_error
     from gn_det.evaluation.figures import COLOURS
     from gn_det.files import write_whole
@@ -51,7 +52,7 @@ class Model(NamedTuple):
             "SOLVER.IMS_PER_BATCH": self.batch,
             "SEED": seed,
         }
-        return [str(word) for pair in keys.items() for word in pair]
+        return as_opts(keys)
 
 
 BN, LN, IN, GN = Model("BN"), Model("LN"), Model("IN"), Model("GN")
@@ -87,9 +88,8 @@ def train(model: Model, seed: int, output: Path, opts: list[str]) -> dict[str, A
         "DATASETS.TRAIN": (f"{crops}/train",),
         "DATASETS.TEST": (f"{crops}/val",),
     }
-    words = [str(word) for pair in keys.items() for word in pair]
-    args = argparse.Namespace(config_file=CONFIG, opts=[*words, *model.keys(seed), *opts])
-    cfg = read_config(args)
+    words = as_opts(keys)
+    cfg = read_config(CONFIG, [*words, *model.keys(seed), *opts])
     seed_all_rng(seed)
     trainer = PretrainTrainer(cfg)
     trainer.train()

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 from detectron2.config import CfgNode
 
-from ..config import is_pretraining
+from ..config import is_pretraining, value_of
 from ..modeling.fused import IMPLEMENTATIONS, RECOMPUTE
+from ..modeling.norm import NORM_KEYS, parts_with_norm
 from .problem import Problem
 
 # Detectron2's builders and heads that gn_det has its own of
@@ -23,25 +24,30 @@ def check_norm_keys(cfg: CfgNode) -> Iterator[Problem]:
     keys = cfg.MODEL
     if keys.META_ARCHITECTURE != "GeneralizedRCNN":
         return
-    if keys.FPN.NORM and keys.BACKBONE.NAME in (
-        "build_resnet_backbone",
-        "build_gn_resnet_backbone",
-    ):
-        why = f"it reaches no layer, since {keys.BACKBONE.NAME} has no FPN"
-        yield Problem("MODEL.FPN.NORM", keys.FPN.NORM, why, 'set MODEL.FPN.NORM ""')
-    for part in ("ROI_BOX_HEAD", "ROI_MASK_HEAD"):
-        key, head = f"MODEL.{part}.NORM", keys[part]
-        if not head.NORM or (part == "ROI_MASK_HEAD" and not keys.MASK_ON):
-            continue
-        if part == "ROI_BOX_HEAD" and keys.ROI_HEADS.NAME in ("Res5ROIHeads", "GNRes5ROIHeads"):
-            why = "it reaches no layer: C4's box head is res5, whose norm is MODEL.RESNETS.NORM"
-            yield Problem(key, head.NORM, why, f'set {key} ""')
-        elif head.NUM_CONV == 0 and (head.NAME in STOCK or head.NAME in STOCK.values()):
-            why = f"it reaches no layer, since MODEL.{part}.NUM_CONV is 0"
-            yield Problem(key, head.NORM, why, f'set {key} "", or NUM_CONV 4')
+    with_norm = parts_with_norm(cfg)
+    for part, reason in _without_layers(cfg).items():
+        key = NORM_KEYS[part]
+        if (norm := value_of(cfg, key)) and part not in with_norm:
+            yield Problem(key, norm, f"it reaches no layer: {reason}", f'set {key} ""')
     if keys.RESNETS.ZERO_INIT_RESIDUAL and keys.RESNETS.NORM in ("", "FrozenBN"):
         why = f'MODEL.RESNETS.NORM "{keys.RESNETS.NORM}" has no gamma that could leave 0'
         yield Problem("MODEL.RESNETS.ZERO_INIT_RESIDUAL", True, why, "set it to False")
+
+
+def _without_layers(cfg: CfgNode) -> dict[str, str]:
+    """Why parts of Detectron2's and gn_det's own models have no layer for a norm."""
+    keys, reasons = cfg.MODEL, {}
+    if keys.BACKBONE.NAME in ("build_resnet_backbone", "build_gn_resnet_backbone"):
+        reasons["FPN"] = f"{keys.BACKBONE.NAME} has no FPN"
+    c4 = keys.ROI_HEADS.NAME in ("Res5ROIHeads", "GNRes5ROIHeads")
+    for part, name in (("box head", "ROI_BOX_HEAD"), ("mask head", "ROI_MASK_HEAD")):
+        if c4 and part == "box head":
+            reasons[part] = "C4's box head is res5, whose norm is MODEL.RESNETS.NORM"
+        elif keys[name].NUM_CONV == 0 and keys[name].NAME in {*STOCK, *STOCK.values()}:
+            reasons[part] = f"MODEL.{name}.NUM_CONV is 0"
+    if not keys.MASK_ON:
+        reasons.pop("mask head", None)
+    return reasons
 
 
 def check_implementation(cfg: CfgNode) -> Iterator[Problem]:

@@ -22,25 +22,25 @@ from detectron2.utils.logger import setup_logger
 from ..check import check_config
 from ..check.anchors import objects_out_of_reach
 from ..check.machine import check_machine, check_weights_file
-from ..config import add_gn_config
-from ..config_file import add_base_argument, find_config
+from ..config import add_gn_config, as_opts, default_device, flatten
+from ..config_file import add_base_argument, find_config, read_config
 from ..data.object_sizes import DataSizes
 from ..data.prepare import Prepared, keys_of
 from ..engine.dataset_args import add_data_arguments, prepare_data
 from ..engine.describe import describe_recipe
 from ..engine.run_record import RECORD
-from ..engine.train import read_config
 from ..errors import InputError, exit_on_input_error
 from ..evaluation.report import Run, write_report
+from ..modeling.norm import NORM_KEYS
 from .autoconfig import Proposal, chosen, pictures_seen, propose_schedule, propose_sizes
 from .initial_weights import DISTILL_STEPS, find_weights, untold_keys, weight_keys
 from .jobs import Training, run_trainings
-from .plan import NORM_KEYS, Cell, check_pairs, flatten, norm_keys, plan, where
+from .plan import Cell, check_pairs, describe_norms, norm_keys, plan
 
 BASE = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_4conv1fc.yaml"
 # Flag -> the keys that it decides
 DECIDED = {
-    "--norms": NORM_KEYS,
+    "--norms": tuple(NORM_KEYS.values()),
     "--images-per-batch": ("SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE"),
     "--budget": ("SOLVER.MAX_ITER", "SOLVER.STEPS"),
     "--seeds": ("SEED",),
@@ -74,9 +74,9 @@ def prepare_comparison(args: argparse.Namespace) -> Comparison:
     """
     cells = plan(args.norms, args.images_per_batch, args.seeds)
     refuse_decided(args.opts)
-    opts = ["MODEL.DEVICE", "cuda" if torch.cuda.is_available() else "cpu", *args.opts]
+    opts = ["MODEL.DEVICE", default_device(), *args.opts]
     output, config = args.output_dir, find_config(args.base)
-    base = read_base(config, opts, args.allow_remote_base)
+    base = read_config(config, opts, args.allow_remote_base)
     data = prepare_data(args, base, output / "data", (output / "runs").exists())
     train = Path(data.train)
     sizes = DataSizes.of(train)
@@ -96,7 +96,7 @@ def prepare_comparison(args: argparse.Namespace) -> Comparison:
             "OUTPUT_DIR": str((output / "runs" / cell.folder).resolve()),
         }
         # What the user gives comes last, and counts
-        words = (*(str(word) for pair in keys.items() for word in pair), *opts)
+        words = (*as_opts(keys), *opts)
         remote = args.allow_remote_base
         folder = Path(keys["OUTPUT_DIR"])
         training = Training(str(cell), folder, config, words, allow_remote_base=remote)
@@ -163,12 +163,6 @@ def base_config() -> CfgNode:
     return cfg
 
 
-def read_base(base: str, opts: Sequence[str], allow_remote_base: bool = False) -> CfgNode:
-    """The config of a file and `KEY VALUE` pairs."""
-    args = {"config_file": base, "opts": list(opts), "allow_remote_base": allow_remote_base}
-    return read_config(argparse.Namespace(**args))
-
-
 def keep_best(found: Comparison, results: Mapping[str, Any]) -> Path:
     """Copy the best model, with all that `DefaultPredictor` needs, to `OUTPUT/best`."""
     best = found.output / "best"
@@ -176,7 +170,7 @@ def keep_best(found: Comparison, results: Mapping[str, Any]) -> Path:
     best.mkdir(exist_ok=True)
     for name in ("model_final.pth", RECORD):
         shutil.copy2(source / name, best / name)
-    cfg = read_base(str(source / "config.yaml"), [])
+    cfg = read_config(str(source / "config.yaml"))
     cfg.defrost()
     cfg.MODEL.WEIGHTS = str((best / "model_final.pth").resolve())
     cfg.OUTPUT_DIR = str(best.resolve())
@@ -187,7 +181,7 @@ def keep_best(found: Comparison, results: Mapping[str, Any]) -> Path:
 def report(found: Comparison, failed: Mapping[str, str], command: str) -> None:
     """Write the report of all finished cells, and keep the best model."""
     runs = [
-        Run(cell.norm, cell.images, cell.seed, training.folder, where(training.cfg))
+        Run(cell.norm, cell.images, cell.seed, training.folder, describe_norms(training.cfg))
         for cell, training in found.cells.items()
         if training.name not in failed
     ]

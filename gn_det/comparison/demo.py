@@ -10,8 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
-
+from ..config import as_opts, default_device
 from ..data import make_shapes
 from ..engine.pretrain import CHECKPOINT
 from ..engine.run_record import RECORD
@@ -47,7 +46,7 @@ class Demo:
     def __init__(self, output: Path, opts: list[str]) -> None:
         self.output = output
         self.shapes = output / "datasets" / "shapes"
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = default_device()
         self.opts = opts
         self.start = time.monotonic()
 
@@ -87,7 +86,7 @@ class Demo:
             "MODEL.WEIGHTS": weights,
             "OUTPUT_DIR": str(self.output / config),
         }
-        opts = (*(word for pair in keys.items() for word in pair), *self.opts)
+        opts = (*as_opts(keys), *self.opts)
         path = get_config_file(f"Shapes/{config}.yaml")
         return Training(config, self.output / config, path, opts, program, product)
 

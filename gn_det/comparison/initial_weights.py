@@ -15,7 +15,7 @@ from ..checkpoint.convert import convert
 from ..checkpoint.facts import GROUP_NORM, NORM, PIXELS, STRIDE, describe
 from ..checkpoint.read import read_weights
 from ..checkpoint.save import save_backbone
-from ..config import value_of
+from ..config import as_opts, value_of
 from ..errors import InputError
 from ..modeling.norm import is_group_norm
 from .plan import NORMS, split_norm
@@ -127,13 +127,13 @@ def make_group_norm(
     if path.is_file():
         return path
     output.mkdir(parents=True, exist_ok=True)
-    pairs = [str(word) for pair in untold.items() for word in pair]
+    pairs = as_opts(untold)
     conversion = convert(read_weights(weights), opts=pairs)
     conversion.refuse_gaps([], [])
     if torch.cuda.is_available():
         conversion.cfg.MODEL.DEVICE = "cuda"
     torch.manual_seed(0)
-    opts = [str(word) for pair in division.items() for word in pair]
+    opts = as_opts(division)
     to_group_norm(conversion, opts, chosen, distill_steps)
     save_backbone(conversion.tensors, conversion.cfg, path)
     return path

@@ -1,6 +1,5 @@
 """Several trainings, one after the other or side by side, gone on with where they were stopped."""
 
-import argparse
 import os
 import queue
 import re
@@ -16,8 +15,8 @@ import torch
 from detectron2.config import CfgNode
 
 from ..config import is_pretraining
+from ..config_file import read_config
 from ..engine.run_record import RECORD
-from ..engine.train import read_config
 from ..errors import InputError, exit_on_sigterm
 from ..files import locked
 from .launcher import Launcher, refuse_other_config
@@ -50,9 +49,7 @@ class Training:
 
     @cached_property
     def cfg(self) -> CfgNode:
-        arguments = {"config_file": self.config_file, "opts": list(self.opts)}
-        remote = self.allow_remote_base
-        return read_config(argparse.Namespace(**arguments, allow_remote_base=remote))
+        return read_config(self.config_file, self.opts, self.allow_remote_base)
 
     @property
     def size(self) -> int:

@@ -3,19 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
-from typing import Any
 
 from detectron2.config import CfgNode
 
-from ..checkpoint.facts import GROUP_NORM, NORM, PIXELS, STRIDE
+from ..checkpoint.facts import GROUP_NORM, PIXELS, STRIDE
+from ..config import flatten, value_of
 from ..errors import InputError
-from ..modeling.norm import is_group_norm
+from ..modeling.norm import NORM_KEYS, is_group_norm, parts_with_norm
 
 NORMS = ("FrozenBN", "BN", "SyncBN", "GN", "LN", "IN")
-NORM_KEYS = (
-    *(NORM, "MODEL.FPN.NORM"),
-    *("MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM"),
-)
 
 
 @dataclass(frozen=True)
@@ -65,44 +61,23 @@ def split_norm(norm: str) -> tuple[str, str]:
     return backbone, heads if slash else backbone * is_group_norm(backbone)
 
 
-def where(cfg: CfgNode) -> str:
-    """Which parts of a model have which norm, in words."""
-    parts = {
-        "backbone": cfg.MODEL.RESNETS.NORM,
-        "FPN": cfg.MODEL.FPN.NORM if has_fpn(cfg) else "",
-        "box head": cfg.MODEL.ROI_BOX_HEAD.NORM if has_box_convs(cfg) else "",
-        "mask head": cfg.MODEL.ROI_MASK_HEAD.NORM if has_mask_convs(cfg) else "",
-    }
-    norms = dict.fromkeys(norm for norm in parts.values() if norm)
-    return "; ".join(
-        f"{norm}: {', '.join(part for part, own in parts.items() if own == norm)}" for norm in norms
-    )
-
-
-def has_fpn(cfg: CfgNode) -> bool:
-    """Whether a model has an FPN, whose norm can be told."""
-    return "fpn" in cfg.MODEL.BACKBONE.NAME
-
-
-def has_box_convs(cfg: CfgNode) -> bool:
-    """Whether its box head has convolutions, whose norm can be told."""
-    heads = cfg.MODEL.ROI_HEADS.NAME in ("StandardROIHeads", "CascadeROIHeads")
-    return heads and cfg.MODEL.ROI_BOX_HEAD.NUM_CONV > 0
-
-
-def has_mask_convs(cfg: CfgNode) -> bool:
-    """Whether it has a mask head of its own, whose norm can be told."""
-    heads = cfg.MODEL.ROI_HEADS.NAME in ("StandardROIHeads", "CascadeROIHeads")
-    return heads and cfg.MODEL.MASK_ON
+def describe_norms(cfg: CfgNode) -> str:
+    """Which parts of a model have which norm, as "GN: backbone, FPN"."""
+    parts: dict[str, list[str]] = {}
+    for part in parts_with_norm(cfg):
+        if norm := value_of(cfg, NORM_KEYS[part]):
+            parts.setdefault(str(norm), []).append(part)
+    return "; ".join(f"{norm}: {', '.join(names)}" for norm, names in parts.items())
 
 
 def norm_keys(norm: str, cfg: CfgNode) -> dict[str, str]:
-    """The `NORM` keys that a model of this config has layers for."""
+    """The values of all `NORM` keys, "" for parts that this config's model has no layers for."""
     backbone, heads = split_norm(norm)
-    keys = {NORM: backbone}
-    for key, has in zip(NORM_KEYS[1:], (has_fpn, has_box_convs, has_mask_convs), strict=True):
-        keys[key] = heads if has(cfg) else ""
-    return keys
+    with_norm = parts_with_norm(cfg)
+    return {
+        key: (backbone if part == "backbone" else heads) if part in with_norm else ""
+        for part, key in NORM_KEYS.items()
+    }
 
 
 def check_pairs(configs: Mapping[Cell, CfgNode]) -> None:
@@ -113,7 +88,7 @@ def check_pairs(configs: Mapping[Cell, CfgNode]) -> None:
     Raises:
         InputError: naming the keys.
     """
-    allowed = {*NORM_KEYS, *PIXELS, *GROUP_NORM, STRIDE, "MODEL.WEIGHTS", "OUTPUT_DIR"}
+    allowed = {*NORM_KEYS.values(), *PIXELS, *GROUP_NORM, STRIDE, "MODEL.WEIGHTS", "OUTPUT_DIR"}
 
     def pair(cell: Cell) -> tuple[int, int]:
         return cell.images, cell.seed
@@ -126,14 +101,3 @@ def check_pairs(configs: Mapping[Cell, CfgNode]) -> None:
             if wrong := [key for key in keys if key not in allowed]:
                 told = ", ".join(f"{key} {one.get(key)} and {two.get(key)}" for key in wrong)
                 raise InputError(f"{first} and {other} differ in more than the norm: {told}")
-
-
-def flatten(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
-    """A config's values by their whole keys."""
-    found: dict[str, Any] = {}
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            found |= flatten(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found

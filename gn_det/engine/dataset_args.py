@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from ..check.anchors import objects_out_of_reach
+from ..config import as_opts
 from ..data.clean import Source, survey
 from ..data.findings import refuse
 from ..data.object_sizes import DataSizes
@@ -89,4 +90,4 @@ def data_opts(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
     folder = Path(cfg.OUTPUT_DIR) / "data"
     going_on = args.resume or args.eval_only
     keys = keys_of(prepare_data(args, cfg, folder, going_on), cfg)
-    return [str(word) for pair in keys.items() for word in pair]
+    return as_opts(keys)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import DefaultPredictor
@@ -24,6 +23,8 @@ from pycocotools.coco import COCO
 from ..check.layers import BUILD_ERRORS
 from ..check.machine import check_machine
 from ..checkpoint.checkpointer import StrictCheckpointer
+from ..config import default_device
+from ..config_file import read_config
 from ..data.picture_files import read_picture
 from ..data.pictures import is_picture
 from ..errors import InputError, exit_on_input_error, printable
@@ -33,7 +34,6 @@ from ..files import write_whole
 from ..modeling import build_without_memory
 from ..plain_yaml import CONFIG_ERRORS, in_words
 from .run_record import RECORD
-from .train import read_config
 
 MAX_RECORD = 10 * 2**20  # bytes of run.json
 
@@ -76,12 +76,12 @@ def load_run(
             raise InputError(
                 f"{folder} has no {name}: give the OUTPUT_DIR of a training that came to its end"
             )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     keys = ["MODEL.WEIGHTS", str(folder / "model_final.pth"), "MODEL.DEVICE", device]
     # What the training had may lie on another machine
     keys += ["OUTPUT_DIR", str(output), "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
     config = str(folder / "config.yaml")
-    cfg = read_config(argparse.Namespace(config_file=config, opts=[*keys, *opts]))
+    cfg = read_config(config, [*keys, *opts])
     check_model(cfg, folder)
     return cfg, read_categories(folder / RECORD, cfg)
 

@@ -3,22 +3,14 @@
 import argparse
 from collections.abc import Sequence
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..check import ConfigError
 from ..check.weights import check_weights
-from ..config import add_gn_config
-from ..config_file import (
-    CONFIG_ERRORS,
-    add_base_argument,
-    find_config,
-    in_words,
-    merge_config_file,
-)
-from ..data.prepare import register
+from ..config_file import add_base_argument, find_config, read_config
 from ..errors import InputError, exit_on_input_error
 from .dataset_args import add_data_arguments, data_opts, describe_data
 from .describe import describe_recipe
@@ -27,36 +19,9 @@ from .train_step import anywhere
 from .trainer import Trainer
 
 
-def read_config(args: argparse.Namespace) -> CfgNode:
-    """The frozen config that `args.config_file` and the `KEY VALUE` pairs of `args.opts` describe.
-
-    A batch size among the pairs is meant as it stands, as in Detectron2's own configs, and switches
-    the scaling by `SOLVER.REFERENCE_WORLD_SIZE` off, unless that is among them too.
-
-    Raises:
-        InputError: for a file that does not exist or would run code, and keys or values that do not
-            fit.
-    """
-    cfg = get_cfg()
-    add_gn_config(cfg)
-    path = find_config(args.config_file)
-    merge_config_file(cfg, path, allow_remote=getattr(args, "allow_remote_base", False))
-    try:
-        cfg.merge_from_list(args.opts)
-        register((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
-        if "SOLVER.IMS_PER_BATCH" in args.opts and "SOLVER.REFERENCE_WORLD_SIZE" not in args.opts:
-            cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
-    except InputError:
-        raise
-    except CONFIG_ERRORS as error:
-        raise InputError(f"config {path} with {args.opts}: {in_words(error)}") from None
-    cfg.freeze()
-    return cfg
-
-
 def setup(args: argparse.Namespace) -> CfgNode:
     """The config, with Detectron2's loggers, `config.yaml` and seed set up for it."""
-    cfg = read_config(args)
+    cfg = read_config(args.config_file, args.opts, args.allow_remote_base)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gn_det")
     return cfg
@@ -98,7 +63,7 @@ def run(argv: Sequence[str] | None = None, trainer_class: type[Trainer] = Traine
         args.config_file = find_config(args.config_file)
         if args.skip_bad_batches is not None:
             args.opts = ["SOLVER.SKIP_BAD_BATCHES", str(args.skip_bad_batches), *args.opts]
-        cfg = read_config(args)
+        cfg = read_config(args.config_file, args.opts, args.allow_remote_base)
         with joined(cfg.MODEL.DEVICE):
             _run(args, cfg, trainer_class)
 
@@ -110,7 +75,7 @@ def _run(args: argparse.Namespace, cfg: CfgNode, trainer_class: type[Trainer]) -
     args.resume = anywhere(args.resume or (restarted() and not args.eval_only))
     opts = data_opts(args, cfg) if comm.is_main_process() else []
     args.opts = [*comm.all_gather(opts)[0], *args.opts]
-    cfg = read_config(args)
+    cfg = read_config(args.config_file, args.opts, args.allow_remote_base)
     trainer_class.check_architecture(cfg)
     if not args.eval_only:
         trainer_class.check_recipe(cfg, num_gpus)

@@ -10,6 +10,13 @@ from ..layers import GroupNorm
 from .parts import TRUNK, part_of
 
 Norm = str | Callable[[int], nn.Module]
+# The key that sets the norm of each part
+NORM_KEYS = {
+    "backbone": "MODEL.RESNETS.NORM",
+    "FPN": "MODEL.FPN.NORM",
+    "box head": "MODEL.ROI_BOX_HEAD.NORM",
+    "mask head": "MODEL.ROI_MASK_HEAD.NORM",
+}
 
 
 def get_norm(cfg: CfgNode, norm: str, where: str) -> Norm:
@@ -81,3 +88,19 @@ def stock_config(cfg: CfgNode, *keys: str) -> CfgNode:
 def is_group_norm(norm: str) -> bool:
     """Whether layers of this `NORM` value are `GroupNorm`s."""
     return norm in ("GN", "LN", "IN")
+
+
+def parts_with_norm(cfg: CfgNode) -> list[str]:
+    """The keys of `NORM_KEYS` that stand for layers of this config's model.
+
+    C4 models have neither an FPN nor convolutional heads: res5 is their box head.
+    """
+    keys = cfg.MODEL
+    heads = keys.ROI_HEADS.NAME in ("StandardROIHeads", "CascadeROIHeads")
+    found = {
+        "backbone": True,
+        "FPN": "fpn" in keys.BACKBONE.NAME,
+        "box head": heads and keys.ROI_BOX_HEAD.NUM_CONV > 0,
+        "mask head": heads and keys.MASK_ON and keys.ROI_MASK_HEAD.NUM_CONV > 0,
+    }
+    return [part for part, has_layers in found.items() if has_layers]

@@ -1,7 +1,6 @@
 """Recipes made to fit: against sizes and rates that are worked out by hand."""
 
 import json
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -12,13 +11,13 @@ from torchvision.ops import box_iou
 
 from gn_det.check.anchors import objects_out_of_reach
 from gn_det.comparison.autoconfig import chosen, pictures_seen, propose_schedule, propose_sizes
+from gn_det.config_file import read_config
 from gn_det.data.object_sizes import DataSizes
-from gn_det.engine.train import read_config
 from gn_det.errors import InputError
 
 
 def config(name: str = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_gn.yaml"):
-    return read_config(Namespace(config_file=name, opts=[]))
+    return read_config(name)
 
 
 def sizes_of(side: int, objects: float, count: int = 40) -> DataSizes:

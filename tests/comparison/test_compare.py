@@ -16,10 +16,11 @@ from detectron2.modeling import build_backbone
 
 import gn_det.comparison.jobs as trainings_module
 from gn_det.checkpoint.facts import describe
-from gn_det.comparison.compare import parse, prepare_comparison, read_base
+from gn_det.comparison.compare import parse, prepare_comparison
 from gn_det.comparison.initial_weights import find_weights, published
 from gn_det.comparison.jobs import run_trainings
-from gn_det.comparison.plan import Cell, check_pairs, norm_keys, plan, where
+from gn_det.comparison.plan import Cell, check_pairs, describe_norms, norm_keys, plan
+from gn_det.config_file import read_config
 from gn_det.engine.predict import load_run
 from gn_det.errors import InputError
 from gn_det.evaluation.coco_stats import coco_stats
@@ -92,7 +93,7 @@ def test_best_model_is_ready(compared, tmp_path):
     results = json.loads((output / "results.json").read_text())
     best = max(results["runs"], key=lambda run: run["segm"]["AP"])
     assert results["best"]["folder"] == best["folder"]
-    cfg, categories = load_run(output / "best", tmp_path, [])
+    cfg, categories = load_run(output / "best", tmp_path)
     assert [c["id"] for c in categories] == [1, 2, 3, 4, 5, 6]
     predictor = DefaultPredictor(cfg)
     original = torch.load(Path(best["folder"]) / "model_final.pth", weights_only=True)["model"]
@@ -216,7 +217,7 @@ def test_plan_has_whole_seeds_first():
 
 def test_norm_keys():
     """Table 5's notation: the backbone's norm, and that of all else."""
-    cfg = read_base(FPN, [])
+    cfg = read_config(FPN)
     rest = ("MODEL.FPN.NORM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM")
     for norm, backbone, heads in (
         ("FrozenBN", "FrozenBN", ""),
@@ -226,20 +227,20 @@ def test_norm_keys():
         keys = norm_keys(norm, cfg)
         assert keys["MODEL.RESNETS.NORM"] == backbone
         assert [keys[key] for key in rest] == [heads] * 3
-    c4 = read_base("COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml", [])
+    c4 = read_config("COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml")
     assert norm_keys("GN", c4) == {"MODEL.RESNETS.NORM": "GN", **dict.fromkeys(rest, "")}
 
 
-def test_where():
+def test_describe_norms():
     """Parts that have no layers for a norm are not said to have it."""
     told = []
     for name in ("R_50_FPN_1x_4conv1fc", "R_50_C4_1x", "R_50_FPN_1x"):
-        cfg = read_base(f"COCO-InstanceSegmentation/mask_rcnn_{name}.yaml", [])
+        cfg = read_config(f"COCO-InstanceSegmentation/mask_rcnn_{name}.yaml")
         words = [word for pair in norm_keys("GN", cfg).items() for word in pair]
         cfg = cfg.clone()
         cfg.defrost()
         cfg.merge_from_list(words)
-        told.append(where(cfg))
+        told.append(describe_norms(cfg))
     assert told == [
         *("GN: backbone, FPN, box head, mask head", "GN: backbone"),
         "GN: backbone, FPN, mask head",
@@ -247,12 +248,12 @@ def test_where():
 
 
 def test_pairs_that_differ_in_more():
-    one, two = (read_base(FPN, ["SOLVER.BASE_LR", rate]) for rate in ("0.01", "0.02"))
+    one, two = (read_config(FPN, ["SOLVER.BASE_LR", rate]) for rate in ("0.01", "0.02"))
     cells = Cell("FrozenBN", 2, 0), Cell("GN", 2, 0), Cell("GN", 1, 0)
     check_pairs({cells[0]: one, cells[2]: two})
     with pytest.raises(InputError, match=r"more than the norm: SOLVER.BASE_LR 0.01 and 0.02"):
         check_pairs({cells[0]: one, cells[1]: two})
-    deeper = read_base(FPN, ["SOLVER.BASE_LR", "0.01", "MODEL.RESNETS.DEPTH", "101"])
+    deeper = read_config(FPN, ["SOLVER.BASE_LR", "0.01", "MODEL.RESNETS.DEPTH", "101"])
     with pytest.raises(InputError, match=r"more than the norm: MODEL.RESNETS.DEPTH 50 and 101"):
         check_pairs({cells[0]: one, cells[1]: deeper})
 
@@ -262,7 +263,7 @@ MSRA = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
 
 def test_published_weights():
     """Without --init: the base's own, and GN's of the same depth."""
-    cfg = read_base(FPN, [])
+    cfg = read_config(FPN)
     assert cfg.MODEL.WEIGHTS == MSRA
     found = find_weights(["FrozenBN", "GN", "FrozenBN/GN"], [], cfg, [], Path("nowhere"))
     gn = "catalog://ImageNetPretrained/FAIR/R-50-GN"
@@ -281,14 +282,14 @@ def test_published_weights():
 )
 def test_initial_weights_that_are_unclear(given, message):
     with pytest.raises(InputError, match=message):
-        find_weights(["FrozenBN", "GN"], given, read_base(FPN, []), [], Path("nowhere"))
+        find_weights(["FrozenBN", "GN"], given, read_config(FPN), [], Path("nowhere"))
 
 
 def test_bn_backbone_becomes_gn(shapes, tmp_path):
     """--init with a BN file: BN* takes it, and GN what is measured from it, once."""
     from gn_det.checkpoint.save import save_backbone
 
-    cfg = read_base("Shapes/mask_rcnn_R_18_FPN_bn.yaml", [])
+    cfg = read_config("Shapes/mask_rcnn_R_18_FPN_bn.yaml")
     torch.manual_seed(0)
     save_backbone(build_backbone(cfg).bottom_up.state_dict(), cfg, tmp_path / "bn.pth")
     more = ["--norms", "FrozenBN", "GN", "--init", str(tmp_path / "bn.pth"), "--check"]
@@ -310,7 +311,7 @@ def test_bn_backbone_becomes_gn(shapes, tmp_path):
 def test_pixels_that_a_backbone_does_not_tell(given, shapes, tmp_path):
     """BN* and what is measured from it get the same: the config's, or what the user gives."""
     name = "Shapes/mask_rcnn_R_18_FPN_bn.yaml"
-    cfg = read_base(name, [])
+    cfg = read_config(name)
     path = tmp_path / "bn.pth"
     torch.save({"model": build_backbone(cfg).bottom_up.state_dict()}, path)
     more = ["--base", name, "--norms", "FrozenBN", "GN", "--init", str(path), "--check", *given]
@@ -369,4 +370,4 @@ def test_killed_with_its_training(shapes, tmp_path):
 
 def test_models_that_cannot_predict(tmp_path):
     with pytest.raises(InputError, match=r"has no config.yaml: give the OUTPUT_DIR of a training"):
-        load_run(tmp_path, tmp_path, [])
+        load_run(tmp_path, tmp_path)

@@ -1,6 +1,5 @@
 """Folders of pictures as Detectron2's loaders."""
 
-from argparse import Namespace
 from itertools import islice
 from pathlib import Path
 
@@ -10,19 +9,19 @@ import torch
 from detectron2.config import CfgNode
 from PIL import Image
 
+from gn_det.config_file import read_config
 from gn_det.data.image_folder import (
     PictureMapper,
     build_test_loader,
     build_train_loader,
     read_folder,
 )
-from gn_det.engine.train import read_config
 from gn_det.errors import InputError
 
 
 def config(*opts: object) -> CfgNode:
     words = ["DATALOADER.NUM_WORKERS", "0", *map(str, opts)]
-    return read_config(Namespace(config_file="ImageNet-Classification/R_50_gn.yaml", opts=words))
+    return read_config("ImageNet-Classification/R_50_gn.yaml", words)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import json
 import re
 import struct
 import zlib
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +14,13 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, dete
 from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 
+from gn_det.config_file import read_config
 from gn_det.data.clean import Source, look, survey
 from gn_det.data.findings import Findings
 from gn_det.data.masks import clean_mask
 from gn_det.data.picture_files import read_picture
 from gn_det.data.prepare import Prepared, keys_of, prepare, register
 from gn_det.data.split import split
-from gn_det.engine.train import read_config
 from gn_det.errors import InputError
 
 SIZE = (40, 30)  # width, height
@@ -267,7 +266,7 @@ def test_boxes_alone(data, tmp_path):
 
 
 def read_config_of_shapes():
-    return read_config(Namespace(config_file="Shapes/mask_rcnn_R_18_FPN_gn.yaml", opts=[]))
+    return read_config("Shapes/mask_rcnn_R_18_FPN_gn.yaml")
 
 
 def test_keys_that_follow(data, tmp_path):

@@ -16,8 +16,8 @@ from torch import Tensor, distributed, nn
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
+from gn_det.config_file import read_config
 from gn_det.data.loader import UnreadableSample
-from gn_det.engine import train
 from gn_det.engine.distributed import count_processes, launch
 from gn_det.engine.train_step import TrainingStep
 from gn_det.engine.trainer import Trainer
@@ -101,7 +101,7 @@ class Parts(nn.Module):
     def __init__(self, norm: str) -> None:
         super().__init__()
         words = [*CONFIG, *TINY, *SCRATCH, "MODEL.RESNETS.NORM", norm]
-        cfg = train.read_config(default_argument_parser().parse_args(words))
+        cfg = read_config(default_argument_parser().parse_args(words))
         torch.manual_seed(0)
         detector = Trainer.build_model(cfg)
         self.backbone = detector.backbone

@@ -2,7 +2,6 @@
 
 import json
 import re
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
+from gn_det.config_file import read_config
 from gn_det.engine import pretrain, train, trainer
 from gn_det.errors import InputError
 
@@ -50,7 +50,7 @@ def pretrained(request, tmp_path_factory) -> tuple[str, Path, pretrain.PretrainT
     words = opts(output, PRETRAIN__EPOCHS=schedule[0], PRETRAIN__STEPS=schedule[1], **easy)
     config = f"configs/Shapes/pretrain_R_18_{request.param}.yaml"
     seed_all_rng(0)
-    cfg = train.read_config(Namespace(config_file=config, opts=words))
+    cfg = read_config(config, words)
     trainer = pretrain.PretrainTrainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()
@@ -122,8 +122,7 @@ def test_evaluation_alone(resumed, tmp_path):
     """What the training's own evaluation found, from the folder of pictures to test on alone."""
     weights = resumed / "model_final.pth"
     words = opts(tmp_path, MODEL__WEIGHTS=weights, DATASETS__TRAIN="('none',)")
-    args = Namespace(config_file=GN, opts=words)
-    results = pretrain.PretrainTrainer.evaluate(train.read_config(args), resume=False)
+    results = pretrain.PretrainTrainer.evaluate(read_config(GN, words), resume=False)
     expected = lines(resumed)[-1]
     assert results["accuracy"]["top1"] == pytest.approx(expected["accuracy/top1"])
 
@@ -134,7 +133,7 @@ def test_mixed_precision(dtype, device, tmp_path):
         pytest.skip("needs a GPU")
     words = opts(tmp_path, MODEL__DEVICE=device, SOLVER__AMP__ENABLED=True, PRETRAIN__STEPS="()")
     words += ["SOLVER.AMP.DTYPE", dtype]
-    trained = pretrain.PretrainTrainer(train.read_config(Namespace(config_file=GN, opts=words)))
+    trained = pretrain.PretrainTrainer(read_config(GN, words))
     seen = set()
     stem = trained.model.backbone.stem.conv1
     stem.register_forward_hook(lambda conv, inputs, output: seen.add(output.dtype))
@@ -150,7 +149,7 @@ def test_a_batch_in_parts(tmp_path):
     found = []
     for parts in (1, 2):
         words = opts(tmp_path, SOLVER__ACCUMULATE_ITERS=parts)
-        cfg = train.read_config(Namespace(config_file=GN, opts=words))
+        cfg = read_config(GN, words)
         torch.manual_seed(0)
         model = pretrain.PretrainTrainer.build_model(cfg)
         with EventStorage():
@@ -213,6 +212,5 @@ def test_each_tool_names_the_other(tmp_path):
     cfg = shapes_config("mask_rcnn_R_18_FPN_gn", "OUTPUT_DIR", tmp_path)
     with pytest.raises(InputError, match=r"GeneralizedRCNN: run tools/train_net.py"):
         pretrain.PretrainTrainer(cfg)
-    args = Namespace(config_file=GN, opts=opts(tmp_path))
     with pytest.raises(InputError, match=r"run tools/pretrain_net.py"):
-        trainer.Trainer(train.read_config(args))
+        trainer.Trainer(read_config(GN, opts(tmp_path)))

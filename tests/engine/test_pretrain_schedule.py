@@ -1,7 +1,5 @@
 """The paper's ImageNet recipe in the iterations that Detectron2 counts in."""
 
-from argparse import Namespace
-
 import pytest
 import torch
 from conftest import ROOT
@@ -10,8 +8,8 @@ from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 
+from gn_det.config_file import read_config
 from gn_det.engine.pretrain_schedule import resolve_config
-from gn_det.engine.train import read_config
 from gn_det.errors import InputError
 
 IMAGENET = (1_281_167, 1000)
@@ -20,7 +18,7 @@ LEAVES = sorted((ROOT / "configs/ImageNet-Classification").glob("*.yaml"))
 
 def config(name: str, *opts: object) -> CfgNode:
     path = f"ImageNet-Classification/{name}.yaml"
-    return read_config(Namespace(config_file=path, opts=list(map(str, opts))))
+    return read_config(path, list(map(str, opts)))
 
 
 def rate(cfg: CfgNode, iteration: int) -> float:

@@ -28,11 +28,11 @@ from in_child import calls
 from gn_det.checkpoint.checkpointer import StrictCheckpointer
 from gn_det.checkpoint.facts import describe_file
 from gn_det.checkpoint.read import read_weights
+from gn_det.config_file import find_config, read_config
 from gn_det.data import make_shapes
 from gn_det.data.clean import Source
 from gn_det.data.picture_files import examine, read_picture
 from gn_det.data.prepare import prepare
-from gn_det.engine.train import find_config, read_config
 from gn_det.errors import InputError
 
 STRANGE = [
@@ -178,14 +178,14 @@ class Configs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         # One that says much by itself
-        cfg = read_config(argparse.Namespace(config_file=SHIPPED, opts=[]))
+        cfg = read_config(SHIPPED)
         self.whole = cfg.dump()
 
     def read(self, rng: random.Random) -> None:
         path = self.folder / "damaged.yaml"
         if rng.random() < 0.5:
             path = hostile_config(rng, self.folder, find_config(SHIPPED))
-            read_config(argparse.Namespace(config_file=str(path), opts=[]))
+            read_config(str(path))
             return
         if rng.random() < 0.4:
             text = damage_bytes(self.whole.encode(), rng)
@@ -200,7 +200,7 @@ class Configs:
                 f"\nX: !!python/object/apply:os.system ['touch {self.folder}/canary']\n".encode()
             )
         path.write_bytes(text)
-        read_config(argparse.Namespace(config_file=str(path), opts=[]))
+        read_config(str(path))
 
 
 SHIPPED = "Shapes/mask_rcnn_R_18_FPN_gn.yaml"

@@ -1,6 +1,5 @@
 """Detectors whose price is compared: Detectron2's, gn_det's, torchvision's."""
 
-import argparse
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from gn_det.engine.train import read_config
+from gn_det.config_file import read_config
 
 STOCK = [
     *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
@@ -80,10 +79,7 @@ def _configs(model: str, device: str) -> dict[str, CfgNode]:
     ]
     return {
         name: read_config(
-            argparse.Namespace(
-                config_file=f"COCO-InstanceSegmentation/mask_rcnn_R_50_{config}.yaml",
-                opts=[*common, *opts],
-            )
+            f"COCO-InstanceSegmentation/mask_rcnn_R_50_{config}.yaml", [*common, *opts]
         )
         for name, (config, opts) in rivals.items()
     }
