@@ -22,8 +22,8 @@ def add_gn_config(cfg: CfgNode) -> None:
     cfg.MODEL.GROUP_NORM.HEADS_NUM_GROUPS = -1
     # Added to the variance, of every layer whose NORM is "GN", "LN" or "IN"
     cfg.MODEL.GROUP_NORM.EPSILON = 1e-5
-    # "fused": norm, residual and ReLU in one operator, of GN and of BN*; "native": PyTorch's own,
-    # in Detectron2's own blocks; "compiled": these through torch.compile
+    # "fused": norm, residual and ReLU in one operator, for GN and BN*; "native": PyTorch's own
+    # operators, in Detectron2's own blocks
     cfg.MODEL.GROUP_NORM.IMPL = "fused"
     # What the fused GN computes again in the backward pass rather than keep: "none", "norm" (what a
     # norm with ReLU puts out), "conv3" (that, and each bottleneck's last convolution), "block"

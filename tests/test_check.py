@@ -67,7 +67,7 @@ ACCIDENTS = {
     ),
     "no such implementation": (
         *(FPN, ("MODEL.GROUP_NORM.IMPL", "quick")),
-        *("MODEL.GROUP_NORM.IMPL", "one of fused, native, compiled"),
+        *("MODEL.GROUP_NORM.IMPL", "one of fused, native"),
     ),
     "no such level": (
         *(FPN, ("MODEL.GROUP_NORM.RECOMPUTE", "all")),

@@ -19,10 +19,11 @@ import torch
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.env import seed_all_rng
 from studies.linear_probe import mean_auc
+from studies.promised_moments import promised_moments
 from torch import Tensor
 
 from gn_det.checkpoint.bn_to_gn import SIDE, normalise, to_group_norm
-from gn_det.checkpoint.calibrate import measured_moments, promised_moments
+from gn_det.checkpoint.calibrate import measured_moments
 from gn_det.checkpoint.convert import Conversion, build_resnet, convert
 from gn_det.checkpoint.read import read_weights
 from gn_det.checkpoint.save import facts_of, save_backbone

@@ -57,7 +57,7 @@ def check_implementation(cfg: CfgNode) -> Iterator[Problem]:
         if keys[name] not in known:
             mend = f"set it to one of {', '.join(known)}"
             yield Problem(f"MODEL.GROUP_NORM.{name}", keys[name], "it is none that there is", mend)
-    if keys.IMPL in ("native", "compiled") and keys.RECOMPUTE in ("conv3", "block"):
+    if keys.IMPL == "native" and keys.RECOMPUTE in ("conv3", "block"):
         why = f'MODEL.GROUP_NORM.IMPL "{keys.IMPL}" keeps all that PyTorch keeps'
         mend = "set MODEL.GROUP_NORM.IMPL fused"
         yield Problem("MODEL.GROUP_NORM.RECOMPUTE", keys.RECOMPUTE, why, mend)

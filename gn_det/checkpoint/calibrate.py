@@ -31,18 +31,6 @@ MAX_PASSES = 10
 Moments = Mapping[str, tuple[Tensor, Tensor]]
 
 
-def promised_moments(network: nn.Module, _: Tensor) -> Moments:
-    """Mean and standard deviation, by layer, that BN's beta and gamma stand for on its own data.
-
-    Args:
-        network: a BN ResNet. It is not run; pictures are an argument for `measured_moments`' sake.
-
-    Returns:
-        name of the norm layer -> (mean, standard deviation), each of shape (C,).
-    """
-    return {name: (norm.bias.detach(), norm.weight.abs()) for name, norm in _norms(network).items()}
-
-
 @torch.no_grad()
 def measured_moments(network: nn.Module, pictures: Tensor) -> Moments:
     """Mean and standard deviation, by layer, of what a network's norms put out on `pictures`.
@@ -52,7 +40,7 @@ def measured_moments(network: nn.Module, pictures: Tensor) -> Moments:
         pictures: (N, 3, H, W), normalised as the network takes them.
 
     Returns:
-        as `promised_moments`.
+        name of the norm layer -> (mean, standard deviation), each of shape (C,).
     """
     moments: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -77,7 +65,7 @@ def calibrate(network: nn.Module, reference: nn.Module, pictures: Tensor, moment
         pictures: (N, 3, H, W), about 100 unlabelled ones.
         moments: those to reach, by layer, from `measured_moments` or `promised_moments`.
     """
-    signs = {name: norm.weight.sign() for name, norm in _norms(reference).items()}
+    signs = {name: norm.weight.sign() for name, norm in norm_layers(reference).items()}
     modules = dict(network.named_modules())
 
     def fit(name: str, norm: GroupNorm, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -131,7 +119,7 @@ def balance(x: Tensor, num_groups: int) -> Tensor:
 @contextmanager
 def _hooks(network: nn.Module, register: Callable, hook: Callable) -> Iterator[None]:
     """The hook on every norm, with the norm's name as its first argument."""
-    handles = [register(norm, partial(hook, name)) for name, norm in _norms(network).items()]
+    handles = [register(norm, partial(hook, name)) for name, norm in norm_layers(network).items()]
     try:
         yield
     finally:
@@ -139,7 +127,8 @@ def _hooks(network: nn.Module, register: Callable, hook: Callable) -> Iterator[N
             handle.remove()
 
 
-def _norms(network: nn.Module) -> dict[str, Any]:
+def norm_layers(network: nn.Module) -> dict[str, Any]:
+    """The norm layers of a ResNet, by name."""
     return {name: module for name, module in network.named_modules() if name.endswith("norm")}
 
 

@@ -100,7 +100,9 @@ def propose_schedule(cfg: CfgNode, seen: int, batch: int, why: str) -> Iterator[
     yield Proposal("SOLVER.IMS_PER_BATCH", batch, "as --images-per-batch says")
     yield Proposal("SOLVER.REFERENCE_WORLD_SIZE", 0, "the batch is meant as it is")
     yield Proposal("SOLVER.MAX_ITER", end, f"{why}, at {batch} a batch")
-    steps = tuple(round(step / keys.MAX_ITER * end) for step in keys.STEPS)
+    scaled = {round(step / keys.MAX_ITER * end) for step in keys.STEPS}
+    # Short schedules round to steps that coincide, or lie at an end
+    steps = tuple(sorted(step for step in scaled if 0 < step < end))
     yield Proposal("SOLVER.STEPS", steps, "in proportion")
     warmup = min(keys.WARMUP_ITERS, end // 10)
     yield Proposal("SOLVER.WARMUP_ITERS", warmup, "a tenth of the schedule at most")

@@ -14,6 +14,7 @@ from .masks import Mask, area_of, bounds_of, clean_mask, is_number, length_of
 # COCO's evaluation counts no more detections in a picture
 CAP = 100
 LEFT_OUT = "they are left out"
+WITHOUT_OBJECTS = {"train": "they are not learned", "val": "their AP is not measured"}
 # Of all objects, that may look as if boxes were meant in another way before a training is stopped
 TOLERATED = 0.05
 # Of a mask's length in sides of its box: pycocotools takes 1 GB to draw it 28 pixels wide
@@ -199,11 +200,12 @@ def _overlap(one: Sequence[float], two: Sequence[float]) -> float:
     return common / union if union > 0 else 0
 
 
-def inspect_counts(content: Mapping[str, list[dict]], found: Findings) -> None:
-    """Pictures with no objects or too many, and categories without any.
+def inspect_counts(content: Mapping[str, list[dict]], found: Findings, split: str = "") -> None:
+    """Report images with no objects or too many, and categories without any.
 
     Args:
         content: of a COCO instances file, its objects cleaned.
+        split: "train" or "val" where the file is used for one of them alone.
     """
     real = [a for a in content["annotations"] if not a["iscrowd"]]
     objects = Counter(annotation["image_id"] for annotation in real)
@@ -218,5 +220,5 @@ def inspect_counts(content: Mapping[str, list[dict]], found: Findings) -> None:
     used = {annotation["category_id"] for annotation in real}
     for category in content["categories"]:
         if category["id"] not in used:
-            then = "here they are neither learnt nor measured"
+            then = WITHOUT_OBJECTS.get(split, "they are neither learned nor measured here")
             found.add("categories without objects", category["name"], then)

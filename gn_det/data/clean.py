@@ -194,6 +194,6 @@ def look(
     findings = {}
     for name, data in (("train", first), ("val", second)):
         counted = Findings()
-        inspect_counts(data.content, counted)
+        inspect_counts(data.content, counted, name)
         findings[name] = [*data.findings, *counted]
     return first, second, {**findings, "both": compare_splits(first, second, masks)}

@@ -1,17 +1,18 @@
 """Detectron2's blocks and heads with norm, residual and ReLU in one operator.
 
-State and results are those of the stock layers: what Detectron2 has built gets another class, which
-overrides `forward` alone.
+A stock layer becomes a fused one in three steps. Detectron2 builds it with BatchNorm, `swap_norm`
+in `norm.py` replaces each BatchNorm by the norm that the config asks for, and `implement` below
+gives the built layers a subclass as their `__class__`. The subclasses override `forward` and add no
+state, so names, shapes and values of all tensors stay those of the stock layers.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 from detectron2.config import CfgNode
-from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,9 +21,8 @@ from ..errors import InputError
 from ..layers import GroupNorm, GroupNormAct, frozen_bn_act, recompute_activations
 from .conv import NormConv2d
 
-IMPLEMENTATIONS = ("fused", "native", "compiled")
+IMPLEMENTATIONS = ("fused", "native")
 RECOMPUTE = ("none", "norm", "conv3", "block")
-COMPILED_VARIANTS = 64
 
 
 class FrozenBNAct(FrozenBatchNorm2d):
@@ -109,8 +109,6 @@ def implement(
     """
     if channels_last:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if impl == "compiled":
-        _compile(module)
     if impl == "fused":
         layers: list[Any] = [*module.modules()]
         for layer in layers:
@@ -163,16 +161,3 @@ def _fuse_block(block: Any, recompute: str) -> None:
 def _fuse_conv(conv: Conv2d) -> None:
     if isinstance(conv.norm, GroupNormAct | FrozenBNAct) and isinstance(conv.activation, nn.ReLU):
         conv.norm.relu, conv.activation = True, None
-
-
-def _compile(module: nn.Module) -> None:
-    """Compile blocks, and convolutions with a norm outside of them."""
-    # PyTorch counts the variants of a block by its class's code, and a ResNet has more than 8 of
-    # them: beyond its limit it would run the others uncompiled, without an error
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, COMPILED_VARIANTS)
-    for child in module.children():
-        if isinstance(child, CNNBlockBase) or getattr(child, "norm", None) is not None:
-            child.compile(dynamic=True)
-        else:
-            _compile(child)

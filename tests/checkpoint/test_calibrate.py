@@ -7,10 +7,11 @@ import torch
 from conftest import DATASETS
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone
+from studies.promised_moments import promised_moments
 from torch import nn
 from torch.testing import assert_close
 
-from gn_det.checkpoint.calibrate import balance, calibrate, measured_moments, promised_moments
+from gn_det.checkpoint.calibrate import balance, calibrate, measured_moments
 from gn_det.checkpoint.convert import backbone_config, build_resnet
 from gn_det.checkpoint.distill import distill, feature_errors
 from gn_det.data.pictures import choose_pictures, load_pictures

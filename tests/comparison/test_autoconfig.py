@@ -10,6 +10,7 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from torchvision.ops import box_iou
 
 from gn_det.check.anchors import objects_out_of_reach
+from gn_det.check.schedule import check_steps
 from gn_det.comparison.autoconfig import chosen, pictures_seen, propose_schedule, propose_sizes
 from gn_det.config_file import read_config
 from gn_det.data.object_sizes import DataSizes
@@ -168,3 +169,14 @@ def test_more_objects_than_detections():
     assert told.startswith("2 pictures have more objects (up to 120) than ")
     assert "TEST.DETECTIONS_PER_IMAGE 30" in told
     assert list(objects_out_of_reach(config(), sizes)) == []
+
+
+@pytest.mark.parametrize("end", range(1, 12))
+def test_schedules_of_a_few_iterations_pass_the_checks(end):
+    """Their steps would round to equal ones, or to ones that are never reached."""
+    cfg = config()
+    proposals = propose_schedule(cfg, 2 * end, 2, "")
+    opts = [str(word) for p in proposals for word in (p.key, p.value)]
+    short = read_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_gn.yaml", opts)
+    assert short.SOLVER.MAX_ITER == end
+    assert not list(check_steps(short))

@@ -19,8 +19,15 @@ BROKEN = {
 }
 
 
-def test_good():
-    check_dataset("shapes_train", 6)
+@pytest.mark.parametrize("classes", [1, None])
+def test_good(classes, tmp_path):
+    """So that each of the broken ones is refused for its own fault."""
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(GOOD))
+    register_coco_instances(f"good_{classes}", {}, str(path), str(tmp_path))
+    check_dataset(f"good_{classes}", classes)
+    with pytest.raises(InputError, match=r"MODEL.ROI_HEADS.NUM_CLASSES"):
+        check_dataset(f"good_{classes}", 2)
 
 
 def test_not_registered():
@@ -53,7 +60,3 @@ def test_a_test_set_needs_no_annotations(tmp_path):
     check_dataset("test_dev", 1, annotated=False)
     with pytest.raises(InputError, match="holds no annotations"):
         check_dataset("test_dev", 1)
-
-
-def test_classes_counted_elsewhere():
-    check_dataset("shapes_train", None)

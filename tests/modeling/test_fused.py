@@ -15,7 +15,6 @@ from modeling.test_backbone import C4
 from studies.saved_bytes import saved_bytes
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -214,39 +213,6 @@ def test_channels_last_to_the_end():
     for name, y in last(x).items():
         assert y.is_contiguous(memory_format=torch.channels_last), name
     compare(last, plain, x)
-
-
-def test_compiled_blocks():
-    """Every block and every other convolution with a norm, in Detectron2's own classes."""
-    model = build_model(shapes_config(NORMS["GN"], "MODEL.GROUP_NORM.IMPL", "compiled"))
-    compiled = [name for name, m in model.named_modules() if m._compiled_call_impl is not None]
-    # Stem and 8 blocks, 4 lateral and 4 output convolutions, 4 in the box head and 4 in the mask's
-    assert len(compiled) == 9 + 8 + 8
-    native = build_model(shapes_config(NORMS["GN"], *NATIVE))
-    native.load_state_dict(model.state_dict())
-    x = torch.randn(1, 3, 64, 64)
-    with torch.compiler.set_stance("force_eager"):
-        assert_close(model.backbone(x)["p2"], native.backbone(x)["p2"])
-
-
-def test_every_block_is_compiled_in_training_and_in_evaluation(monkeypatch):
-    """A ResNet-50 has more kinds of blocks than PyTorch compiles of one class by itself."""
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    compile_ = nn.Module.compile
-    with monkeypatch.context() as patch:
-        # Its graphs run as they are: what is made of them is PyTorch's affair
-        patch.setattr(nn.Module, "compile", lambda m, **k: compile_(m, backend=counter, **k))
-        model = backbone(shapes_config(NORMS["GN"], *R50, "MODEL.GROUP_NORM.IMPL", "compiled"))
-    blocks = sum(type(m).__name__ in ("BottleneckBlock", "BasicStem") for m in model.modules())
-    assert blocks == 17
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        model(torch.randn(1, 3, 64, 64))
-        trained = counter.frame_count
-        model.eval()
-        with torch.no_grad():
-            model(torch.randn(1, 3, 64, 96))
-    assert counter.frame_count > trained > 8
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
