@@ -59,7 +59,7 @@ def clean(source: Source) -> Cleaned:
     return Cleaned(source.images, content, list(found), digests, copies)
 
 
-def survey(source: Source) -> list[Finding]:
+def survey(source: Source, split: str = "") -> list[Finding]:
     """What there is to notice in a data set that is used as it is; of images the start is read.
 
     Raises:
@@ -84,7 +84,7 @@ def survey(source: Source) -> list[Finding]:
             sizes[image["id"]] = sides
     objects = list(clean_objects(content["annotations"], sizes, found))
     _inspect_as_given(content["annotations"], sizes, found)
-    inspect_counts({**content, "annotations": objects}, found)
+    inspect_counts({**content, "annotations": objects}, found, split)
     return list(found)
 
 

@@ -65,15 +65,18 @@ def describe_data(cfg: CfgNode) -> Iterator[str]:
     Raises:
         InputError: for what would train or measure wrongly.
     """
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+    splits = {"train": cfg.DATASETS.TRAIN, "val": cfg.DATASETS.TEST}
+    for name in dict.fromkeys((*splits["train"], *splits["val"])):
         metadata = MetadataCatalog.get(name)
         path = Path(metadata.get("json_file") or "")
+        used_for = [split for split, names in splits.items() if name in names]
         # What was prepared has been looked at
         if path.is_file() and str(path) != name:
-            findings = survey(Source(path, Path(metadata.image_root)))
+            source = Source(path, Path(metadata.image_root))
+            findings = survey(source, used_for[0] if len(used_for) == 1 else "")
             refuse({name: findings})
             yield from (f"{name}: {finding}" for finding in findings)
-        if path.is_file() and name in cfg.DATASETS.TRAIN:
+        if path.is_file() and "train" in used_for:
             yield from (f"{name}: {line}" for line in objects_out_of_reach(cfg, DataSizes.of(path)))
 
 

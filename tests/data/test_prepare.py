@@ -421,7 +421,7 @@ def test_prepared_split(data, tmp_path):
 
 def test_survey(data):
     """Without reading pictures the annotations are judged alike, and missing files are known."""
-    assert [str(f) for f in survey(data[0])] == noticed(data)["train"]
+    assert [str(f) for f in survey(data[0], "train")] == noticed(data)["train"]
     change(data[0], image(file_name="9.png"))
     change(data[0], annotation(bbox=[40, 1, 5, 5]))
     assert sum(f.stops for f in survey(data[0])) == 2
