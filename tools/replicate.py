@@ -225,7 +225,7 @@ class Replication:
         return {
             "date": datetime.date.today().isoformat(),
             "seeds": self.seeds,
-            "pictures_seen": self.seen,
+            "images_seen": self.seen,
             "opts": self.opts,
             "claims": claims,
             "runs": [
@@ -247,7 +247,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     lines = [
         f"{results['date']}, {first['device']}, {versions}, seeds {results['seeds']}, "
-        f"{results['pictures_seen']} pictures seen, {first['git_commit'] or 'no commit'}.",
+        f"{results['images_seen']} pictures seen, {first['git_commit'] or 'no commit'}.",
         "",
         "| table | claim, and the paper's box AP on COCO | here | 95% interval | |",
         "|---|---|---|---|---|",

@@ -30,7 +30,7 @@ from gn_det.checkpoint.save import facts_of, save_backbone
 from gn_det.comparison.initial_weights import DISTILL_STEPS
 from gn_det.config import as_opts, default_device
 from gn_det.config_file import read_config
-from gn_det.data.pictures import load_pictures
+from gn_det.data.unlabelled_images import load_images
 from gn_det.engine.train import Trainer
 from gn_det.files import write_whole
 
@@ -214,7 +214,7 @@ class Run:
 def pooled_features(conversion: Conversion, paths: list[Path]) -> Tensor:
     """res4 and res5 averaged over each picture, (N, channels)."""
     resnet = build_resnet(conversion.cfg, conversion.tensors)
-    pictures = load_pictures(paths, SIDE, conversion.cfg.INPUT.FORMAT)
+    pictures = load_images(paths, SIDE, conversion.cfg.INPUT.FORMAT)
     parts = [resnet(part) for part in normalise(pictures, conversion.cfg).split(16)]
     pooled = [[part[stage].mean((2, 3)) for stage in ("res4", "res5")] for part in parts]
     return torch.cat([torch.cat(stages, dim=1) for stages in pooled])

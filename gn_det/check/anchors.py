@@ -6,10 +6,10 @@ import numpy as np
 from detectron2.config import CfgNode
 
 from ..data.annotations import CAP
-from ..data.object_sizes import DataSizes
+from ..data.object_sizes import ObjectSizes
 
 
-def objects_out_of_reach(cfg: CfgNode, sizes: DataSizes) -> Iterator[str]:
+def objects_out_of_reach(cfg: CfgNode, sizes: ObjectSizes) -> Iterator[str]:
     """Objects that a model of this config cannot find well or at all, in words, if any.
 
     These are objects whose shape overlaps with no anchor's by half (positions are left out: anchors

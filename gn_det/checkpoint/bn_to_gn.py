@@ -9,14 +9,14 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from ..data.pictures import load_pictures
+from ..data.unlabelled_images import load_images
 from ..errors import InputError
 from .calibrate import Moments, calibrate, measured_moments
 from .convert import Conversion, build_resnet, merge_pairs
 from .distill import distill, feature_errors
 
 # Of the pictures that gamma and beta are measured on
-NUM_PICTURES = 128
+NUM_IMAGES = 128
 
 
 SIDE = 256
@@ -48,7 +48,7 @@ def to_group_norm(
     merge_pairs(cfg, opts)
     network = build_resnet(cfg, conversion.tensors)
     reference = build_resnet(conversion.cfg, conversion.tensors)
-    x = normalise(load_pictures(pictures, SIDE, cfg.INPUT.FORMAT), cfg)
+    x = normalise(load_images(pictures, SIDE, cfg.INPUT.FORMAT), cfg)
     calibrate(network, reference, x, moments(reference, x))
     tensors = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     errors = measure(network, reference, x)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 
-from ..data.object_sizes import DataSizes
+from ..data.object_sizes import ObjectSizes
 from ..errors import InputError
 
 # Half of the objects should be at least so large, in pixels of the network's input
@@ -18,7 +18,7 @@ SIZE_KEYS = {f"INPUT.{end}_SIZE_{split}" for end in ("MIN", "MAX") for split in 
 # A training has so many evaluations and checkpoints, which make its learning curve
 NUM_EVALUATIONS = 8
 # Detectron's 1x on COCO, and the size of a data set that gets more passes than that
-EPOCHS_1X, PICTURES_1X = 12, 2800
+EPOCHS_1X, IMAGES_1X = 12, 2800
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class Proposal:
         return f"{self.key} {self.value}: {self.why}"
 
 
-def propose_sizes(cfg: CfgNode, sizes: DataSizes, given: Sequence[str] = ()) -> Iterator[Proposal]:
+def propose_sizes(
+    cfg: CfgNode, sizes: ObjectSizes, given: Sequence[str] = ()
+) -> Iterator[Proposal]:
     """Input size and anchors.
 
     Args:
@@ -65,7 +67,7 @@ def propose_sizes(cfg: CfgNode, sizes: DataSizes, given: Sequence[str] = ()) -> 
         yield Proposal("MODEL.ANCHOR_GENERATOR.SIZES", anchors, why)
 
 
-def pictures_seen(budget: str | None, pictures: int, largest_batch: int) -> tuple[int, str]:
+def images_seen(budget: str | None, pictures: int, largest_batch: int) -> tuple[int, str]:
     """How many pictures each training sees, and why.
 
     Args:
@@ -77,7 +79,7 @@ def pictures_seen(budget: str | None, pictures: int, largest_batch: int) -> tupl
     """
     if budget is None:
         # Small sets need more passes, though not as many as would make them equal
-        epochs = max(EPOCHS_1X, round(EPOCHS_1X * math.sqrt(PICTURES_1X / pictures)))
+        epochs = max(EPOCHS_1X, round(EPOCHS_1X * math.sqrt(IMAGES_1X / pictures)))
         return epochs * pictures, f"{epochs} epochs of {pictures:,} pictures with objects"
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(e|ep|epochs?)?", budget)
     if not found or float(found[1]) <= 0:

@@ -24,7 +24,7 @@ from ..check.anchors import objects_out_of_reach
 from ..check.machine import check_machine, check_weights_file
 from ..config import add_gn_config, as_opts, default_device, flatten
 from ..config_file import add_base_argument, find_config, read_config
-from ..data.object_sizes import DataSizes
+from ..data.object_sizes import ObjectSizes
 from ..data.prepare import Prepared, keys_of
 from ..engine.dataset_args import add_data_arguments, prepare_data
 from ..engine.describe import describe_recipe
@@ -32,7 +32,7 @@ from ..engine.run_record import RECORD
 from ..errors import InputError, exit_on_input_error
 from ..evaluation.report import Run, write_report
 from ..modeling.norm import NORM_KEYS
-from .autoconfig import Proposal, chosen, pictures_seen, propose_schedule, propose_sizes
+from .autoconfig import Proposal, chosen, images_seen, propose_schedule, propose_sizes
 from .initial_weights import DISTILL_STEPS, find_weights, untold_keys, weight_keys
 from .jobs import Training, run_trainings
 from .plan import Cell, check_pairs, describe_norms, norm_keys, plan
@@ -79,7 +79,7 @@ def prepare_comparison(args: argparse.Namespace) -> Comparison:
     base = read_config(config, opts, args.allow_remote_base)
     data = prepare_data(args, base, output / "data", (output / "runs").exists())
     train = Path(data.train)
-    sizes = DataSizes.of(train)
+    sizes = ObjectSizes.of(train)
     recipes = fit_recipes(base, sizes, args, opts)
     told = dict.fromkeys(str(proposal) for recipe in recipes.values() for proposal in recipe)
     found = Comparison(output, data, proposals=list(told))
@@ -112,11 +112,11 @@ def prepare_comparison(args: argparse.Namespace) -> Comparison:
 
 
 def fit_recipes(
-    base: CfgNode, sizes: DataSizes, args: argparse.Namespace, opts: Sequence[str]
+    base: CfgNode, sizes: ObjectSizes, args: argparse.Namespace, opts: Sequence[str]
 ) -> dict[int, list[Proposal]]:
     """What is made to fit the data, for each batch size; keys among `opts` are left to these."""
     batches = args.images_per_batch
-    seen, why = pictures_seen(args.budget, len(sizes.pictures), max(batches))
+    seen, why = images_seen(args.budget, len(sizes.pictures), max(batches))
     shared = list(propose_sizes(base, sizes, opts))
     return {
         batch: chosen([*shared, *propose_schedule(base, seen, batch, why)], opts)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 
-from ..checkpoint.bn_to_gn import NUM_PICTURES, to_group_norm
+from ..checkpoint.bn_to_gn import NUM_IMAGES, to_group_norm
 from ..checkpoint.convert import convert
 from ..checkpoint.facts import GROUP_NORM, NORM, PIXELS, STRIDE, describe
 from ..checkpoint.read import read_weights
@@ -120,7 +120,7 @@ def make_group_norm(
     """
     division = {key: value_of(cfg, key) for key in GROUP_NORM}
     untold = untold_keys(str(weights), cfg)
-    chosen = random.Random(0).sample(sorted(pictures), min(NUM_PICTURES, len(pictures)))
+    chosen = random.Random(0).sample(sorted(pictures), min(NUM_IMAGES, len(pictures)))
     mark = sha256(weights.read_bytes())
     mark.update(json.dumps([division, untold, distill_steps, *map(str, chosen)]).encode())
     path = (output / f"{weights.stem}_gn_{mark.hexdigest()[:12]}.pth").resolve()

@@ -14,9 +14,9 @@ from .annotations import (
     read_instances,
 )
 from .findings import Finding, Findings
+from .image_files import inspect_images, missing_images
 from .image_reader import size_error
 from .masks import clean_mask, is_read_as_given
-from .picture_files import inspect_pictures, missing_pictures
 from .split import split
 
 
@@ -50,7 +50,7 @@ def clean(source: Source) -> Cleaned:
     if any(finding.stops for finding in found):
         # Nothing that follows could be counted
         return Cleaned(source.images, content, list(found))
-    pictures = list(inspect_pictures(content["images"], source.images, found))
+    pictures = list(inspect_images(content["images"], source.images, found))
     entries = [entry for entry, *_ in pictures]
     sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in entries}
     objects = list(clean_objects(content["annotations"], sizes, found))
@@ -70,7 +70,7 @@ def survey(source: Source, split: str = "") -> list[Finding]:
     if any(finding.stops for finding in found):
         return list(found)
     inspect_annotation_ids(content["annotations"], found)
-    missing_pictures(content["images"], source.images, found)
+    missing_images(content["images"], source.images, found)
     sizes = {}
     for image in content["images"]:
         width, height = sides = image.get("width"), image.get("height")

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .image_files import read_image
 from .json_files import read_json
-from .picture_files import read_picture
 
 
 def write_crops(annotations: Path, images: Path, folder: Path, side: int = 56) -> None:
@@ -32,7 +32,7 @@ def write_crops(annotations: Path, images: Path, folder: Path, side: int = 56) -
         if not annotation.get("iscrowd"):
             objects[annotation["image_id"]].append(annotation)
     for image in content["images"]:
-        picture = Image.fromarray(read_picture(images / image["file_name"]))
+        picture = Image.fromarray(read_image(images / image["file_name"]))
         for found in objects[image["id"]]:
             x, y, width, height = found["bbox"]
             half = np.random.default_rng(found["id"]).uniform(0.6, 1.0) * max(width, height)

@@ -19,11 +19,11 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
 from ..errors import InputError
+from .image_files import read_image
 from .loader import TrainLoader
-from .picture_files import read_picture
 
 
-class UnreadablePictureError(InputError):
+class UnreadableImageError(InputError):
     """A picture that cannot be decoded, told in one sentence."""
 
     def __init__(self, text: str) -> None:
@@ -59,7 +59,7 @@ def read_folder(name: str) -> ImageFolder:
     return folder
 
 
-class PictureMapper:
+class ImageMapper:
     """From a sample of `ImageFolder` to Detectron2's record of a picture.
 
     Training pictures are a random part, of `PRETRAIN.MIN_CROP_AREA` to all of the area, flipped
@@ -81,13 +81,13 @@ class PictureMapper:
         """A record: "file_name", "label", and "image", uint8 (3, side, side) in `INPUT.FORMAT`.
 
         Raises:
-            UnreadablePictureError: for a file that is no picture.
+            UnreadableImageError: for a file that is no picture.
         """
         path, label = sample
         try:
-            picture = Image.fromarray(read_picture(Path(path)))
+            picture = Image.fromarray(read_image(Path(path)))
         except InputError as error:
-            raise UnreadablePictureError(str(error)) from None
+            raise UnreadableImageError(str(error)) from None
         image = self._transform(picture)
         return {"file_name": path, "label": label, "image": image.flip(0) if self._bgr else image}
 
@@ -96,7 +96,7 @@ def build_train_loader(cfg: CfgNode) -> TrainLoader:
     """Endless shuffled batches of `SOLVER.IMS_PER_BATCH` pictures in all, as lists of records."""
     return TrainLoader(
         read_folder(cfg.DATASETS.TRAIN[0]).samples,
-        PictureMapper(cfg, is_train=True),
+        ImageMapper(cfg, is_train=True),
         lambda samples: TrainingSampler(len(samples)),
         batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
         group_by_shape=False,
@@ -109,7 +109,7 @@ def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
     samples = read_folder(name).samples
     # Detectron2's own test loader takes one picture at a time in its release 0.6
     return DataLoader(
-        MapDataset(samples, PictureMapper(cfg, is_train=False)),
+        MapDataset(samples, ImageMapper(cfg, is_train=False)),
         batch_size=max(cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), 1),
         sampler=InferenceSampler(len(samples)),
         num_workers=cfg.DATALOADER.NUM_WORKERS,

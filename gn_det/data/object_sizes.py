@@ -8,7 +8,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class DataSizes:
+class ObjectSizes:
     """Sizes in a training set, in pixels.
 
     Args:
@@ -22,7 +22,7 @@ class DataSizes:
     owners: np.ndarray
 
     @classmethod
-    def of(cls, annotations: Path) -> "DataSizes":
+    def of(cls, annotations: Path) -> "ObjectSizes":
         """The sizes in a COCO instances file, crowds and empty boxes left out."""
         content = json.loads(annotations.read_text())
         objects = content["annotations"]

@@ -22,9 +22,9 @@ from ..files import open_regular, write_whole
 from .annotations import read_instances
 from .clean import Cleaned, Source, look
 from .findings import refuse
+from .image_files import copy_image
 from .json_files import MAX_BYTES
 from .masks import box_mask
-from .picture_files import copy_picture
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def write(data: Cleaned, path: Path, masks: bool) -> None:
         if how:
             source, picture = picture, path.parent.resolve() / "pictures" / f"{digest[:32]}.png"
             if not picture.is_file():
-                copy_picture(source, picture, how)
+                copy_image(source, picture, how)
         entries.append({**entry, "file_name": str(picture), "listed_as": entry["file_name"]})
     objects = data.content["annotations"]
     if masks and any("segmentation" in a and not a["iscrowd"] for a in objects):

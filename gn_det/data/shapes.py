@@ -135,7 +135,7 @@ def _annotation(seen: BaseGeometry, mask: np.ndarray, category: int, crowd: bool
     }
 
 
-def draw_picture(rng: Generator) -> tuple[np.ndarray, list[dict[str, Any]]]:
+def draw_image(rng: Generator) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """One picture and its annotations.
 
     Returns:
@@ -187,7 +187,7 @@ def make_shapes(root: Path, num_train: int = 600, num_val: int = 100, seed: int 
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for i in range(count):
-            picture, found = draw_picture(np.random.default_rng([seed, index, i]))
+            picture, found = draw_image(np.random.default_rng([seed, index, i]))
             name = f"{split}_{i:06d}.png"
             Image.fromarray(picture).save(partial / "images" / name)
             height, width = picture.shape[:2]

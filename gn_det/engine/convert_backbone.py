@@ -15,12 +15,12 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..check.machine import check_device
-from ..checkpoint.bn_to_gn import NUM_PICTURES, to_group_norm
+from ..checkpoint.bn_to_gn import NUM_IMAGES, to_group_norm
 from ..checkpoint.convert import convert, fold_input
 from ..checkpoint.names import SOURCES
 from ..checkpoint.read import read_weights
 from ..checkpoint.save import facts_of, keys_as_yaml, save_backbone
-from ..data.pictures import choose_pictures
+from ..data.unlabelled_images import choose_images
 from ..errors import InputError, exit_on_input_error
 from ..modeling.norm import is_group_norm
 
@@ -37,9 +37,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     help_ = "how the names of the network begin, where INPUT holds several"
     add("--prefix", metavar="PREFIX", help=help_)
     add("--norm", choices=["FrozenBN", "GN"], help="of the output; as in INPUT by default")
-    add("--calibrate", type=Path, metavar="PICTURES", help="folder that gamma and beta are set on")
-    help_ = f"how many to take ({NUM_PICTURES})"
-    add("--num-pictures", type=int, default=NUM_PICTURES, metavar="N", help=help_)
+    add("--calibrate", type=Path, metavar="IMAGES", help="folder that gamma and beta are set on")
+    help_ = f"how many to take ({NUM_IMAGES})"
+    add("--num-images", "--num-pictures", type=int, default=NUM_IMAGES, metavar="N", help=help_)
     add("--distill", type=int, default=0, metavar="STEPS", help="then train towards INPUT's output")
     add("--fold-input", action="store_true", help="for BGR pictures with pixel std 1")
     help_ = "a tensor's name or pattern that may be "
@@ -69,8 +69,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"{args.output.parent} is no folder: make it, or name another OUTPUT")
     if not os.access(args.output.parent, os.W_OK) or args.output.is_dir():
         raise InputError(f"{args.output} cannot be written: name another OUTPUT")
-    if args.num_pictures < 1 or args.distill < 0:
-        raise InputError("--num-pictures has to be 1 or more, and --distill 0 or more")
+    if args.num_images < 1 or args.distill < 0:
+        raise InputError("--num-images has to be 1 or more, and --distill 0 or more")
     if args.distill and not args.calibrate:
         raise InputError("--distill needs the pictures of --calibrate")
     if len(args.opts) % 2:
@@ -130,7 +130,7 @@ def run(argv: Sequence[str] | None = None) -> None:
             fold_input(conversion)
         if args.calibrate:
             torch.manual_seed(0)
-            pictures = choose_pictures(args.calibrate, args.num_pictures)
+            pictures = choose_images(args.calibrate, args.num_images)
             to_group_norm(conversion, [word for p in new for word in p], pictures, args.distill)
         try:
             save_backbone(conversion.tensors, conversion.cfg, args.output)

@@ -12,7 +12,7 @@ from ..check.anchors import objects_out_of_reach
 from ..config import as_opts
 from ..data.clean import Source, survey
 from ..data.findings import refuse
-from ..data.object_sizes import DataSizes
+from ..data.object_sizes import ObjectSizes
 from ..data.prepare import Prepared, keys_of, prepare
 from ..errors import InputError
 
@@ -77,7 +77,9 @@ def describe_data(cfg: CfgNode) -> Iterator[str]:
             refuse({name: findings})
             yield from (f"{name}: {finding}" for finding in findings)
         if path.is_file() and "train" in used_for:
-            yield from (f"{name}: {line}" for line in objects_out_of_reach(cfg, DataSizes.of(path)))
+            yield from (
+                f"{name}: {line}" for line in objects_out_of_reach(cfg, ObjectSizes.of(path))
+            )
 
 
 def data_opts(args: argparse.Namespace, cfg: CfgNode) -> list[str]:

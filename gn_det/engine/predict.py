@@ -25,8 +25,8 @@ from ..check.machine import check_machine
 from ..checkpoint.checkpointer import StrictCheckpointer
 from ..config import default_device
 from ..config_file import read_config
-from ..data.picture_files import read_picture
-from ..data.pictures import is_picture
+from ..data.image_files import read_image
+from ..data.unlabelled_images import is_image
 from ..errors import InputError, exit_on_input_error, printable
 from ..evaluation.figures import MIN_SCORE, draw
 from ..evaluation.markdown import one_line
@@ -144,7 +144,7 @@ def is_category(value: object) -> bool:
     )
 
 
-def find_pictures(paths: Sequence[Path]) -> list[Path]:
+def find_images(paths: Sequence[Path]) -> list[Path]:
     """The files among `paths`, and the pictures in the folders among them.
 
     Raises:
@@ -155,7 +155,7 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
         if not path.exists():
             raise InputError(f"{path} does not exist")
         if path.is_dir():
-            found += filter(is_picture, sorted(path.rglob("*")))
+            found += filter(is_image, sorted(path.rglob("*")))
         else:
             found.append(path)
     if not found:
@@ -211,11 +211,11 @@ def run(argv: Sequence[str] | None = None) -> None:
     with exit_on_input_error():
         cfg, categories = load_run(args.model, args.output_dir, args.opts)
         check_machine(cfg)
-        pictures, predictor = find_pictures(args.images), Predictor(cfg)
+        pictures, predictor = find_images(args.images), Predictor(cfg)
         results, unread = [], 0
         for number, path in enumerate(pictures, start=1):
             try:
-                picture = read_picture(path)
+                picture = read_image(path)
             except InputError as error:
                 print(error)
                 unread += 1

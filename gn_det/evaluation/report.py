@@ -12,7 +12,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from pycocotools.coco import COCO
 
-from ..data.picture_files import read_picture
+from ..data.image_files import read_image
 from ..files import write_whole
 from .bootstrap import Difference, ImageMatches, paired_difference
 from .coco_stats import STATS, coco_stats, kinds_of, load_coco
@@ -22,7 +22,7 @@ from .markdown import code, literal
 # A model below this AP has learnt next to nothing, and a difference would be an accident
 MIN_AP = 1.0
 UNTRAINED = "too little learnt"
-NUM_PICTURES = 6
+NUM_IMAGES = 6
 # Among so many the pictures are searched that models differ on
 NUM_SEARCHED = 200
 WORDS = {"bbox": "box", "segm": "mask"}
@@ -283,7 +283,7 @@ def _pictures(
         shown[norm] = json.loads(same[0].detections.read_text())
     gaps = np.nan_to_num(np.ptp(np.array(scores), axis=0), nan=-1.0)
     rows = []
-    for i in np.argsort(-gaps, kind="stable")[:NUM_PICTURES]:
+    for i in np.argsort(-gaps, kind="stable")[:NUM_IMAGES]:
         number = int(ids[i])
         entry = truth.imgs[number]
         objects = {"ground truth": truth.imgToAnns[number]}
@@ -292,7 +292,7 @@ def _pictures(
                 d for d in found if d["image_id"] == number and d["score"] >= MIN_SCORE
             ]
         cells = {
-            name: data_uri(draw(read_picture(images / entry["file_name"]), found, truth))
+            name: data_uri(draw(read_image(images / entry["file_name"]), found, truth))
             for name, found in objects.items()
         }
         rows.append({"name": Path(entry.get("listed_as", entry["file_name"])).name, "cells": cells})

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from gn_det.checkpoint.calibrate import balance, calibrate, measured_moments
 from gn_det.checkpoint.convert import backbone_config, build_resnet
 from gn_det.checkpoint.distill import distill, feature_errors
-from gn_det.data.pictures import choose_pictures, load_pictures
+from gn_det.data.unlabelled_images import choose_images, load_images
 
 FACTS = {
     "MODEL.RESNETS.DEPTH": 18,
@@ -30,8 +30,8 @@ def norms(network: nn.Module) -> dict[str, nn.Module]:
 
 @pytest.fixture(scope="module")
 def pictures() -> torch.Tensor:
-    chosen = choose_pictures(DATASETS / "shapes" / "images", 12)
-    return (load_pictures(chosen, 96, "BGR") - 110) / 57
+    chosen = choose_images(DATASETS / "shapes" / "images", 12)
+    return (load_images(chosen, 96, "BGR") - 110) / 57
 
 
 @pytest.fixture(scope="module")

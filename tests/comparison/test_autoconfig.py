@@ -11,9 +11,9 @@ from torchvision.ops import box_iou
 
 from gn_det.check.anchors import objects_out_of_reach
 from gn_det.check.schedule import check_steps
-from gn_det.comparison.autoconfig import chosen, pictures_seen, propose_schedule, propose_sizes
+from gn_det.comparison.autoconfig import chosen, images_seen, propose_schedule, propose_sizes
 from gn_det.config_file import read_config
-from gn_det.data.object_sizes import DataSizes
+from gn_det.data.object_sizes import ObjectSizes
 from gn_det.errors import InputError
 
 
@@ -21,28 +21,28 @@ def config(name: str = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_gn.yaml"
     return read_config(name)
 
 
-def sizes_of(side: int, objects: float, count: int = 40) -> DataSizes:
+def sizes_of(side: int, objects: float, count: int = 40) -> ObjectSizes:
     """Square pictures with one square object each."""
     pictures = np.full((count, 2), float(side))
-    return DataSizes(pictures, np.full((count, 2), float(objects)), np.arange(count))
+    return ObjectSizes(pictures, np.full((count, 2), float(objects)), np.arange(count))
 
 
-def proposed(cfg, sizes: DataSizes) -> dict:
+def proposed(cfg, sizes: ObjectSizes) -> dict:
     return {p.key: p.value for p in propose_sizes(cfg, sizes)}
 
 
-def share(cfg, sizes: DataSizes) -> float:
+def share(cfg, sizes: ObjectSizes) -> float:
     """Of the objects that no anchor meets."""
     told = list(objects_out_of_reach(cfg, sizes))
     return float(told[0].partition("%")[0]) / 100 if told else 0.0
 
 
-def test_pictures_as_large_as_cocos():
+def test_images_as_large_as_cocos():
     """Nothing has to change for what the recipe was made for."""
     assert proposed(config(), sizes_of(1000, 100)) == {}
 
 
-def test_small_pictures_of_small_objects():
+def test_small_images_of_small_objects():
     """256 pixels, objects of 20: enlarged until objects have 32, and the scale jitter with it."""
     keys = proposed(config(), sizes_of(256, 20))
     assert keys["INPUT.MIN_SIZE_TEST"] == 416  # 256 * 32 / 20 = 409.6, in steps of 32
@@ -76,7 +76,7 @@ def test_objects_that_no_anchor_meets():
     rng = np.random.default_rng(0)
     objects = rng.uniform(2, 300, (200, 2))
     pictures = rng.uniform(300, 600, (200, 2)).round()
-    found = share(cfg, DataSizes(pictures, objects, np.arange(200)))
+    found = share(cfg, ObjectSizes(pictures, objects, np.arange(200)))
     sizes, ratios = (cfg.MODEL.ANCHOR_GENERATOR[key] for key in ("SIZES", "ASPECT_RATIOS"))
     cells = DefaultAnchorGenerator(
         sizes=sizes, aspect_ratios=ratios, strides=[4, 8, 16, 32, 64]
@@ -105,13 +105,13 @@ def test_objects_that_no_anchor_meets():
     ],
 )
 def test_budget(budget, pictures, seen):
-    assert pictures_seen(budget, pictures, largest_batch=4)[0] == seen
+    assert images_seen(budget, pictures, largest_batch=4)[0] == seen
 
 
 @pytest.mark.parametrize("budget", ["", "0", "0epochs", "-5", "5 days", "nan"])
 def test_no_budget(budget):
     with pytest.raises(InputError, match=r"--budget .*: give iterations, as 5000, or epochs"):
-        pictures_seen(budget, 100, 4)
+        images_seen(budget, 100, 4)
 
 
 def test_schedule():
@@ -154,7 +154,7 @@ def test_sizes_of_a_file(tmp_path):
         "annotations": [{"image_id": i, "bbox": box, "iscrowd": c} for i, box, c in boxes],
     }
     (tmp_path / "train.json").write_text(json.dumps(content))
-    sizes = DataSizes.of(tmp_path / "train.json")
+    sizes = ObjectSizes.of(tmp_path / "train.json")
     assert sizes.pictures.tolist() == [[10, 20]] * 2
     assert sizes.objects.tolist() == [[3, 4], [5, 6]] and sizes.owners.tolist() == [0, 1]
     assert sizes.resized(20, 30).tolist() == [[4.5, 6], [7.5, 9]]
@@ -164,7 +164,7 @@ def test_more_objects_than_detections():
     """Those beyond the limit are told, but not those that COCO's own cap leaves out anyway."""
     cfg = config("Shapes/mask_rcnn_R_18_FPN_gn.yaml")  # 30 detections a picture
     owners = np.repeat(np.arange(3), (30, 31, 120))
-    sizes = DataSizes(np.full((3, 2), 192.0), np.full((len(owners), 2), 64.0), owners)
+    sizes = ObjectSizes(np.full((3, 2), 192.0), np.full((len(owners), 2), 64.0), owners)
     (told,) = objects_out_of_reach(cfg, sizes)
     assert told.startswith("2 pictures have more objects (up to 120) than ")
     assert "TEST.DETECTIONS_PER_IMAGE 30" in told

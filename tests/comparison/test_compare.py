@@ -175,7 +175,7 @@ def test_one_failure_does_not_lose_the_others(shapes, tmp_path, monkeypatch, cap
     assert shares == sorted(shares) and shares[-1] == round(100 * (2 * 12 + 2 * 6) / 48)
 
 
-def test_batches_see_equally_many_pictures(shapes, tmp_path):
+def test_batches_see_equally_many_images(shapes, tmp_path):
     found = comparison(shapes, tmp_path, "--images-per-batch", "1", "2")
     assert len(found.cells) == 4
     for cell, training in found.cells.items():

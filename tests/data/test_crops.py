@@ -59,7 +59,7 @@ def test_the_object_is_in_the_middle(tmp_path):
     assert red.sum() > 0.98 * len(rows) * len(columns)
 
 
-def test_black_outside_the_picture(tmp_path):
+def test_black_outside_the_image(tmp_path):
     crop = write_one(tmp_path, np.full((50, 50, 3), 200, dtype=np.uint8), [0, 0, 20, 20])
     assert (crop[0] == 0).all() and (crop[:, 0] == 0).all()
     assert (crop[20:30, 20:30] == 200).all()

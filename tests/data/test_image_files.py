@@ -21,12 +21,12 @@ from gn_det.data import check_dataset
 from gn_det.data.annotations import read_instances
 from gn_det.data.clean import Source, clean, survey
 from gn_det.data.crops import write_crops
-from gn_det.data.image_folder import PictureMapper, build_test_loader
+from gn_det.data.image_files import examine, read_image
+from gn_det.data.image_folder import ImageMapper, build_test_loader
 from gn_det.data.image_reader import FORMATS
-from gn_det.data.picture_files import examine, read_picture
 from gn_det.data.prepare import is_prepared
 from gn_det.data.split import split
-from gn_det.engine.predict import find_pictures
+from gn_det.engine.predict import find_images
 from gn_det.errors import InputError, printable
 
 KINDS = ["fifo", "socket", "folder", "/dev/zero", "loop", "huge", "/proc"]
@@ -75,7 +75,7 @@ def test_images_that_are_no_files(kind, tmp_path):
     for findings in (clean(source).findings, survey(source)):
         assert any(f.stops and "a.png" in str(f) for f in findings)
     with pytest.raises(InputError, match=r"a\.png"):
-        read_picture(path)
+        read_image(path)
     with pytest.raises(InputError, match=r"a\.png"):
         write_crops(source.annotations, tmp_path, tmp_path / "crops")
 
@@ -93,11 +93,11 @@ def test_annotations_that_are_no_files(kind, tmp_path):
 
 
 def test_images_named_for_a_prediction(tmp_path):
-    (path,) = find_pictures([make("fifo", tmp_path / "a.png")])
+    (path,) = find_images([make("fifo", tmp_path / "a.png")])
     with pytest.raises(InputError, match=r"a\.png"):
-        read_picture(path)
+        read_image(path)
     with pytest.raises(InputError):
-        find_pictures([tmp_path / "none", path])
+        find_images([tmp_path / "none", path])
 
 
 def test_a_folder_of_classes(tmp_path):
@@ -130,7 +130,7 @@ def test_formats_that_are_read(kind, tmp_path):
     """By their content, and as Detectron2 reads them."""
     path = tmp_path / "a.png"
     path.write_bytes(saved(kind))
-    assert np.array_equal(read_picture(path), detection_utils.read_image(str(path), "RGB"))
+    assert np.array_equal(read_image(path), detection_utils.read_image(str(path), "RGB"))
     assert not any(f.stops for f in survey(instances(tmp_path)))
     assert not any(f.stops for f in clean(instances(tmp_path)).findings)
 
@@ -147,7 +147,7 @@ def test_other_formats_are_refused(kind, tmp_path, monkeypatch):
     for findings in (clean(instances(tmp_path)).findings, survey(instances(tmp_path))):
         assert any(f.stops and "a.png" in str(f) for f in findings)
     with pytest.raises(InputError, match=r"a\.png"):
-        read_picture(path)
+        read_image(path)
     assert not (tmp_path / "started").exists()
 
 
@@ -161,7 +161,7 @@ def test_exif_that_cannot_be_written_back(kind, tmp_path):
     path.write_bytes(saved(kind, exif=Image.Exif() if kind == "TIFF" else b"Exif\0\0" + tags))
     if kind == "TIFF":
         path.write_bytes(saved(kind, tiffinfo={0x0112: 6, 0x829A: 0.5}))
-    image = read_picture(path)
+    image = read_image(path)
     assert image.shape == (40, 30, 3)
     if kind != "TIFF":  # which Detectron2 turns twice, so that a copy is made
         assert np.array_equal(image, detection_utils.read_image(str(path), "RGB"))
@@ -183,7 +183,7 @@ def check_damaged(path: Path) -> None:
             rng = random.Random(f"{kind} {seed}")
             path.write_bytes(damage(small_image(rng, kind), rng))
             try:
-                read += read_picture(path).ndim == 3
+                read += read_image(path).ndim == 3
             except InputError as error:
                 assert str(error).isprintable() and str(path) in str(error)
         assert 10 < read < 290, kind
@@ -197,7 +197,7 @@ def check_hostile(folder: Path) -> None:
     for seed in range(300):
         path = hostile_image(random.Random(seed), folder)
         try:
-            read_picture(path)
+            read_image(path)
         except InputError as error:
             assert str(error).isprintable() and str(path) in str(error)
 
@@ -213,7 +213,7 @@ def test_images_of_extreme_shapes(size, tmp_path):
 
     Image.new("L", size).save(tmp_path / "a.png")
     with pytest.raises(InputError, match=r"a\.png"):
-        PictureMapper(config(), is_train=False)((str(tmp_path / "a.png"), 0))
+        ImageMapper(config(), is_train=False)((str(tmp_path / "a.png"), 0))
     source = instances(tmp_path)
     assert any(f.stops and "a.png" in str(f) for f in clean(source).findings)
     content = json.loads(source.annotations.read_text())

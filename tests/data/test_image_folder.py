@@ -11,7 +11,7 @@ from PIL import Image
 
 from gn_det.config_file import read_config
 from gn_det.data.image_folder import (
-    PictureMapper,
+    ImageMapper,
     build_test_loader,
     build_train_loader,
     read_folder,
@@ -52,7 +52,7 @@ def test_training_stream(folder):
     assert len({tuple(record["file_name"] for record in batch) for batch in epochs}) > 1
 
 
-def test_test_pictures_come_once(folder):
+def test_test_images_come_once(folder):
     cfg = config("SOLVER.IMS_PER_BATCH", 4, "PRETRAIN.IMAGE_SIZE", 32)
     batches = list(build_test_loader(cfg, str(folder)))
     assert [len(batch) for batch in batches] == [4, 3]
@@ -62,26 +62,26 @@ def test_test_pictures_come_once(folder):
 
 @pytest.mark.parametrize(("order", "pixel"), [("RGB", (250, 10, 20)), ("BGR", (20, 10, 250))])
 def test_order_of_colours(order, pixel, folder):
-    mapper = PictureMapper(config("INPUT.FORMAT", order), is_train=False)
+    mapper = ImageMapper(config("INPUT.FORMAT", order), is_train=False)
     image = mapper((str(folder / "cat/0.png"), 0))["image"]
     assert image[:, 100, 100].tolist() == list(pixel)
 
 
-def test_test_pictures_are_the_centre(tmp_path):
+def test_test_images_are_the_centre(tmp_path):
     """Of a 512 x 256 ramp the paper's 224 are the middle 224 of 512 columns, at full size."""
     ramp = np.repeat(np.arange(512)[None] // 2, 256, axis=0).astype(np.uint8)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    image = PictureMapper(config(), is_train=False)((str(tmp_path / "ramp.png"), 0))["image"]
+    image = ImageMapper(config(), is_train=False)((str(tmp_path / "ramp.png"), 0))["image"]
     assert image.shape == (3, 224, 224)
     torch.testing.assert_close(image[0], torch.from_numpy(ramp[16:240, 144:368]))
 
 
-def test_training_pictures_vary(tmp_path):
+def test_training_images_vary(tmp_path):
     """In scale, side and brightness: the ramp's slope, its sign, and its mean."""
     ramp = np.repeat(np.arange(256)[None], 256, axis=0).astype(np.uint8)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     torch.manual_seed(0)
-    mapper = PictureMapper(config(), is_train=True)
+    mapper = ImageMapper(config(), is_train=True)
     rows = [mapper((str(tmp_path / "ramp.png"), 0))["image"][0, 0].double() for _ in range(60)]
     spans = [(row[-1] - row[0]).item() for row in rows]
     assert 15 < sum(span < 0 for span in spans) < 45, "flipped half of the time"
@@ -89,7 +89,7 @@ def test_training_pictures_vary(tmp_path):
     assert min(widths) < 0.5 and max(widths) > 0.75
     # Brightness and contrast, in 0.6 to 1.4 each, keep the ramp straight
     assert len({round(row.mean().item()) for row in rows}) > 20
-    mild = PictureMapper(config("PRETRAIN.MIN_CROP_AREA", 1.0), is_train=True)
+    mild = ImageMapper(config("PRETRAIN.MIN_CROP_AREA", 1.0), is_train=True)
     whole = [mild((str(tmp_path / "ramp.png"), 0))["image"][0, 0].double() for _ in range(10)]
     assert min(abs((row[-1] - row[0]).item()) for row in whole) > 0.36 * 250
 
@@ -101,7 +101,7 @@ def test_names_are_looked_for_below_the_data_sets(shapes):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_picture_that_cannot_be_read(num_workers, tmp_path):
+def test_a_image_that_cannot_be_read(num_workers, tmp_path):
     """From a process of the loader too, it is one sentence."""
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat/broken.jpg").write_bytes(b"no picture")

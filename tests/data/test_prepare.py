@@ -17,8 +17,8 @@ from pycocotools.coco import COCO
 from gn_det.config_file import read_config
 from gn_det.data.clean import Source, look, survey
 from gn_det.data.findings import Findings
+from gn_det.data.image_files import read_image
 from gn_det.data.masks import clean_mask
-from gn_det.data.picture_files import read_picture
 from gn_det.data.prepare import Prepared, keys_of, prepare, register
 from gn_det.data.split import split
 from gn_det.errors import InputError
@@ -237,7 +237,7 @@ def test_rle_is_read_as_pycocotools_does():
         assert not list(found)
 
 
-def test_pictures_in_both_sets(data):
+def test_images_in_both_sets(data):
     """Known by their content, whatever their names."""
     images = data[0].images
     (images / "12.png").write_bytes((images / "2.png").read_bytes())
@@ -249,7 +249,7 @@ def test_categories_that_differ(data):
     assert "STOPS 1 categories that differ (7 is seven and siete)" in noticed(data)["both"][0]
 
 
-def test_crowded_pictures(data):
+def test_crowded_images(data):
     def crowd(content):
         first = content["annotations"][0]
         content["annotations"] += [{**first, "id": 100 + i} for i in range(100)]
@@ -291,7 +291,7 @@ def read_as_trained(prepared: Prepared, tmp_path) -> tuple[np.ndarray, dict]:
 
 
 @pytest.mark.parametrize("listed", ["turned", "as stored"])
-def test_a_picture_that_exif_rotates(listed, data, tmp_path):
+def test_a_image_that_exif_rotates(listed, data, tmp_path):
     """It is read in the frame that the listed size tells, and no other."""
     rng = np.random.default_rng(5)
     stored = Image.fromarray(rng.integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8))
@@ -308,7 +308,7 @@ def test_a_picture_that_exif_rotates(listed, data, tmp_path):
     assert (record["width"], record["height"]) == wanted.size
 
 
-def test_a_picture_of_16_bits(data, tmp_path):
+def test_a_image_of_16_bits(data, tmp_path):
     """Its own range becomes that of 8 bits, rather than being cut off."""
     rng = np.random.default_rng(5)
     values = rng.integers(1000, 3001, SIZE[::-1]).astype(np.uint16)
@@ -446,7 +446,7 @@ def test_every_orientation(ending, orientation, data, tmp_path):
     assert told == (orientation != 1)
     read, _ = read_as_trained(prepare(*data, tmp_path / "out"), tmp_path)
     assert np.array_equal(read, np.asarray(upright))
-    assert np.array_equal(read_picture(file), np.asarray(upright)), "and predicted on"
+    assert np.array_equal(read_image(file), np.asarray(upright)), "and predicted on"
 
 
 def test_colours_of_16_bits_are_refused(data):

@@ -13,7 +13,7 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
 from gn_det.data import make_shapes
-from gn_det.data.shapes import CATEGORIES, draw_picture
+from gn_det.data.shapes import CATEGORIES, draw_image
 from gn_det.errors import InputError
 
 
@@ -24,7 +24,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def scenes() -> list[tuple[np.ndarray, list[dict]]]:
-    return [draw_picture(np.random.default_rng([0, 0, i])) for i in range(150)]
+    return [draw_image(np.random.default_rng([0, 0, i])) for i in range(150)]
 
 
 def test_same_seed_same_bytes(tmp_path):

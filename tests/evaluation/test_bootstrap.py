@@ -80,7 +80,7 @@ def random_detections(rng, truth: dict, skill: float = 0.7, tied: bool = False) 
     return found
 
 
-def crowd_one_picture(rng, found: list[dict]) -> list[dict]:
+def crowd_one_image(rng, found: list[dict]) -> list[dict]:
     """More detections of one category in one picture than COCO counts."""
     others = [d for d in found if (d["image_id"], d["category_id"]) != (3, 1)]
     many = [region(*rng.uniform(0, 60, 2), *rng.uniform(4, 30, 2)) for _ in range(130)]
@@ -151,10 +151,10 @@ def test_known_ap(iou_type, expected):
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
 @pytest.mark.parametrize("seed", range(3))
-def test_each_picture_once(match, iou_type, seed):
+def test_each_image_once(match, iou_type, seed):
     rng = np.random.default_rng(seed)
     truth = random_truth(rng)
-    found = crowd_one_picture(rng, random_detections(rng, truth, tied=True))
+    found = crowd_one_image(rng, random_detections(rng, truth, tied=True))
     ap = match(truth, found, iou_type).ap(np.ones(PICTURES))
     assert ap == pytest.approx(reference_ap(truth, found, iou_type), rel=1e-12)
     assert 5 < ap < 95
@@ -162,10 +162,10 @@ def test_each_picture_once(match, iou_type, seed):
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
 @pytest.mark.parametrize("seed", range(3))
-def test_copied_pictures(match, iou_type, seed):
+def test_copied_images(match, iou_type, seed):
     rng = np.random.default_rng(seed)
     truth = random_truth(rng)
-    found = crowd_one_picture(rng, random_detections(rng, truth))
+    found = crowd_one_image(rng, random_detections(rng, truth))
     matches = match(truth, found, iou_type)
     assert list(matches.image_ids) == list(range(PICTURES))
     weights = rng.multinomial(PICTURES, np.full(PICTURES, 1 / PICTURES), size=4)

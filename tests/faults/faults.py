@@ -144,7 +144,7 @@ def loader_gone(training: Training) -> str:
     return one_sentence(training, code, "DATALOADER.NUM_WORKERS")
 
 
-def spoiled_picture(training: Training, skip: bool) -> str:
+def spoiled_image(training: Training, skip: bool) -> str:
     images = training.folder / "data" / "images"
     truth = json.loads((images.parent / "instances_train.json").read_text())
     # Detectron2 leaves out those without objects
@@ -204,8 +204,8 @@ FAULTS: dict[str, Callable[[Training], str]] = {
     "file size limit reached": without_room,
     "disk full, read-only or broken": without_disk,
     "loading process killed": loader_gone,
-    "picture missing or damaged": lambda t: spoiled_picture(t, skip=False),
-    "picture missing or damaged, passed over": lambda t: spoiled_picture(t, skip=True),
+    "picture missing or damaged": lambda t: spoiled_image(t, skip=False),
+    "picture missing or damaged, passed over": lambda t: spoiled_image(t, skip=True),
     "NaN in pictures": lambda t: spoiled_numbers(t, skip=False),
     "NaN in pictures, passed over": lambda t: spoiled_numbers(t, skip=True),
 }

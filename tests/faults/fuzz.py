@@ -31,7 +31,7 @@ from gn_det.checkpoint.read import read_weights
 from gn_det.config_file import find_config, read_config
 from gn_det.data import make_shapes
 from gn_det.data.clean import Source
-from gn_det.data.picture_files import examine, read_picture
+from gn_det.data.image_files import examine, read_image
 from gn_det.data.prepare import prepare
 from gn_det.errors import InputError
 
@@ -135,7 +135,7 @@ class Images:
     def read(self, rng: random.Random) -> None:
         path = hostile_image(rng, self.folder)
         examine(path)
-        read_picture(path)
+        read_image(path)
 
 
 class Weights:

@@ -26,7 +26,7 @@ MAX_VALUE = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
-class PictureFile:
+class ImageInfo:
     """What a file turned out to be.
 
     Args:
@@ -48,25 +48,25 @@ class PictureFile:
     error: str = ""
 
 
-def examine(path: Path) -> PictureFile:
+def examine(path: Path) -> ImageInfo:
     """Read a file whole, and decode it."""
     try:
         content = read_image_bytes(path)
     except (OSError, ValueError) as error:
-        return PictureFile(error=str(error))
+        return ImageInfo(error=str(error))
     digest = sha256(content).hexdigest()
     try:
         image = decode_image(content)
     except InputError as error:
-        return PictureFile(digest=digest, error=str(error))
+        return ImageInfo(digest=digest, error=str(error))
     turned = image.upright.size
     crosswise = image.orientation in (5, 6, 7, 8)
     stored = turned[::-1] if crosswise else turned
-    return PictureFile(stored, turned, digest, image.orientation, image.deep, image.format)
+    return ImageInfo(stored, turned, digest, image.orientation, image.deep, image.format)
 
 
-def missing_pictures(entries: Sequence[dict[str, Any]], folder: Path, found: Findings) -> None:
-    """Find files that are missing, or no images by their first bytes; see `inspect_pictures`."""
+def missing_images(entries: Sequence[dict[str, Any]], folder: Path, found: Findings) -> None:
+    """Find files that are missing, or no images by their first bytes; see `inspect_images`."""
     parts = [entries[i : i + PART] for i in range(0, len(entries), PART)]
     with ThreadPoolExecutor() as pool:
         problems = pool.map(lambda part: [_problem_at_start(folder, e) for e in part], parts)
@@ -77,7 +77,7 @@ def missing_pictures(entries: Sequence[dict[str, Any]], folder: Path, found: Fin
 
 
 def _problem_at_start(folder: Path, entry: dict[str, Any]) -> str:
-    """What `missing_pictures` finds about an entry's file, or ""."""
+    """What `missing_images` finds about an entry's file, or ""."""
     try:
         # Detectron2 would open any format, EPS with the help of another program
         known = starts_as_image(folder / entry["file_name"])
@@ -90,7 +90,7 @@ def _put_into(folder: Path) -> str:
     return f"put them into {folder}, or take them out of the annotation file"
 
 
-def inspect_pictures(
+def inspect_images(
     entries: Sequence[dict[str, Any]], folder: Path, found: Findings
 ) -> Iterator[tuple[dict[str, Any], str, str]]:
     """Find files that are missing, damaged, of another size than is listed, or of too many bits.
@@ -118,7 +118,7 @@ def inspect_pictures(
 
 
 def _read_as(
-    entry: dict[str, Any], file: PictureFile, found: Findings
+    entry: dict[str, Any], file: ImageInfo, found: Findings
 ) -> tuple[tuple[int, int], str]:
     """The size that a picture's annotations are meant in, and how it has to be copied."""
     name, listed = entry["file_name"], (entry.get("width"), entry.get("height"))
@@ -148,7 +148,7 @@ def _read_as(
     return file.turned, copy
 
 
-def copy_picture(source: Path, target: Path, how: str) -> None:
+def copy_image(source: Path, target: Path, how: str) -> None:
     """Write a lossless copy of 8 bits without EXIF's tags, "turned" by them or "as stored".
 
     Raises:
@@ -182,7 +182,7 @@ def to_eight_bits(picture: Image.Image) -> Image.Image:
     return Image.fromarray((255 * stretched.clip(0, 1)).round().astype(np.uint8))
 
 
-def read_picture(path: Path) -> np.ndarray:
+def read_image(path: Path) -> np.ndarray:
     """A picture as it was trained on: turned as EXIF has it, and of 8 bits.
 
     Returns:

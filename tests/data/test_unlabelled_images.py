@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gn_det.data.pictures import choose_pictures, load_pictures
+from gn_det.data.unlabelled_images import choose_images, load_images
 from gn_det.errors import InputError
 
 
@@ -14,7 +14,7 @@ def test_colours_and_square(tmp_path):
     pixels = np.zeros((8, 24, 3), np.uint8)
     pixels[:, 8:16] = (200, 100, 50)
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    rgb, bgr = (load_pictures([tmp_path / "wide.png"], 8, f) for f in ("RGB", "BGR"))
+    rgb, bgr = (load_images([tmp_path / "wide.png"], 8, f) for f in ("RGB", "BGR"))
     assert rgb.shape == (1, 3, 8, 8) and rgb.dtype == torch.uint8
     assert rgb[0, :, 4, 4].tolist() == [200, 100, 50] and bgr[0, :, 4, 4].tolist() == [50, 100, 200]
     assert (rgb == rgb[:, :, :1, :1]).all()
@@ -25,14 +25,14 @@ def test_turned_by_exif_and_grey(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     picture.save(tmp_path / "turned.png", exif=exif)
-    assert load_pictures([tmp_path / "turned.png"], 2, "RGB")[0, 0].tolist() == [[255] * 2, [0] * 2]
+    assert load_images([tmp_path / "turned.png"], 2, "RGB")[0, 0].tolist() == [[255] * 2, [0] * 2]
 
 
 def test_sixteen_bits(tmp_path):
     """Stretched to 8 as for training and prediction, where Pillow would make all of it white."""
     ramp = np.repeat(np.linspace(1000, 3000, 64)[None], 64, axis=0).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
-    pixels = load_pictures([tmp_path / "deep.png"], 64, "RGB")[0].double()
+    pixels = load_images([tmp_path / "deep.png"], 64, "RGB")[0].double()
     wanted = torch.linspace(0, 255, 64, dtype=torch.float64).expand(3, 64, 64)
     torch.testing.assert_close(pixels, wanted, rtol=0, atol=1)
 
@@ -42,12 +42,12 @@ def test_a_choice(tmp_path):
         Image.new("L", (4, 4)).save(tmp_path / f"{i}.png")
     for name in ("notes.txt", "._0.png", "paper.pdf", "drawing.eps"):
         (tmp_path / name).write_text("")
-    chosen = choose_pictures(tmp_path, 4)
-    assert len({*chosen}) == 4 and chosen == choose_pictures(tmp_path, 4)
-    assert len(choose_pictures(tmp_path, 99)) == 6
+    chosen = choose_images(tmp_path, 4)
+    assert len({*chosen}) == 4 and chosen == choose_images(tmp_path, 4)
+    assert len(choose_images(tmp_path, 99)) == 6
 
 
-def test_no_picture(tmp_path):
+def test_no_image(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"broken\.jpg cannot be read"):
-        load_pictures([tmp_path / "broken.jpg"], 8, "RGB")
+        load_images([tmp_path / "broken.jpg"], 8, "RGB")

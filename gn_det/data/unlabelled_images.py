@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import InputError
-from .picture_files import read_picture
+from .image_files import read_image
 
 # Of the formats that are read; GIF, of graphics rather than photographs, is left out
 SUFFIXES = frozenset(
@@ -17,24 +17,24 @@ SUFFIXES = frozenset(
 )
 
 
-def choose_pictures(folder: Path, count: int, seed: int = 0) -> list[Path]:
+def choose_images(folder: Path, count: int, seed: int = 0) -> list[Path]:
     """A random choice of the pictures below a folder; all of them, where there are fewer.
 
     Raises:
         InputError: if the folder is none or holds no pictures.
     """
-    paths = sorted(path for path in folder.rglob("*") if is_picture(path))
+    paths = sorted(path for path in folder.rglob("*") if is_image(path))
     if not paths:
         raise InputError(f"{folder} holds no pictures: name a folder of about 100, of any names")
     return [paths[i] for i in np.random.default_rng(seed).permutation(len(paths))[:count]]
 
 
-def is_picture(path: Path) -> bool:
+def is_image(path: Path) -> bool:
     """Whether a file is a picture by its name; hidden ones are notes of an operating system."""
     return path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()
 
 
-def load_pictures(paths: Iterable[Path], side: int, image_format: str) -> Tensor:
+def load_images(paths: Iterable[Path], side: int, image_format: str) -> Tensor:
     """Pictures of any sizes as one batch, of 8 bits, their middles cut square.
 
     Args:
@@ -49,7 +49,7 @@ def load_pictures(paths: Iterable[Path], side: int, image_format: str) -> Tensor
     """
     pictures = []
     for path in paths:
-        picture = Image.fromarray(read_picture(path))
+        picture = Image.fromarray(read_image(path))
         square = np.asarray(ImageOps.fit(picture, (side, side), Image.Resampling.BILINEAR))
         pictures.append(square[..., ::-1] if image_format == "BGR" else square)
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
