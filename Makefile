@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.10+ and nothing else; both work in .venv
+# Every target needs only Python 3.10 or newer, and installs everything else in .venv
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -8,11 +8,11 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/python tools/demo.py
 
-# Two processes of one thread each: the tests are many and small
+# Two processes of one thread each, because the tests are many and small
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Trainings that are hurt at random, and files that are damaged at random
+# Training runs with N random faults, and randomly damaged files
 N ?= 200
 faults: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py
@@ -23,9 +23,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# .ready is written last, so that an interrupted set-up is done again
+# .ready is written last, so that an interrupted set-up is repeated
 $(READY): setup.py tools/install_detectron2.py
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "make needs Python 3.10 or newer: PYTHON=python3.x make ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "make needs Python 3.10 or newer: run PYTHON=python3.x make ...")'
 	@echo "Setting up .venv: PyTorch, Detectron2, gn_det (a minute or two)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.11.0 torchvision==0.26.0 setuptools wheel

@@ -1,6 +1,6 @@
-"""Group Normalization for Detectron2: importing this registers backbones, heads and datasets.
+"""Group Normalization for Detectron2. Importing it registers backbones, heads and datasets.
 
-`gn_det.layers` needs PyTorch alone, and can be imported where Detectron2 is not installed.
+Without Detectron2, only `gn_det.layers` can be imported; it needs nothing but PyTorch.
 """
 
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 __all__ = ["add_gn_config", "check_config", "get_config_file"]
 
 if find_spec("detectron2") is not None:
-    from . import data, modeling  # noqa: F401  (registration)
+    from . import data, modeling  # noqa: F401  (registers them)
     from .check import check_config
     from .config import add_gn_config
     from .model_zoo import get_config_file

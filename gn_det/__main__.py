@@ -1,4 +1,4 @@
-"""`python -m gn_det`, the same as the command `gn-det`."""
+"""Entry point of `python -m gn_det`, which is the same as the command `gn-det`."""
 
 from .cli import main
 

@@ -1,4 +1,4 @@
-"""The command `gn-det`, also available as `python -m gn_det` and as the scripts in `tools/`."""
+"""The command `gn-det`, which is also `python -m gn_det` and the scripts in `tools/`."""
 
 import sys
 from collections.abc import Sequence
@@ -7,38 +7,49 @@ from importlib import import_module
 from . import __version__
 from .errors import NO_DETECTRON2
 
-# Command -> the module whose `run` it calls, and what it does
+# Command -> the module whose `run` it calls, and its description
 COMMANDS = {
     "train": ("gn_det.engine.train", "train or evaluate a detector"),
-    "pretrain": ("gn_det.engine.pretrain", "pretrain a backbone by classifying images"),
-    "convert": ("gn_det.engine.convert_backbone", "convert a pretrained backbone, BN to GN too"),
+    "pretrain": ("gn_det.engine.pretrain", "pretrain a backbone as an image classifier"),
+    "convert": (
+        "gn_det.engine.convert_backbone",
+        "convert a pretrained backbone, also from BN to GN",
+    ),
     "compare": ("gn_det.comparison.compare", "compare norms on a custom dataset"),
     "predict": ("gn_det.engine.predict", "run a trained model on images"),
-    "demo": ("gn_det.comparison.demo", "compare BN* with GN on an embedded dataset"),
+    "demo": ("gn_det.comparison.demo", "compare frozen BN with GN on a generated dataset"),
 }
 
 
 def usage() -> str:
-    """The list of commands."""
+    """The help text: one line for each command."""
     lines = [f"  {name:10}{text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(["usage: gn-det COMMAND ... (COMMAND --help for its flags)", "", *lines])
+    head = [
+        "usage: gn-det COMMAND [ARGUMENTS]",
+        "",
+        "Group Normalization for Detectron2.",
+        "",
+        "example: gn-det train --help",
+        "",
+    ]
+    return "\n".join([*head, *lines])
 
 
 def run_command(name: str, argv: Sequence[str] | None = None) -> None:
     """Run one of `COMMANDS`.
 
     Args:
-        argv: its arguments; those of this process by default.
+        name: the command.
+        argv: its arguments; defaults to `sys.argv[1:]`.
 
     Raises:
-        SystemExit: if a package that it needs is not installed.
+        SystemExit: if a package that the command needs is not installed.
     """
     try:
         module = import_module(COMMANDS[name][0])
     except ImportError as error:
-        raise SystemExit(
-            f"error: {NO_DETECTRON2 if error.name == 'detectron2' else error}"
-        ) from None
+        missing = (error.name or "").partition(".")[0]
+        raise SystemExit(f"error: {NO_DETECTRON2 if missing == 'detectron2' else error}") from None
     module.run(argv)
 
 
@@ -46,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run `gn-det`.
 
     Args:
-        argv: the name of a command and its arguments; those of this process by default.
+        argv: the name of a command and its arguments; defaults to `sys.argv[1:]`.
     """
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
@@ -54,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif name == "--version":
         print(__version__)
     elif name in COMMANDS:
-        # The name that its own --help and errors begin with
+        # argparse prints this name in --help and errors
         sys.argv[0] = f"gn-det {name}"
         run_command(name, arguments)
     else:

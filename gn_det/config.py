@@ -1,4 +1,4 @@
-"""The config keys that gn_det adds to Detectron2's."""
+"""The config keys that gn_det adds to those of Detectron2, and helpers for configs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,77 +8,87 @@ from detectron2.config import CfgNode
 
 
 def add_gn_config(cfg: CfgNode) -> None:
-    """Add gn_det's keys to `cfg`, with the names that earlier code gave them where there are any.
+    """Add gn_det's keys to `cfg`.
 
-    Call it between `get_cfg()` and `merge_from_file`. It changes no other key and no global
-    default, so it composes with other plugins' `add_*_config`.
+    Call it between `get_cfg()` and `merge_from_file`. It changes no existing key and no global
+    default, so it can be combined with `add_*_config` functions of other projects. Key names follow
+    earlier implementations, such as Detectron's `DIM_PER_GP`.
+
+    Args:
+        cfg: changed in place.
     """
     cfg.MODEL.GROUP_NORM = CfgNode()
-    # Number of groups G, of every layer whose NORM is "GN"
+    # Number of groups G in each layer whose NORM is "GN"
     cfg.MODEL.GROUP_NORM.NUM_GROUPS = 32
-    # Channels per group C/G, used instead of NUM_GROUPS unless -1
+    # Channels per group C/G; used instead of NUM_GROUPS unless it is -1
     cfg.MODEL.GROUP_NORM.DIM_PER_GP = -1
-    # Number of groups in FPN and heads, where it is not to be as in the ResNet; -1 where it is
+    # Number of groups in FPN and heads; -1 uses the grouping of the ResNet
     cfg.MODEL.GROUP_NORM.HEADS_NUM_GROUPS = -1
-    # Added to the variance, of every layer whose NORM is "GN", "LN" or "IN"
+    # Added to the variance in each layer whose NORM is "GN", "LN" or "IN"
     cfg.MODEL.GROUP_NORM.EPSILON = 1e-5
-    # "fused": norm, residual and ReLU in one operator, for GN and BN*; "native": PyTorch's own
-    # operators, in Detectron2's own blocks
+    # "fused": norm, residual addition and ReLU in one operator, for GN and frozen BN;
+    # "native": PyTorch's operators in Detectron2's blocks
     cfg.MODEL.GROUP_NORM.IMPL = "fused"
-    # What the fused GN computes again in the backward pass rather than keep: "none", "norm" (what a
-    # norm with ReLU puts out), "conv3" (that, and each bottleneck's last convolution), "block"
+    # Activations that fused GN recomputes in the backward pass instead of storing them:
+    # "none"; "norm": outputs of norms with ReLU; "conv3": also the last convolution of each
+    # bottleneck; "block": whole residual blocks
     cfg.MODEL.GROUP_NORM.RECOMPUTE = "norm"
 
-    # Whether backbone and heads compute in the channels_last memory format
+    # Use the channels_last memory format in backbone and heads
     cfg.MODEL.CHANNELS_LAST = False
 
-    # Gamma of the last norm in each residual block starts at 0, as in the paper's ImageNet training
+    # Initialize gamma of the last norm in each residual block to 0 (Section 4.1 of the paper)
     cfg.MODEL.RESNETS.ZERO_INIT_RESIDUAL = False
-    # Standardise the weights of the ResNet's convolutions (GN+WS)
+    # Standardize the weights of the ResNet's convolutions (Weight Standardization, GN+WS)
     cfg.MODEL.RESNETS.WEIGHT_STANDARDIZATION = False
 
-    # Each training batch of IMS_PER_BATCH images goes through the model in so many parts, and their
-    # gradients are added up: memory for one part, the step of the whole batch
+    # Split each batch of IMS_PER_BATCH images into this many passes and accumulate the gradients:
+    # the memory of one pass, the optimizer step of the full batch
     cfg.SOLVER.ACCUMULATE_ITERS = 1
-    # Learning rate of gamma and beta, as a multiple of what it would be
+    # Factor on the learning rate of gamma and beta
     cfg.SOLVER.NORM_LR_FACTOR = 1.0
-    # Learning rate of the ResNet, as a multiple of what it would be
+    # Factor on the learning rate of the ResNet
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
-    # What SOLVER.AMP.ENABLED computes in: "float16", as Detectron2 does, or "bfloat16"
+    # Data type of SOLVER.AMP.ENABLED: "float16", as in Detectron2, or "bfloat16"
     cfg.SOLVER.AMP.DTYPE = "float16"
-    # How many of the checkpoints of a running training stay, the newest; 0 for all
+    # Keep only this many of the newest periodic checkpoints; 0 keeps all
     cfg.SOLVER.KEEP_CHECKPOINTS = 0
-    # Batches with unreadable pictures, infinite numbers or NaN that a training passes over, with a
-    # warning for each, before one stops it
+    # Number of batches with unreadable images, Inf or NaN that a run skips with a warning; the next
+    # one aborts it
     cfg.SOLVER.SKIP_BAD_BATCHES = 0
 
     cfg.PRETRAIN = CfgNode()
-    # Passes over the training folder, and after how many of them the learning rate is divided by
-    # 10 (SOLVER.GAMMA); SOLVER.MAX_ITER and SOLVER.STEPS follow from these
+    # Number of epochs, and the epochs after which the learning rate is multiplied by SOLVER.GAMMA;
+    # SOLVER.MAX_ITER and SOLVER.STEPS are computed from them
     cfg.PRETRAIN.EPOCHS = 100
     cfg.PRETRAIN.STEPS = (30, 60, 90)
-    # The IMS_PER_BATCH that SOLVER.BASE_LR is meant for; at another it is scaled in proportion
+    # Batch size that SOLVER.BASE_LR is set for; the rate is scaled linearly to IMS_PER_BATCH
     cfg.PRETRAIN.REFERENCE_BATCH_SIZE = 256
-    # Side in pixels of the square pictures that the classifier sees
+    # Side of the square input images, in pixels
     cfg.PRETRAIN.IMAGE_SIZE = 224
-    # Least share of a training picture's area that it may see of it
+    # Smallest area of a random training crop, as a fraction of the image
     cfg.PRETRAIN.MIN_CROP_AREA = 0.08
 
 
 def is_pretraining(cfg: CfgNode) -> bool:
-    """Whether a config is for `tools/pretrain_net.py`, that is, trains a classifier."""
+    """Whether a config trains a classifier, as `tools/pretrain_net.py` does."""
     return cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
 
 
 def value_of(cfg: CfgNode, key: str) -> object:
-    """The value of a key such as "MODEL.RESNETS.NORM"; a tuple comes as a list."""
+    """The value of a key given by its full name, as "MODEL.RESNETS.NORM"; tuples become lists."""
     for part in key.split("."):
         cfg = cfg[part]
     return list(cfg) if isinstance(cfg, tuple) else cfg
 
 
 def flatten(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
-    """A config's values by their full keys, as "MODEL.RESNETS.NORM"."""
+    """Map the full names of all keys, as "MODEL.RESNETS.NORM", to their values.
+
+    Args:
+        cfg: a config, or a section of one.
+        prefix: put before every name, as "MODEL.".
+    """
     values: dict[str, Any] = {}
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
@@ -89,10 +99,10 @@ def flatten(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
 
 
 def as_opts(keys: Mapping[str, object]) -> list[str]:
-    """Keys and values as `KEY VALUE` words of the command line."""
+    """Convert keys and values to the alternating words of `KEY VALUE` command-line overrides."""
     return [str(word) for pair in keys.items() for word in pair]
 
 
 def default_device() -> str:
-    """The value of `MODEL.DEVICE` for tools that choose it: a GPU if PyTorch sees one."""
+    """The default `MODEL.DEVICE` of tools: "cuda" if PyTorch sees a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"

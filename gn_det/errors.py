@@ -1,4 +1,4 @@
-"""How a mistake in what the user gave ends: one sentence, exit code not 0, no traceback."""
+"""Errors in the user's input end the program with one sentence and no traceback."""
 
 import reprlib
 import signal
@@ -12,20 +12,33 @@ NO_DETECTRON2 = (
 
 
 class InputError(ValueError):
-    """What the user gave cannot work; the message names the key or file, and the mend."""
+    """An error in the user's input; the message names the key or file, and the fix.
+
+    Args:
+        reason: one sentence that says what is wrong.
+        key: full name of the config key that causes it, as "MODEL.RESNETS.NORM".
+        fix: what the user can do about it; the message is `reason`, then "; " and `fix`.
+    """
+
+    def __init__(self, reason: str = "", *, key: str = "", fix: str = "") -> None:
+        super().__init__(f"{reason}; {fix}" if fix else reason)
+        self.reason, self.key, self.fix = reason, key, fix
 
 
 def printable(value: object, limit: int = 200) -> str:
-    """A value that came with someone's data, safe to print: one short line, nothing hidden in it.
+    r"""Make a value from an untrusted file safe to print, as one short line.
 
-    Control characters, which could forge lines or steer a terminal, are escaped.
+    Control characters are escaped, since they could forge lines or control the terminal.
 
     Args:
-        value: texts and numbers are printed as they are, all else in a few characters.
-        limit: of characters.
+        value: strings and numbers are shown in full up to `limit`, other types are abbreviated.
+        limit: maximum number of characters before escaping.
+
+    Returns:
+        a string without control characters, such as ``\x1b[0m`` for an escape sequence.
     """
     if not isinstance(value, str):
-        # Lists may be nested deeper, and be larger, than `str` can take
+        # `str` fails on deeply nested lists and is slow on large ones
         value = str(value) if isinstance(value, int | float) else reprlib.repr(value)
     shown = value if len(value) <= limit else f"{value[: limit - 3]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
@@ -33,7 +46,7 @@ def printable(value: object, limit: int = 200) -> str:
 
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Turn an `InputError` into its sentence and exit code 1, and Ctrl-C into exit code 130."""
+    """Exit with the message and code 1 on `InputError`, and with code 130 on Ctrl-C."""
     try:
         yield
     except InputError as error:
@@ -44,7 +57,7 @@ def exit_on_input_error() -> Iterator[None]:
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM raise `SystemExit` in the main thread, so that what was begun is put in order."""
+    """Raise `SystemExit` in the main thread on SIGTERM, so that `finally` blocks run."""
 
     def leave(*_: object) -> None:
         raise SystemExit(128 + signal.SIGTERM)

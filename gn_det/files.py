@@ -1,4 +1,4 @@
-"""Files that are on the disk whole, or not at all, and folders that one command works in."""
+"""Atomic writes, folder locks, and reads limited to regular files."""
 
 import errno
 import os
@@ -15,16 +15,20 @@ from .errors import InputError
 
 @contextmanager
 def write_whole(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a file that takes the place of `path` at the end of the block, or never.
+    """Write a file atomically: it replaces `path` only when the block ends without an error.
 
-    What it replaces stays as it is until then, and stays for good when the block raises. After the
-    block the content has been given to the disk, so that a power cut does not empty it.
+    If the block raises, an existing file at `path` stays unchanged. The content is synced to the
+    disk before the replacement, so that a power failure cannot leave an empty file.
 
     Args:
-        mode: "w" for text in UTF-8, "wb" for bytes.
+        path: the final path of the file.
+        mode: "w" for UTF-8 text, "wb" for bytes.
 
     Yields:
-        the open file.
+        the open file, named `<path>.partial` until the block ends.
+
+    Raises:
+        OSError: if the file cannot be written.
     """
     final = Path(path)
     partial = final.with_name(f"{final.name}.partial")
@@ -41,10 +45,10 @@ def write_whole(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[An
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder, which is created if needed, until the block or the process ends.
+    """Create a folder if needed, and lock it until the block or the process ends.
 
     Raises:
-        InputError: if another process has locked it.
+        InputError: if another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
@@ -52,11 +56,11 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise InputError(
-            f"another command works in {folder}: wait until it ends, or name another folder with "
+            f"another command works in {folder}: wait until it ends, or choose another folder with "
             "--output-dir"
         ) from None
     except NotImplementedError:
-        pass  # some network disks have no locks
+        pass  # some network file systems do not support locks
     try:
         yield
     finally:
@@ -64,14 +68,16 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def open_regular(path: str | os.PathLike[str], limit: int) -> IO[bytes]:
-    """Open a file to read its bytes; links are followed.
+    """Open a regular file for reading bytes; symbolic links are followed.
+
+    Folders, FIFOs, sockets and devices are refused: reading them could block or never end.
 
     Args:
-        limit: the largest size in bytes.
+        path: the file to open.
+        limit: maximum file size in bytes.
 
     Raises:
-        OSError: if it cannot be opened, is larger, or is a folder, FIFO, socket or device, which
-            could be waited for or read without end.
+        OSError: if it cannot be opened, is larger than `limit`, or is not a regular file.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -82,14 +88,18 @@ def open_regular(path: str | os.PathLike[str], limit: int) -> IO[bytes]:
 
 
 def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
-    """The bytes of a file; see `open_regular`, whose errors it raises."""
+    """Read all bytes of a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
     with open_regular(path, limit) as file:
-        # Some files of the system say that they are empty, and never end
+        # Some files in /proc report size 0 and never end
         return file.read(os.fstat(file.fileno()).st_size)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a new name in a folder last, where the system can do that."""
+    """Sync a folder's entries to the disk, if the file system supports it."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

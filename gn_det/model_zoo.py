@@ -4,19 +4,22 @@ from pathlib import Path
 
 from .errors import InputError
 
-# In a wheel the configs lie inside the package, in a checkout (editable install) beside it.
+# An installed wheel has the configs inside the package, a checkout beside it
 _INSTALLED = Path(__file__).parent / "configs"
 CONFIG_ROOT = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
 
 
 def get_config_file(name: str) -> str:
-    """Path of a shipped config.
+    """The path of a shipped config, as Detectron2's `model_zoo.get_config_file`.
 
     Args:
         name: path below `configs/`, as `COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_2x_gn.yaml`.
 
+    Returns:
+        the path as a string.
+
     Raises:
-        InputError: if there is none of that name; the message lists what exists.
+        InputError: if there is no such config; the message lists all shipped configs.
     """
     path = CONFIG_ROOT / name
     if not path.is_file():

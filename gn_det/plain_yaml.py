@@ -1,4 +1,4 @@
-"""YAML that holds plain values, however hostile it is: no code, no bombs, no hanging."""
+"""Safe parsing of untrusted YAML: no code, no memory exhaustion, no endless loops."""
 
 from typing import Any
 
@@ -6,26 +6,30 @@ import yaml
 
 from .errors import InputError
 
-# What YAML and Detectron2 raise for configs that make no sense, and files that are none
+# Exceptions of YAML and Detectron2 for invalid configs and unreadable files
 CONFIG_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError),
     *(RuntimeError, TypeError, ValueError, yaml.YAMLError),
 )
-MAX_BYTES = 2**20  # of a text, and of what it holds with its aliases written out
-NODE_BYTES = 10  # what a value counts at least, so that there are about 100,000
-MAX_TEXT = 10_000  # characters of a value: Detectron2 parses each as Python, which gets slow
+MAX_BYTES = 2**20  # of a YAML text, and of its values with all aliases expanded
+NODE_BYTES = 10  # smallest size counted for a value, which limits them to about 100,000
+MAX_TEXT = 10_000  # characters of a value; Detectron2 parses each as Python, which is slow
 MAX_DEPTH = 50
 
 
 def parse_yaml(text: str, name: str, trusted: bool) -> dict[str, Any]:
-    """The values in a YAML text.
+    """Parse a YAML text that must be a mapping.
 
     Args:
-        name: of the file, for messages.
+        text: the content of the file.
+        name: how error messages refer to the file.
         trusted: whether its tags may run code.
 
+    Returns:
+        the top-level mapping.
+
     Raises:
-        InputError: for a text that is not valid, is too large, or would run code.
+        InputError: for a text that is invalid, is too large, or would run code.
     """
     try:
         loader = yaml.SafeLoader(text)
@@ -41,26 +45,27 @@ def parse_yaml(text: str, name: str, trusted: bool) -> dict[str, Any]:
             else:
                 line = error.problem_mark.line + 1
                 raise InputError(
-                    f"{name} would run code, at line {line}: write its values out"
+                    f"{name} would run code in line {line}: replace the tag with plain values"
                 ) from None
     except RecursionError:
         raise InputError(f"{name} is nested too deeply") from None
     except InputError:
         raise
     except CONFIG_ERRORS as error:
-        raise InputError(f"{name} is not valid YAML: {in_words(error)}") from None
+        raise InputError(f"{name} is not valid YAML: {describe_error(error)}") from None
     if not isinstance(values, dict):
-        raise InputError(f"{name} is not a config: it must hold KEY: value lines")
+        raise InputError(f"{name} is not a config: it must contain KEY: value lines")
     return values
 
 
 def refuse_large(value: object, name: str) -> None:
-    """Refuse a YAML node or Python value that is too large, or contains itself.
+    """Refuse a value that is too large with its aliases expanded, or that contains itself.
 
-    A few aliases of aliases stand for more than any memory holds.
+    A few nested aliases can expand to more than any memory can hold.
 
     Args:
-        name: of the file, for messages.
+        value: a YAML node or a Python value.
+        name: how error messages refer to the file.
 
     Raises:
         InputError: for such a value.
@@ -68,8 +73,8 @@ def refuse_large(value: object, name: str) -> None:
     _measure(value, name, {})
 
 
-def in_words(error: BaseException) -> str:
-    """An error's message on one line, the middle of a very long one left out."""
+def describe_error(error: BaseException) -> str:
+    """The message of an exception on one line; long messages are shortened in the middle."""
     if isinstance(error, MemoryError | RecursionError):
         return "a value in it is nested too deeply"
     words = " ".join(str(error).split()) or type(error).__name__
@@ -80,10 +85,15 @@ Measures = dict[int, tuple[int, int] | None]
 
 
 def _measure(value: object, name: str, known: Measures) -> tuple[int, int]:
-    """Size and depth of a YAML node or Python value, with all aliases in it written out.
+    """Measure a YAML node or Python value with all aliases expanded.
 
     Args:
-        known: what has been measured, None while it is.
+        value: the node or value.
+        name: how error messages refer to the file.
+        known: results by `id`; None while a value is being measured, to detect cycles.
+
+    Returns:
+        size in characters, and depth of nesting.
     """
     if id(value) not in known:
         known[id(value)] = None
@@ -95,16 +105,17 @@ def _measure(value: object, name: str, known: Measures) -> tuple[int, int]:
         size = NODE_BYTES + length + sum(size for size, _ in parts)
         depth = 1 + max((depth for _, depth in parts), default=0)
         if size > MAX_BYTES:
-            raise InputError(f"{name} is too large with its aliases written out")
+            raise InputError(f"{name} is too large with its aliases expanded")
         if depth > MAX_DEPTH:
             raise InputError(f"{name} is nested too deeply")
         known[id(value)] = size, depth
-    if (found := known[id(value)]) is None:
-        raise InputError(f"{name} has an alias that stands for something it is part of")
-    return found
+    if (measured := known[id(value)]) is None:
+        raise InputError(f"{name} has an alias that contains itself")
+    return measured
 
 
 def _parts(value: Any) -> list[Any]:
+    """Keys and values of a mapping, elements of a sequence, else nothing."""
     if isinstance(value, yaml.MappingNode | dict):
         pairs = value.items() if isinstance(value, dict) else value.value
         return [part for pair in pairs for part in pair]

@@ -1,4 +1,4 @@
-"""Weight decay of gamma and beta, their learning rate, and that of the backbone."""
+"""An optimizer with separate settings for norm parameters and for the backbone."""
 
 import logging
 from itertools import product
@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .config import is_pretraining
-from .modeling.parts import TRUNK, part_of
+from .modeling.parts import BACKBONE_PARTS, part_of
 
 NORM_TYPES = (
     nn.modules.batchnorm._BatchNorm,
@@ -20,11 +20,18 @@ NORM_TYPES = (
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
-    """Detectron2's optimizer, with the paper's weight decay on every norm parameter.
+    """Build Detectron2's optimizer, with the paper's weight decay on every norm parameter.
 
-    That is `SOLVER.WEIGHT_DECAY_NORM` in a detector (Section 4.2), and in pretraining
-    `SOLVER.WEIGHT_DECAY`, as on all weights (Section 4.1). Their learning rate is multiplied by
-    `SOLVER.NORM_LR_FACTOR`, and that of all that was pretrained by `SOLVER.BACKBONE_MULTIPLIER`.
+    The weight decay of gamma and beta is `SOLVER.WEIGHT_DECAY_NORM` in a detector (Section 4.2),
+    and `SOLVER.WEIGHT_DECAY` in pretraining (Section 4.1). `SOLVER.NORM_LR_FACTOR` multiplies the
+    learning rate of norm parameters, and `SOLVER.BACKBONE_MULTIPLIER` that of the backbone.
+
+    Args:
+        cfg: a config with gn_det's keys.
+        model: the model whose parameters are optimized.
+
+    Returns:
+        the optimizer; frozen parameters are not in it.
     """
     keys = cfg.SOLVER
     decay = keys.WEIGHT_DECAY if is_pretraining(cfg) else keys.WEIGHT_DECAY_NORM
@@ -33,13 +40,19 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
 
 
 def images_per_pass(cfg: CfgNode, num_gpus: int) -> float:
-    """Images that go through the model at once on each GPU, by Detectron2's rule of scaling."""
+    """Number of images in one forward pass on each GPU.
+
+    Args:
+        cfg: a config with gn_det's keys.
+        num_gpus: total number of GPUs. It is not used if `SOLVER.REFERENCE_WORLD_SIZE` is set:
+            Detectron2 then scales the batch with the number of GPUs.
+    """
     gpus = cfg.SOLVER.REFERENCE_WORLD_SIZE or num_gpus
     return cfg.SOLVER.IMS_PER_BATCH / gpus / cfg.SOLVER.ACCUMULATE_ITERS
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module's own parameters are gamma and beta: a norm of PyTorch's, or so called."""
+    """Whether a module is a norm layer: one of PyTorch's, or one whose class name ends in Norm."""
     return isinstance(module, NORM_TYPES) or type(module).__name__.endswith("Norm")
 
 
@@ -50,21 +63,25 @@ def regroup(
     norm_factor: float = 1.0,
     backbone_factor: float = 1.0,
 ) -> Optimizer:
-    """Give norm parameters their weight decay, and them and the backbone their learning rates.
+    """Regroup parameters to set the weight decay of norms and the rates of norms and backbone.
 
-    The paper finds zero decay "important for good detection results" (Section 4.2). Detectron2 lets
-    `WEIGHT_DECAY_BIAS` win over `WEIGHT_DECAY_NORM`, and so decays beta when biases are decayed;
-    beta is a norm parameter first. One line a group is logged.
+    The paper finds zero decay of gamma and beta "important for good detection results" (Section
+    4.2). In Detectron2, `WEIGHT_DECAY_BIAS` overrides `WEIGHT_DECAY_NORM` for beta; here it does
+    not. One line per parameter group is logged.
 
     Args:
-        optimizer: not stepped yet; its parameter groups are replaced.
-        norm_decay: of every norm parameter, whatever group it came in.
-        norm_factor: what norm parameters' learning rates are multiplied by.
-        backbone_factor: the same of the ResNet, and of its res5 where a RoI head has that. FPN,
-            which starts at random, is not slowed.
+        optimizer: before its first step; its parameter groups are replaced.
+        model: the model whose parameters it optimizes.
+        norm_decay: weight decay of every norm parameter.
+        norm_factor: multiplies the learning rate of norm parameters.
+        backbone_factor: multiplies the learning rate of the ResNet, including res5 in the RoI head
+            of C4 models. FPN is randomly initialized and keeps its rate.
+
+    Returns:
+        `optimizer`.
     """
     norm = _norm_parameters(model)
-    # At one rate they stay in one group, as in the optimizers of earlier checkpoints
+    # Without a factor, keep the groups of older checkpoints, so that these can be resumed
     backbone = _backbone_parameters(model) if backbone_factor != 1 else set()
     groups = list(optimizer.param_groups)
     optimizer.param_groups.clear()
@@ -85,7 +102,7 @@ def regroup(
 
 
 def describe_groups(optimizer: Optimizer, model: nn.Module) -> list[str]:
-    """One line for each of the optimizer's parameter groups."""
+    """Describe each parameter group in one line: tensors, learning rate and weight decay."""
     norm = _norm_parameters(model)
     return [
         f"{len(group['params'])} {'norm' if id(group['params'][0]) in norm else 'other'} tensors, "
@@ -104,4 +121,4 @@ def _norm_parameters(model: nn.Module) -> set[int]:
 
 
 def _backbone_parameters(model: nn.Module) -> set[int]:
-    return {id(p) for name, p in model.named_parameters() if part_of(name) in TRUNK}
+    return {id(p) for name, p in model.named_parameters() if part_of(name) in BACKBONE_PARTS}

@@ -1,4 +1,4 @@
-"""A small `shapes` data set, and small configs; no test needs a network or a GPU."""
+"""A small `shapes` dataset and small configs; no test needs a network or a GPU."""
 
 import atexit
 import os
@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-# Triton reads it when it is imported
+# Triton reads this variable on import
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# gn_det looks for data sets where this says, and so do the commands that tests start.
+# Root folder of datasets, for gn_det and for the commands that tests start
 DATASETS = Path(tempfile.mkdtemp(prefix="gn_det_datasets_"))
 os.environ["DETECTRON2_DATASETS"] = str(DATASETS)
 atexit.register(shutil.rmtree, DATASETS, ignore_errors=True)
@@ -27,7 +27,7 @@ from gn_det.data import make_shapes  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
-# Enough for every code path, small enough for seconds
+# Covers every code path within seconds
 TINY = [
     *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "SOLVER.IMS_PER_BATCH", "2"),
     *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "INPUT.MASK_FORMAT", "bitmask"),
@@ -35,30 +35,30 @@ TINY = [
     *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16", "DATALOADER.NUM_WORKERS", "0"),
 ]
 
-# From scratch nothing may be frozen
+# Training from scratch must not freeze any layer
 SCRATCH = ["MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", "0"]
 
 
 def shapes_config(name: str, *opts: object):
-    """A shipped config of `configs/Shapes`, shrunk by TINY, with overrides."""
+    """A shipped config of `configs/Shapes` with the overrides in TINY and in `opts`."""
     words = [*TINY, *map(str, opts)]
     return read_config(f"Shapes/{name}.yaml", words)
 
 
 def command(*words: object, **kwargs) -> subprocess.CompletedProcess:
-    """Run `python WORDS...` at the root of the checkout, and keep what it prints."""
-    done = [sys.executable, *map(str, words)]
+    """Run `python WORDS...` in the root of the checkout, and capture its output."""
+    arguments = [sys.executable, *map(str, words)]
     kwargs = {"cwd": ROOT, "text": True, "capture_output": True, **kwargs}
-    return subprocess.run(done, **kwargs)
+    return subprocess.run(arguments, **kwargs)
 
 
-def hear_interrupts() -> None:
-    """For `preexec_fn`: tests that a shell started in the background have Ctrl-C ignored."""
+def enable_sigint() -> None:
+    """For `preexec_fn`: background jobs of a shell ignore Ctrl-C, and so do their children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """README's commands first: they take longest, and a second process has all else meanwhile."""
+    """Run the slow test_readme.py first, so that a second process can run all other tests."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")
 
 
@@ -69,8 +69,8 @@ def shapes() -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def leaves_no_files(request, tmp_path_factory) -> Iterator[None]:
-    """A file of tests frees its disk before the next begins: their checkpoints are gigabytes."""
+def remove_files(request, tmp_path_factory) -> Iterator[None]:
+    """Delete the temporary files of a test module after it: checkpoints take gigabytes."""
     yield
     if not request.session.testsfailed:
         for folder in tmp_path_factory.getbasetemp().iterdir():

@@ -28,7 +28,7 @@ def leaves(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield prefix + key, value
 
 
-def test_adds_its_keys_to_the_given_config_alone():
+def test_add_gn_config_changes_only_the_given_config():
     cfg, other = get_cfg(), get_cfg()
     gn_det.add_gn_config(cfg)
     added = {key: value for key, value in leaves(cfg) if key not in dict(leaves(other))}
@@ -57,20 +57,20 @@ def test_adds_its_keys_to_the_given_config_alone():
     assert "GROUP_NORM" not in get_cfg().MODEL
 
 
-def test_composes_with_another_plugin():
+def test_combines_with_another_project():
     cfg = get_cfg()
     cfg.MODEL.OTHER = CfgNode({"KEY": 1})
     gn_det.add_gn_config(cfg)
     assert cfg.MODEL.OTHER.KEY == 1
 
 
-def test_configs_are_found():
+def test_shipped_configs_are_found():
     assert len(DETECTORS) > 10 and len(PRETRAININGS) > 10
     for name in LEAVES:
         assert gn_det.get_config_file(name).endswith(name)
 
 
-def test_unknown_config_lists_what_exists():
+def test_error_for_an_unknown_config_lists_all_configs():
     with pytest.raises(InputError) as error:
         gn_det.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_9x.yaml")
     assert all(name in str(error.value) for name in LEAVES)
@@ -86,7 +86,7 @@ def batch_for(cfg: CfgNode) -> list[dict]:
 
 
 def architectures() -> Iterator[str]:
-    """Every shipped config but those that repeat the model of another with other weights."""
+    """Shipped configs with different models; duplicates with other weights are skipped."""
     seen = set()
     for name in DETECTORS + PRETRAININGS:
         cfg = read_config(name, TINY).clone()
@@ -102,14 +102,14 @@ def architectures() -> Iterator[str]:
 
 @pytest.mark.parametrize("name", architectures())
 def test_every_model_trains(name):
-    """Each builds, and one step of its optimizer on the CPU moves what is not frozen."""
+    """One optimizer step on the CPU changes only parameters that are not frozen."""
     cfg = read_config(name, TINY)
     torch.manual_seed(0)
     model = build_model(cfg)
     if name in PRETRAININGS:
         expected: tuple[str, ...] = ("loss_cls",)
-        pictures = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
-        batch = [{"image": picture, "label": i} for i, picture in enumerate(pictures)]
+        images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+        batch = [{"image": image, "label": i} for i, image in enumerate(images)]
     else:
         expected = ("loss_cls", "loss_mask", "loss_rpn_cls")
         batch = batch_for(cfg)
@@ -128,7 +128,7 @@ def test_every_model_trains(name):
     assert not torch.equal(dict(model.named_parameters())[last], before[last])
 
 
-# What may differ in a pair that is compared: the norms, and what belongs to the initial weights
+# Keys that may differ in a fair comparison: norms, and keys that depend on the weights
 ALLOWED = {
     *("MODEL.WEIGHTS", "MODEL.RESNETS.STRIDE_IN_1X1", "MODEL.RESNETS.NORM", "MODEL.FPN.NORM"),
     *("MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM", "OUTPUT_DIR"),
@@ -136,7 +136,7 @@ ALLOWED = {
 
 
 def pairs() -> Iterator[tuple[str, str]]:
-    """Baselines, and what is compared with them."""
+    """Pairs of a baseline and a config that is compared with it."""
     yield "Shapes/mask_rcnn_R_18_FPN_frozenbn", "Shapes/mask_rcnn_R_18_FPN_gn"
     yield "Shapes/mask_rcnn_R_18_FPN_frozenbn", "Shapes/mask_rcnn_R_18_FPN_bn"
     yield "Shapes/pretrain_R_18_bn", "Shapes/pretrain_R_18_gn"
@@ -166,14 +166,14 @@ def pairs() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("baseline", "other"), pairs())
-def test_pairs_are_fair(baseline, other):
+def test_comparisons_are_fair(baseline, other):
     one, two = (dict(leaves(read_config(f"{name}.yaml"))) for name in (baseline, other))
     different = {key for key in one if one[key] != two[key]}
     assert different and different <= ALLOWED
 
 
 @pytest.mark.parametrize("name", LEAVES)
-def test_leaves_are_short(name):
+def test_configs_are_short(name):
     if "Base-" not in name:
         assert len((ROOT / "configs" / name).read_text().splitlines()) <= 15
 
@@ -182,6 +182,6 @@ def test_leaves_are_short(name):
     "opts",
     [["MODEL.GROUP_NORM.GROUPS", "8"], ["MODEL.GROUP_NORM.NUM_GROUPS", "many"], ["SOLVER.BASE_LR"]],
 )
-def test_wrong_keys_and_values(opts):
+def test_invalid_keys_and_values(opts):
     with pytest.raises(InputError, match=r"Shapes/.*" + opts[0].split(".")[-1]):
         read_config("Shapes/mask_rcnn_R_18_FPN_gn.yaml", opts)

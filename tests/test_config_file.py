@@ -1,4 +1,4 @@
-"""Config files and their bases: read as Detectron2 reads them, but without running code."""
+"""Config files and their `_BASE_` are read as Detectron2 does, but without running code."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from detectron2.config import CfgNode, get_cfg
 from fvcore.common.config import CfgNode as FvcoreNode
 
 import gn_det
-from gn_det.comparison import jobs as trainings
-from gn_det.comparison.compare import parse, prepare_comparison
+from gn_det.comparison import jobs
+from gn_det.comparison.compare import make_plan, parse
 from gn_det.config_file import find_config, read_config, read_config_file
 from gn_det.engine import train
 from gn_det.engine.predict import load_run
@@ -35,18 +35,18 @@ def read(path: object, *opts: str, **flags: bool) -> CfgNode:
 
 
 def by_fvcore(path: object) -> dict:
-    """What Detectron2's own reader makes of a file, code and all."""
+    """The values that Detectron2's own reader gets from a file; it runs code."""
     return FvcoreNode.load_yaml_with_base(str(path), allow_unsafe=True)
 
 
 def refused(path: object, *names: str, **flags: bool) -> str:
-    """Read a config that must be refused, in a sentence with these names in it."""
+    """Read a config that must be refused, with a message that contains `names`."""
     with pytest.raises(InputError) as error:
         read(path, **flags)
-    sentence = str(error.value)
-    assert all(name in sentence for name in names), sentence
-    assert "\n" not in sentence and len(sentence) < 1500
-    return sentence
+    message = str(error.value)
+    assert all(name in message for name in names), message
+    assert "\n" not in message and len(message) < 1500
+    return message
 
 
 @pytest.fixture
@@ -57,8 +57,8 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def soon() -> Iterator[None]:
-    """What hangs fails."""
+def time_limit() -> Iterator[None]:
+    """Fail a test that hangs for a minute."""
 
     def fail(*_: object) -> None:
         raise TimeoutError
@@ -76,15 +76,15 @@ def write(path: Path, **values: object) -> Path:
     return path
 
 
-# What is read is what Detectron2 reads
+# The same values as Detectron2 reads
 
 
 @pytest.mark.parametrize("path", [*LEAVES, *OWN], ids=lambda p: f"{p.parent.name}/{p.name}")
-def test_every_config_is_read_as_by_detectron2(path):
+def test_values_equal_those_of_detectron2(path):
     assert read_config_file(str(path)) == by_fvcore(path)
 
 
-def test_merged_into_a_config_as_by_detectron2():
+def test_merged_config_equals_that_of_detectron2():
     path = find_config(SMALL)
     cfg = get_cfg()
     gn_det.add_gn_config(cfg)
@@ -92,8 +92,8 @@ def test_merged_into_a_config_as_by_detectron2():
     assert read(path) == cfg
 
 
-def test_bases_are_found_and_merged_as_by_detectron2(folder, monkeypatch):
-    """Beside the config, below the home directory, by whole paths, in order, one upon another."""
+def test_bases_are_merged_as_detectron2_does(folder, monkeypatch):
+    """Relative, home and absolute paths, merged in order."""
     monkeypatch.setenv("HOME", str(folder / "home"))
     write(folder / "one.yaml", A={"X": 1, "Y": 1, "Z": {"V": 1}}, B=[1])
     write(folder / "home/two.yaml", A={"Y": 2, "Z": {"W": 2}}, C="2")
@@ -101,11 +101,11 @@ def test_bases_are_found_and_merged_as_by_detectron2(folder, monkeypatch):
     write(folder / "odd:/four.yaml", E=4)
     bases = ["../one.yaml", "~/two.yaml", str(folder / "sub/three.yaml"), "../odd://four.yaml"]
     mine = write(folder / "sub/mine.yaml", _BASE_=bases, A={"Z": {"V": 5}}, B=[5, 5])
-    found = read_config_file(str(mine))
-    assert found == by_fvcore(mine)
-    assert found["A"] == {"X": 3, "Y": 1, "Z": {"V": 5, "W": 2}} and found["E"] == 4
-    assert list(found) == list(by_fvcore(mine))
-    assert read_config_file("sub/mine.yaml") == found
+    values = read_config_file(str(mine))
+    assert values == by_fvcore(mine)
+    assert values["A"] == {"X": 3, "Y": 1, "Z": {"V": 5, "W": 2}} and values["E"] == 4
+    assert list(values) == list(by_fvcore(mine))
+    assert read_config_file("sub/mine.yaml") == values
     none = write(folder / "none.yaml", _BASE_=[], A=1)
     assert read_config_file(str(none)) == by_fvcore(none) == {"A": 1}
 
@@ -118,8 +118,8 @@ def test_bases_are_found_and_merged_as_by_detectron2(folder, monkeypatch):
         'A: "\\0\\x85\\u2028\\U0001F600 x"\nB: |\n  two\n  lines\nC: ""\nD: !!binary aGk=\n',
     ],
 )
-def test_yaml_is_read_as_by_detectron2(folder, text):
-    """Also what an alias shares: a config that changes it in one place changes it in both."""
+def test_yaml_syntax_is_read_as_detectron2_does(folder, text):
+    """Including aliases: a config that changes an aliased section changes it everywhere."""
     (folder / "base.yaml").write_text(text)
     mine = write(folder / "mine.yaml", _BASE_="base.yaml", A={"X": 5} if "&a" in text else 5)
     for path in ("base.yaml", mine):
@@ -127,13 +127,13 @@ def test_yaml_is_read_as_by_detectron2(folder, text):
 
 
 def test_old_configs_are_upgraded(folder, caplog):
-    """By Detectron2, whose warnings name the file of the user."""
+    """Detectron2 upgrades them, and its warnings name the user's file."""
     write(folder / "old.yaml", MODEL={"WEIGHT": "x.pth"}, TEST={"AUG_ON": True})
     cfg = read("old.yaml")
     assert cfg.MODEL.WEIGHTS == "x.pth" and cfg.TEST.AUG.ENABLED
-    said = [record.getMessage() for record in caplog.records]
-    assert any("'old.yaml'" in line for line in said)
-    assert not any("/config.yaml" in line for line in said)
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("'old.yaml'" in line for line in messages)
+    assert not any("/config.yaml" in line for line in messages)
 
 
 # Code
@@ -142,12 +142,12 @@ def test_old_configs_are_upgraded(folder, caplog):
 CODE = "MODEL:\n  ANCHOR_GENERATOR:\n    SIZES: !!python/object/apply:eval ['[[2**5]]']\n"
 
 
-def making(path: Path) -> str:
-    """A config that makes a folder when its code runs."""
+def code_that_creates(path: Path) -> str:
+    """A config that creates a folder if its code is run."""
     return f"X: !!python/object/apply:os.mkdir ['{path}']\n"
 
 
-# A base's name, and where fvcore looks for it from models/mine.yaml
+# Value of _BASE_ in models/mine.yaml, and the path where fvcore looks for it
 HIDDEN = {
     "same folder": ("evil.yaml", "models/evil.yaml"),
     "scheme": ("x://evil.yaml", "models/x:/evil.yaml"),
@@ -167,12 +167,12 @@ HIDDEN = {
 @pytest.mark.parametrize("case", HIDDEN)
 @pytest.mark.parametrize("listed", [False, True])
 def test_code_in_a_base_is_not_run(case, listed, decoy, folder, monkeypatch):
-    """Wherever fvcore would find it, and whatever lies there from the working directory."""
+    """Wherever fvcore finds the base, and also if the working directory has a harmless decoy."""
     monkeypatch.setenv("HOME", str(folder / "home"))
-    name, place = HIDDEN[case]
+    name, path_of_evil = HIDDEN[case]
     (folder / "models/x:").mkdir(parents=True)
-    (folder / place).parent.mkdir(parents=True, exist_ok=True)
-    (folder / place).write_text(making(folder / "ran"))
+    (folder / path_of_evil).parent.mkdir(parents=True, exist_ok=True)
+    (folder / path_of_evil).write_text(code_that_creates(folder / "ran"))
     if decoy:
         harmless = folder / name
         harmless.parent.mkdir(parents=True, exist_ok=True)
@@ -183,11 +183,11 @@ def test_code_in_a_base_is_not_run(case, listed, decoy, folder, monkeypatch):
         refused(path, "evil.yaml")
     assert not (folder / "ran").exists()
     by_fvcore("models/mine.yaml")
-    assert (folder / "ran").exists(), "the danger is real"
+    assert (folder / "ran").exists(), "fvcore runs the code"
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
-def test_code_is_refused_by_line(depth, folder):
+def test_the_error_names_the_line_of_the_code(depth, folder):
     (folder / "0.yaml").write_text(CODE)
     for i in range(depth):
         write(folder / f"{i + 1}.yaml", _BASE_=f"{i}.yaml")
@@ -195,13 +195,13 @@ def test_code_is_refused_by_line(depth, folder):
 
 
 @pytest.mark.parametrize("tag", ["object/new:os.system", "name:os.system", "module:os"])
-def test_no_tag_of_python_is_read(tag, folder):
+def test_python_tags_are_refused(tag, folder):
     (folder / "mine.yaml").write_text(f"X: !!python/{tag} ''\n")
     refused("mine.yaml", "mine.yaml", "line 1")
 
 
 def fake_detectron2(folder: Path, monkeypatch) -> Path:
-    """A checkout, whose package has a link to the configs beside it."""
+    """A checkout of Detectron2, whose package links to the configs beside it."""
     configs = folder / "checkout/configs"
     (folder / "checkout/detectron2/model_zoo").mkdir(parents=True)
     (folder / "checkout/detectron2/model_zoo/configs").symlink_to(configs)
@@ -210,7 +210,7 @@ def fake_detectron2(folder: Path, monkeypatch) -> Path:
     return configs
 
 
-def test_detectron2_s_own_may_compute_their_anchors(folder, monkeypatch):
+def test_configs_of_detectron2_may_run_code(folder, monkeypatch):
     configs = fake_detectron2(folder, monkeypatch)
     (configs / "base.yaml").write_text(CODE)
     write(configs / "sub/own.yaml", _BASE_="../base.yaml")
@@ -220,31 +220,31 @@ def test_detectron2_s_own_may_compute_their_anchors(folder, monkeypatch):
         assert read(path).MODEL.ANCHOR_GENERATOR.SIZES == [[32]]
 
 
-def test_who_is_no_part_of_detectron2(folder, monkeypatch):
-    """A path through its folder, a link out of it, a base of its own files, folders beside it."""
+def test_other_files_do_not_count_as_configs_of_detectron2(folder, monkeypatch):
+    """Paths through its folder, links out of it, bases of its configs, and files beside it."""
     configs = fake_detectron2(folder, monkeypatch)
-    (folder / "evil.yaml").write_text(making(folder / "ran"))
+    (folder / "evil.yaml").write_text(code_that_creates(folder / "ran"))
     (configs / "link.yaml").symlink_to(folder / "evil.yaml")
     write(configs / "own.yaml", _BASE_="../../evil.yaml")
-    (folder / "checkout/beside.yaml").write_text(making(folder / "ran"))
+    (folder / "checkout/beside.yaml").write_text(code_that_creates(folder / "ran"))
     names = ["checkout/configs/../../evil.yaml", "checkout/configs/link.yaml"]
     for name in [*names, "checkout/configs/own.yaml", "checkout/beside.yaml"]:
         refused(name, "line 1")
-    # Where it was installed, `configs/` beside it is of anybody
+    # If Detectron2 is installed, `configs/` beside it is not its own
     (folder / "checkout/detectron2/model_zoo/configs").unlink()
     (configs / "base.yaml").write_text(CODE)
     refused(configs / "base.yaml", "line 3")
     assert not (folder / "ran").exists()
 
 
-# Files that are none
+# Files that are not configs
 
 
 def fifo(path: Path) -> None:
     os.mkfifo(path)
 
 
-NO_FILES = {
+INVALID_FILES = {
     "missing": lambda path: None,
     "folder": Path.mkdir,
     "fifo": fifo,
@@ -269,28 +269,28 @@ NO_FILES = {
 }
 
 
-@pytest.mark.usefixtures("soon")
-@pytest.mark.parametrize("case", NO_FILES)
-def test_what_is_no_config(case, folder):
-    NO_FILES[case](folder / "bad.yaml")
-    if case != "missing":  # which is looked for among the shipped ones, too
+@pytest.mark.usefixtures("time_limit")
+@pytest.mark.parametrize("case", INVALID_FILES)
+def test_invalid_files_are_refused(case, folder):
+    INVALID_FILES[case](folder / "bad.yaml")
+    if case != "missing":  # a missing file is also searched among the shipped configs
         refused("bad.yaml", "bad.yaml")
     mine = write(folder / "mine.yaml", _BASE_="bad.yaml")
     refused(mine, "bad.yaml")
 
 
-def test_numbers_that_cannot_be_written(folder):
+def test_numbers_with_too_many_digits(folder):
     (folder / "mine.yaml").write_text(f"VERSION: 0x{'f' * 9000}\n")
     refused("mine.yaml", "mine.yaml")
 
 
 @pytest.mark.parametrize("base", [None, 1, {"A": 1}, [["x.yaml"]], "a\0b", "a\nb", "\x1b[1m", ""])
-def test_what_is_no_name_of_a_base(base, folder):
+def test_invalid_names_of_bases(base, folder):
     write(folder / "mine.yaml", _BASE_=base)
     assert refused("mine.yaml", "mine.yaml", "_BASE_").isprintable()
 
 
-def test_a_section_cannot_take_the_place_of_a_value(folder):
+def test_a_section_cannot_replace_a_value(folder):
     write(folder / "base.yaml", MODEL=1)
     write(folder / "mine.yaml", _BASE_="base.yaml", MODEL={"MASK_ON": True})
     refused("mine.yaml", "mine.yaml", "MODEL")
@@ -298,19 +298,19 @@ def test_a_section_cannot_take_the_place_of_a_value(folder):
         by_fvcore("mine.yaml")
 
 
-def test_names_are_the_user_s(folder):
-    """Detectron2 is given another file, which no message names."""
+def test_errors_name_the_file_of_the_user(folder):
+    """Detectron2 reads a temporary file, which no message names."""
     write(folder / "mine.yaml", MODEL={"NO_KEY": 1})
-    sentence = refused("mine.yaml", "mine.yaml", "MODEL.NO_KEY")
-    assert "/" not in sentence
+    message = refused("mine.yaml", "mine.yaml", "MODEL.NO_KEY")
+    assert "/" not in message
     write(folder / "mine.yaml", VERSION="two")
     assert "/" not in refused("mine.yaml", "mine.yaml")
 
 
-# Bombs
+# Files that expand to more than the memory
 
 
-def test_based_on_itself(folder):
+def test_cyclic_bases(folder):
     write(folder / "a.yaml", _BASE_="./b.yaml")
     write(folder / "b.yaml", _BASE_="sub/../a.yaml")
     (folder / "sub").mkdir()
@@ -319,8 +319,8 @@ def test_based_on_itself(folder):
     refused("a.yaml", "a.yaml", "_BASE_")
 
 
-def test_configs_that_name_each_other_twice(folder):
-    """25 files, and 2^25 reads."""
+def test_an_exponential_number_of_bases(folder):
+    """25 files would be read 2^25 times."""
     write(folder / "0.yaml", VERSION=2)
     for i in range(25):
         write(folder / f"{i + 1}.yaml", _BASE_=[f"{i}.yaml"] * 2)
@@ -335,7 +335,7 @@ def test_many_large_bases(folder):
 
 
 def chain(first: str, link: str, count: int = 30) -> str:
-    """YAML in which each of many anchors names the one before it twice."""
+    """YAML in which each anchor refers to the one before it twice."""
     lines = [f"A0: &a0 {first}"]
     lines += [f"A{i}: &a{i} {link.replace('*', f'*a{i - 1}')}" for i in range(1, count)]
     return "\n".join(lines) + "\n"
@@ -359,13 +359,13 @@ BOMBS = {
 
 
 def too_large(path: str, name: str) -> None:
-    """Read a file that must be refused before Detectron2 is given it."""
+    """Read a file that must be refused before Detectron2 reads it."""
     with pytest.raises(InputError, match=name):
         read_config_file(path)
 
 
 @pytest.mark.parametrize("case", BOMBS)
-def test_bombs(case, folder):
+def test_expanding_files_are_refused(case, folder):
     (folder / "bomb.yaml").write_text(BOMBS[case])
     too_large("bomb.yaml", "bomb.yaml")
     write(folder / "mine.yaml", _BASE_="bomb.yaml")
@@ -377,19 +377,19 @@ def test_very_many_values(folder):
     too_large("bomb.yaml", "bomb.yaml")
 
 
-def test_bombs_that_only_merging_makes(folder):
+def test_values_that_grow_by_merging(folder):
     """Many aliases of a small section, into which another file merges a large one."""
     (folder / "base.yaml").write_text(f"A: &a {{x: 1}}\nB: [{'*a, ' * 5000}]\n")
     write(folder / "mine.yaml", _BASE_="base.yaml", A={"y": list(range(5000))})
     too_large("mine.yaml", "mine.yaml")
-    # And one that the merging makes a part of itself
+    # Merging makes a section a part of itself
     (folder / "base.yaml").write_text("P: &x {k: 1}\nQ: {R: *x}\n")
     (folder / "more.yaml").write_text("P: {S: &y {l: 1}}\nQ: {R: {S: {T: *y}}}\n")
     write(folder / "mine.yaml", _BASE_=["base.yaml", "more.yaml"])
     too_large("mine.yaml", "mine.yaml")
 
 
-# Strings that Detectron2 parses as Python, each close to the longest that is read
+# Strings that Detectron2 parses as Python, each close to the maximum length
 PYTHON = {
     "minus": "-" * 9998 + "1",
     "plus": "1+" * 4999 + "1",
@@ -406,7 +406,7 @@ PYTHON = {
 
 @pytest.mark.parametrize("case", PYTHON)
 def test_strings_that_python_cannot_parse(case, folder):
-    """They stay as they are, or are refused; the interpreter lives."""
+    """They are kept or refused, and do not crash the interpreter."""
     write(folder / "mine.yaml", OUTPUT_DIR=PYTHON[case])
     try:
         assert read("mine.yaml").OUTPUT_DIR == PYTHON[case]
@@ -414,41 +414,41 @@ def test_strings_that_python_cannot_parse(case, folder):
         assert "mine.yaml" in str(error)
 
 
-# Bases on the network
+# Remote bases
 
 
 @pytest.fixture
 def server(folder, monkeypatch):
-    """A web server, and what it was asked for."""
-    asked = []
+    """The address of a web server, and a list of the requests that it received."""
+    requests = []
 
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *args):
-            asked.append(self.path)
+            requests.append(self.path)
 
     monkeypatch.setenv("FVCORE_CACHE", str(folder / "cache"))
     monkeypatch.setenv("IOPATH_CACHE", str(folder / "cache"))
     (folder / "web").mkdir()
     served = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder / "web")))
     Thread(target=served.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{served.server_port}", asked
+    yield f"http://127.0.0.1:{served.server_port}", requests
     served.shutdown()
     served.server_close()
 
 
-def test_a_base_on_the_network(server, folder):
-    """Only where it is allowed; its own bases are read from there, too, and nothing is run."""
-    address, asked = server
+def test_remote_bases_need_a_flag(server, folder):
+    """Bases of a remote base are remote too, and code in them is not run."""
+    address, requests = server
     write(folder / "web/sub/base.yaml", _BASE_="../first.yaml", SEED=3)
     write(folder / "web/first.yaml", VERSION=2, SOLVER={"MAX_ITER": 7})
-    (folder / "web/evil.yaml").write_text(making(folder / "ran"))
+    (folder / "web/evil.yaml").write_text(code_that_creates(folder / "ran"))
     mine = write(folder / "mine.yaml", _BASE_=f"{address}/sub/base.yaml")
     refused(mine, f"{address}/sub/base.yaml", "--allow-remote-base")
     done = command(ROOT / "tools/train_net.py", "--config-file", mine, "--check")
     assert done.returncode == 1 and "--allow-remote-base" in done.stderr
-    assert not asked
+    assert not requests
     cfg = read(mine, allow_remote_base=True)
-    assert (cfg.SEED, cfg.SOLVER.MAX_ITER) == (3, 7) and len(asked) == 2
+    assert (cfg.SEED, cfg.SOLVER.MAX_ITER) == (3, 7) and len(requests) == 2
     write(mine, _BASE_=f"{address}/evil.yaml")
     refused(mine, "evil.yaml", "line 1", allow_remote_base=True)
     write(mine, _BASE_=f"{address}/none.yaml")
@@ -456,7 +456,7 @@ def test_a_base_on_the_network(server, folder):
     assert not (folder / "ran").exists()
 
 
-def test_a_download_stays_in_its_folder(server, folder):
+def test_downloads_stay_in_the_cache(server, folder):
     address, _ = server
     write(folder / "web/base.yaml", VERSION=2)
     write(folder / "mine.yaml", _BASE_=f"{address}/../../../../..{folder}/out/../base.yaml")
@@ -467,8 +467,8 @@ def test_a_download_stays_in_its_folder(server, folder):
     assert [path.name for path in (folder / "cache").rglob("*.yaml")] == ["base.yaml"]
 
 
-def test_a_comparison_with_a_base_on_the_network(server, folder, shapes, monkeypatch):
-    """Its trainings are given the flag, and take it."""
+def test_a_comparison_with_a_remote_base(server, folder, shapes, monkeypatch):
+    """Its training runs receive the flag."""
     address, _ = server
     (folder / "web/base.yaml").write_text(read(SMALL).dump())
     mine = str(write(folder / "mine.yaml", _BASE_=f"{address}/base.yaml"))
@@ -476,22 +476,24 @@ def test_a_comparison_with_a_base_on_the_network(server, folder, shapes, monkeyp
     words = ["--base", mine, *data, "--init", "", "--norms", "GN", "--seeds", "0"]
     opts = ["MODEL.BACKBONE.FREEZE_AT", "0"]
     with pytest.raises(InputError, match="--allow-remote-base"):
-        prepare_comparison(parse([*words, *opts]))
-    found = prepare_comparison(parse([*words, "--allow-remote-base", *opts]))
+        make_plan(parse([*words, *opts]))
+    found = make_plan(parse([*words, "--allow-remote-base", *opts]))
     given = []
-    launch = lambda self, module, arguments, *more: given.append(arguments)  # noqa: E731
-    monkeypatch.setattr(trainings.Launcher, "launch", launch)
-    assert not trainings.run_trainings(list(found.cells.values()), folder / "out")
-    train.run(["--check", *given[0]])
+    launch = lambda self, arguments, *more: given.append(arguments)  # noqa: E731
+    monkeypatch.setattr(jobs.Launcher, "launch", launch)
+    assert not jobs.run_trainings(list(found.cells.values()), folder / "out")
+    (*program, flag, config), opts = given[0][:4], given[0][4:]
+    assert (*program, flag) == (*jobs.TRAIN, "--config-file")
+    train.run(["--check", flag, config, *opts])
 
 
-# A model that somebody shares
+# Folders of runs from an untrusted source
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """A training's folder, whose weights are not looked into."""
-    folder = tmp_path_factory.mktemp("whole")
+def run_folder(tmp_path_factory) -> Path:
+    """The folder of a finished run, with dummy weights."""
+    folder = tmp_path_factory.mktemp("run")
     (folder / "config.yaml").write_text(read(SMALL, *TINY).dump())
     (folder / "model_final.pth").write_bytes(b"x" * 16_000_000)
     names = ["a", "b", "c", "d", "e", "f"]
@@ -501,8 +503,9 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def shared(whole, tmp_path) -> Path:
-    return shutil.copytree(whole, tmp_path / "shared")
+def shared(run_folder, tmp_path) -> Path:
+    """A copy of the folder, for a test to change."""
+    return shutil.copytree(run_folder, tmp_path / "shared")
 
 
 def refused_model(shared: Path, name: str) -> None:
@@ -511,7 +514,7 @@ def refused_model(shared: Path, name: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_shared_model(shared):
+def test_load_run(shared):
     cfg, categories = load_run(shared, shared.parent, [])
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 6
     assert [(c["id"], c["name"]) for c in categories][1] == (10, "b")
@@ -521,35 +524,35 @@ def test_a_shared_model(shared):
         assert [c["id"] for c in categories] == [*range(6)]
 
 
-def test_a_shared_model_runs_no_code(shared):
+def test_load_run_runs_no_code(shared):
     ran = shared.parent / "ran"
     config = shared / "config.yaml"
-    whole = config.read_text()
+    original = config.read_text()
     (shared / "x:").mkdir()
-    (shared / "evil.yaml").write_text(making(ran))
-    for text in (whole + making(ran), '_BASE_: "x://../evil.yaml"\n' + whole):
+    (shared / "evil.yaml").write_text(code_that_creates(ran))
+    for text in (original + code_that_creates(ran), '_BASE_: "x://../evil.yaml"\n' + original):
         config.write_text(text)
         refused_model(shared, "config.yaml")
         assert not ran.exists()
         by_fvcore(config)
-        assert ran.exists(), "the danger is real"
+        assert ran.exists(), "fvcore runs the code"
         ran.rmdir()
 
 
-def test_a_shared_model_fetches_nothing(server, shared):
-    address, asked = server
+def test_load_run_downloads_nothing(server, shared):
+    address, requests = server
     config = shared / "config.yaml"
     config.write_text(f"_BASE_: {address}/base.yaml\n{config.read_text()}")
     refused_model(shared, "config.yaml")
-    assert not asked
+    assert not requests
 
 
-@pytest.mark.usefixtures("soon")
+@pytest.mark.usefixtures("time_limit")
 @pytest.mark.parametrize("name", ["config.yaml", "run.json", "model_final.pth"])
 @pytest.mark.parametrize("case", ["fifo", "folder", "link to a device", "missing"])
-def test_a_shared_model_does_not_hang(name, case, shared):
+def test_load_run_does_not_hang(name, case, shared):
     (shared / name).unlink()
-    NO_FILES[case](shared / name)
+    INVALID_FILES[case](shared / name)
     refused_model(shared, name)
 
 
@@ -584,7 +587,7 @@ RECORDS = {
 
 
 @pytest.mark.parametrize("case", RECORDS)
-def test_hostile_records(case, shared):
+def test_invalid_records_are_refused(case, shared):
     (shared / "run.json").write_bytes(RECORDS[case])
     refused_model(shared, "run.json")
 
@@ -600,7 +603,7 @@ def test_hostile_records(case, shared):
         ["MODEL.RESNETS.DEPTH", "17"],
     ],
 )
-def test_models_that_cannot_be(opts, shared):
+def test_models_that_cannot_be_built(opts, shared):
     config = shared / "config.yaml"
     values = yaml.safe_load(config.read_text())
     section = values
@@ -612,8 +615,8 @@ def test_models_that_cannot_be(opts, shared):
     refused_model(shared, "config.yaml")
 
 
-def test_predict_ends_in_one_sentence(shared):
-    (shared / "config.yaml").write_text(making(shared / "ran"))
+def test_predict_reports_errors_in_one_line(shared):
+    (shared / "config.yaml").write_text(code_that_creates(shared / "ran"))
     done = command("tools/predict.py", "--model", shared, shared, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and "config.yaml" in done.stderr

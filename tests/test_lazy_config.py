@@ -1,4 +1,4 @@
-"""The LazyConfig example: the model and training of the YAML config of the same name."""
+"""The LazyConfig example equals the YAML config of the same name."""
 
 from argparse import Namespace
 
@@ -28,7 +28,7 @@ def yaml(*opts: str):
 
 
 def test_equal_models():
-    """Layer by layer, name by name, and at one seed value by value."""
+    """Layers, names of tensors, and values after initialization with the same seed."""
     torch.manual_seed(0)
     one = instantiate(lazy().model)
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def test_equal_models():
 
 
 def test_equal_training():
-    """Optimizer groups, schedule, batch, sizes, weights and data sets."""
+    """Optimizer groups, schedule, batch, image sizes, weights and datasets."""
     cfg, node = lazy(), yaml()
     model = build_model(node)
     cfg.optimizer.params.model = model
@@ -82,7 +82,7 @@ def test_equal_training():
 
 
 def test_trains_as_lazyconfig_train_net_does(tmp_path):
-    """The steps of Detectron2's tools/lazyconfig_train_net.py, which no package brings along."""
+    """The steps of Detectron2's tools/lazyconfig_train_net.py, which is not in its package."""
     cfg = lazy(
         *("dataloader.train.dataset.names=shapes_train", "dataloader.train.total_batch_size=2"),
         *("dataloader.train.num_workers=0", "train.device=cpu", "train.max_iter=2"),

@@ -1,4 +1,4 @@
-"""What `pip install` brings: every config and template, found from anywhere."""
+"""An installed wheel contains all configs and templates, and finds them."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ CONFIGS = sorted(p.relative_to(ROOT / "configs") for p in (ROOT / "configs").rgl
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    # A copy, so that building leaves nothing in the checkout
+    # Build in a copy, which leaves the checkout unchanged
     keep = ("gn_det", "configs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
     source.mkdir()
     subprocess.run(["cp", "-r", *(str(ROOT / name) for name in keep), str(source)], check=True)
@@ -24,7 +24,7 @@ def wheel(tmp_path_factory) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def test_wheel_holds_every_config(wheel):
+def test_wheel_contains_every_config(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert len(CONFIGS) > 10
     for config in CONFIGS:
@@ -34,7 +34,7 @@ def test_wheel_holds_every_config(wheel):
 
 
 def test_installed_wheel_finds_its_configs(wheel, tmp_path):
-    """Unpacked away from the checkout, whose own configs must not be needed."""
+    """Unpack the wheel outside of the checkout, whose configs must not be used."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
         "import gn_det, sys; from detectron2.config import get_cfg; cfg = get_cfg();"

@@ -1,4 +1,4 @@
-"""Files of proposals, which Detectron2 unpickles."""
+"""Checks of files of precomputed proposals, which Detectron2 unpickles."""
 
 import os
 import pickle
@@ -16,8 +16,8 @@ from gn_det.engine.trainer import Trainer
 from gn_det.errors import InputError
 
 
-class Making:
-    """Makes a folder when it is unpickled."""
+class CreatesFolder:
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = str(folder)
@@ -27,7 +27,7 @@ class Making:
 
 
 def proposals(*extra: object) -> dict:
-    """As Detectron2 wants them, for the images of `shapes_val`."""
+    """Proposals for the images of `shapes_val`, in Detectron2's format."""
     records = get_detection_dataset_dicts("shapes_val", filter_empty=False)
     boxes = [np.array([[1, 2, 30, 40], [5, 5, 20, 20]], np.float32) for _ in records]
     scores = [np.array([0.5, 0.9], np.float32) for _ in records]
@@ -42,7 +42,7 @@ def check(path: object, *opts: str, eval_only: bool = True) -> None:
 
 
 def load(path: Path) -> list[dict]:
-    """As Detectron2 does."""
+    """Load the dataset with proposals, as Detectron2 does."""
     return get_detection_dataset_dicts("shapes_val", filter_empty=False, proposal_files=[str(path)])
 
 
@@ -52,7 +52,7 @@ def output(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_proposals_are_taken(protocol, tmp_path):
+def test_valid_proposals_are_accepted(protocol, tmp_path):
     path = tmp_path / "proposals.pkl"
     path.write_bytes(pickle.dumps(proposals(), protocol))
     check(path)
@@ -66,15 +66,15 @@ def hidden_in_zip(path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", ["proposals.pkl", "proposals.safetensors"])
-@pytest.mark.parametrize("way", [Path.write_bytes, hidden_in_zip])
-def test_code_is_refused(way, name, tmp_path):
+@pytest.mark.parametrize("write", [Path.write_bytes, hidden_in_zip])
+def test_code_is_refused(write, name, tmp_path):
     path, ran = tmp_path / name, tmp_path / "ran"
-    way(path, pickle.dumps(proposals(Making(ran)), 2))
+    write(path, pickle.dumps(proposals(CreatesFolder(ran)), 2))
     with pytest.raises(InputError, match=name):
         check(path)
     assert not ran.exists()
     load(path)
-    assert ran.exists(), "the danger is real"
+    assert ran.exists(), "Detectron2 runs the code"
 
 
 def arrays(path: Path) -> None:
@@ -87,19 +87,19 @@ def tensors(path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [arrays, tensors])
-def test_other_kinds_are_refused(write, tmp_path):
-    """Whether they are pickles, too, is not looked into."""
+def test_other_formats_are_refused(write, tmp_path):
+    """Such files could contain a pickle, too."""
     path = tmp_path / "proposals.pkl"
     write(path)
     with pytest.raises(InputError, match=r"proposals\.pkl"):
         check(path)
 
 
-def test_training_reads_more(tmp_path):
-    """Before a training, the files of both data sets are looked at."""
+def test_training_checks_both_keys(tmp_path):
+    """Evaluation checks PROPOSAL_FILES_TEST only."""
     good, bad = tmp_path / "good.pkl", tmp_path / "bad.pkl"
     good.write_bytes(pickle.dumps(proposals()))
-    bad.write_bytes(pickle.dumps(Making(tmp_path / "ran")))
+    bad.write_bytes(pickle.dumps(CreatesFolder(tmp_path / "ran")))
     train = "DATASETS.PROPOSAL_FILES_TRAIN"
     check(good, train, f"('{bad}',)")
     check(good, train, f"('{good}',)", eval_only=False)
@@ -110,10 +110,10 @@ def test_training_reads_more(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["none.pkl", ".", "https://host/x.pkl", "detectron2://x.pkl"])
-def test_what_cannot_be_looked_at(name):
+def test_missing_and_remote_files_are_refused(name):
     with pytest.raises(InputError, match="PROPOSAL_FILES_TEST"):
         check(name)
 
 
-def test_without_proposals_none_are_read(tmp_path):
+def test_files_are_ignored_without_load_proposals(tmp_path):
     check(tmp_path / "none.pkl", "MODEL.LOAD_PROPOSALS", "False")

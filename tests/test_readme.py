@@ -140,7 +140,7 @@ def test_torchrun(checkout):
         "torchrun --nproc-per-node 8", "python -m torch.distributed.run --nproc-per-node 2"
     )
     printed = run(words, checkout, "--check", "MODEL.DEVICE", "cpu")
-    assert printed.count("a pass on 2 GPUs") == 1, "told by one of them"
+    assert printed.count("per pass on 2 GPUs") == 1, "told by one of them"
 
 
 def test_own_data(checkout, shapes):
@@ -152,8 +152,10 @@ def test_own_data(checkout, shapes):
     plan, compare = commands("python tools/compare.py")
     for words in (plan, f"{compare} --check"):
         printed = run(words, checkout)
-        assert "train: 1 pictures without objects" in printed and "made to fit" in printed
-    assert "GN, 1 a batch, seed 0" in printed
+        assert (
+            "train: 1 pictures without objects" in printed and "adapted to the dataset" in printed
+        )
+    assert "GN, batch size 1, seed 0" in printed
     (train,) = commands("python tools/train_net.py --train")
     assert "output/data/train.json: " in run(train.replace("--train", "--check --train"), checkout)
 
@@ -200,7 +202,7 @@ def test_backbones(checkout):
     (keys,) = re.findall(r"`(MODEL\S+ 16 .* SOLVER.BACKBONE_MULTIPLIER 0.1)`", README)
     start = "python tools/train_net.py --check --config-file configs/COCO-InstanceSegmentation"
     printed = run(f"{start}/mask_rcnn_R_50_FPN_2x_gn.yaml {keys}", checkout)
-    for told in ("ResNet: 53 GN (16 channels a group)", "FPN: 8 GN (32 groups)", "rate 0.00025,"):
+    for told in ("ResNet: 53 GN (16 channels per group)", "FPN: 8 GN (32 groups)", "rate 0.00025,"):
         assert told in printed
     (study,) = commands("python tools/study_calibration.py")
     make_shapes(checkout / "datasets/mine", num_train=6, num_val=2)
@@ -263,7 +265,7 @@ def test_benchmark():
 def test_group_divisions(checkout):
     """Through `--check`, for all of Table 3; one of them trains."""
     by_count, by_width = commands("python tools/train_net.py --num-gpus 8 --config-file")
-    for line, kind in ((by_count, "GN (16 groups)"), (by_width, "GN (16 channels a group)")):
+    for line, kind in ((by_count, "GN (16 groups)"), (by_width, "GN (16 channels per group)")):
         assert f"ResNet: 53 {kind}" in run(line.replace("--num", "--check --num"), checkout)
     by_width = by_width.replace("--num-gpus 8", "")
     run(by_width, checkout, "MODEL.DEVICE", "cpu", *SHORT, "OUTPUT_DIR", "output/groups")
@@ -272,7 +274,7 @@ def test_group_divisions(checkout):
 def test_a_small_gpu(checkout):
     (command,) = [c for c in commands("python tools/train_net.py") if "ACCUMULATE" in c]
     printed = run(command.replace("SOLVER.REF", "--check SOLVER.REF"), checkout)
-    assert "16 images a step: 1 a pass on 1 GPU, 16 passes" in printed
+    assert "16 images per step: 1 per pass on 1 GPU, 16 passes" in printed
     assert "step 120,000: 0.002" in printed
     short = (*SHORT, "SOLVER.IMS_PER_BATCH", "4", "SOLVER.ACCUMULATE_ITERS", "4")
     run(command, checkout, "MODEL.DEVICE", "cpu", *SCRATCH, *short, "OUTPUT_DIR", "output/small")

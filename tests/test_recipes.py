@@ -1,4 +1,4 @@
-"""The shipped recipes against what the paper, Detectron and Detectron2 published."""
+"""The shipped configs against the settings of the paper, Detectron and Detectron2."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_rows_of_the_paper(name):
     if box_head:
         assert (keys.ROI_BOX_HEAD.NUM_CONV, keys.ROI_BOX_HEAD.NUM_FC) == box_head
         assert keys.ROI_MASK_HEAD.NUM_CONV == 4
-    # MSRA's backbones have their stride on the 1x1 convolution, all others on the 3x3
+    # MSRA's backbones have the stride in the 1x1 convolution, all others in the 3x3
     assert keys.RESNETS.STRIDE_IN_1X1 == (weights == MSRA)
     assert keys.BACKBONE.FREEZE_AT == (0 if name.startswith("scratch") else 2)
     assert keys.PIXEL_STD == [1.0, 1.0, 1.0] and cfg.INPUT.FORMAT == "BGR"
@@ -72,8 +72,8 @@ def test_rows_of_the_paper(name):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_detectrons_solver(name):
-    """Its configs/04_2018_gn_baselines and 12_2017_baselines, and the defaults of its config.py."""
+def test_solver_is_detectrons(name):
+    """The values of its 04_2018_gn_baselines, its 12_2017_baselines, and its default config."""
     solver = config(PAPER + name).SOLVER
     images, rate = (8, 0.01) if "C4" in name else (16, 0.02)
     assert (solver.IMS_PER_BATCH, solver.BASE_LR) == (images, rate)
@@ -93,12 +93,12 @@ SCHEDULED = sorted(
 
 @pytest.mark.parametrize("name", SCHEDULED)
 def test_schedules(name):
-    """kx is k times 90,000 iterations of 16 images; the rate falls 60,000 and 20,000 before."""
+    """kx has k times 90,000 iterations of 16 images, and drops 60,000 and 20,000 before the end."""
     (times,) = (int(word[0]) for word in name.split("_") if word in ("1x", "2x", "3x", "6x"))
     solver = config(name).SOLVER
     scale = 16 // solver.IMS_PER_BATCH
     end = 90_000 * times
-    # 1x is Detectron's own, which has no 60,000 before
+    # 1x follows Detectron's own schedule, which does not drop 60,000 before the end
     drops = (60_000, 80_000) if times == 1 else (end - 60_000, end - 20_000)
     assert solver.MAX_ITER == scale * end
     assert solver.STEPS == tuple(scale * step for step in drops)
@@ -108,8 +108,8 @@ def test_schedules(name):
         assert scheduler.get_lr() == pytest.approx([factor])
 
 
-def test_every_recipe_has_both_scales_of_training():
-    """Each has its twin without Detectron2's scale jitter, in Detectron's folder."""
+def test_every_recipe_exists_with_and_without_scale_jitter():
+    """Each COCO recipe has a twin without scale jitter in Detectron1-Comparisons."""
     noaug = {name.removeprefix(PAPER) for name in SCHEDULED if name.startswith(PAPER)}
     for name in SCHEDULED:
         jitters = config(name).INPUT.MIN_SIZE_TRAIN != (800,)
@@ -127,7 +127,7 @@ def test_every_recipe_has_both_scales_of_training():
     [("mask_rcnn_R_50_FPN_noaug_2x_gn", 2, 0.0025), ("mask_rcnn_R_50_C4_noaug_2x_gn", 1, 0.00125)],
 )
 def test_scaled_to_fewer_gpus(num_gpus, name, images_per_gpu, rate_per_gpu):
-    """By Detectron2's linear rule: the same epochs at the same images a GPU."""
+    """By Detectron2's linear scaling rule: the same epochs and images per GPU."""
     cfg = config(PAPER + name)
     scaled = DefaultTrainer.auto_scale_workers(cfg, num_gpus).SOLVER
     slower = 8 // num_gpus
@@ -140,8 +140,8 @@ def test_scaled_to_fewer_gpus(num_gpus, name, images_per_gpu, rate_per_gpu):
     assert seen == cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH
 
 
-def test_a_batch_given_by_hand_is_not_scaled():
-    """`SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.0025` is how Detectron2's own users take one GPU."""
+def test_a_batch_size_set_by_hand_is_not_scaled():
+    """Detectron2's own documentation trains on one GPU with IMS_PER_BATCH 2 and BASE_LR 0.0025."""
     by_hand = ("SOLVER.IMS_PER_BATCH", 2, "SOLVER.BASE_LR", 0.0025)
     cfg = config(JITTER + "mask_rcnn_R_50_FPN_2x_gn", *by_hand)
     scaled = DefaultTrainer.auto_scale_workers(cfg, 1).SOLVER

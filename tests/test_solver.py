@@ -1,4 +1,4 @@
-"""No decay on gamma and beta, whatever the config says of biases."""
+"""Weight decay and learning rates of norm parameters and of the backbone."""
 
 import logging
 
@@ -13,8 +13,8 @@ CASES = {
     "defaults": (),
     "biases decayed": ("SOLVER.WEIGHT_DECAY_BIAS", 0.01),
     "Detectron's biases": ("SOLVER.BIAS_LR_FACTOR", 2.0, "SOLVER.WEIGHT_DECAY_BIAS", 0.0),
-    "slow gamma and beta": ("SOLVER.NORM_LR_FACTOR", 0.1, "SOLVER.BIAS_LR_FACTOR", 2.0),
-    "slow backbone": ("SOLVER.BACKBONE_MULTIPLIER", 0.1, "SOLVER.NORM_LR_FACTOR", 0.5),
+    "small rate of norms": ("SOLVER.NORM_LR_FACTOR", 0.1, "SOLVER.BIAS_LR_FACTOR", 2.0),
+    "small rate of the backbone": ("SOLVER.BACKBONE_MULTIPLIER", 0.1, "SOLVER.NORM_LR_FACTOR", 0.5),
     "clipped": ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.WEIGHT_DECAY_BIAS", 0.01),
 }
 
@@ -25,9 +25,9 @@ def test_weight_decay(opts, name):
     cfg = shapes_config(name, *opts)
     model = Trainer.build_model(cfg)
     optimizer = Trainer.build_optimizer(cfg, model)
-    found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(found) == len(trained)
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(groups) == len(trained)
     norms = 0
     resnet = set(model.backbone.bottom_up.modules())
     for module in model.modules():
@@ -44,15 +44,15 @@ def test_weight_decay(opts, name):
             factor = cfg.SOLVER.BIAS_LR_FACTOR if key == "bias" else 1.0
             factor *= cfg.SOLVER.NORM_LR_FACTOR if is_norm else 1.0
             factor *= cfg.SOLVER.BACKBONE_MULTIPLIER if module in resnet else 1.0
-            group = found[id(parameter)]
+            group = groups[id(parameter)]
             assert group["weight_decay"] == decay, (module, key)
             assert group["lr"] == pytest.approx(cfg.SOLVER.BASE_LR * factor), (module, key)
             assert group["momentum"] == cfg.SOLVER.MOMENTUM
     assert norms > 0
 
 
-def test_the_backbone_of_a_c4_detector_is_slowed_with_its_res5():
-    """Which is pretrained and sits in the RoI heads."""
+def test_backbone_multiplier_includes_res5_of_c4_models():
+    """res5 is pretrained too, but belongs to the RoI heads."""
     cfg = shapes_config("mask_rcnn_R_50_C4_gn", "SOLVER.BACKBONE_MULTIPLIER", 0.1)
     model = Trainer.build_model(cfg)
     optimizer = Trainer.build_optimizer(cfg, model)
@@ -64,14 +64,14 @@ def test_the_backbone_of_a_c4_detector_is_slowed_with_its_res5():
     assert slow & rates.keys() and rates.keys() - slow
 
 
-def test_norm_decay_can_be_asked_for():
+def test_weight_decay_norm_is_used():
     cfg = shapes_config("mask_rcnn_R_18_FPN_gn", "SOLVER.WEIGHT_DECAY_NORM", 0.5)
     optimizer = Trainer.build_optimizer(cfg, Trainer.build_model(cfg))
     assert {g["weight_decay"] for g in optimizer.param_groups} == {0.5, cfg.SOLVER.WEIGHT_DECAY}
 
 
-def test_the_schedule_keeps_the_factor():
-    """Warm-up and steps multiply both rates alike."""
+def test_the_schedule_keeps_norm_lr_factor():
+    """Warm-up and steps change both rates by the same factor."""
     cfg = shapes_config("mask_rcnn_R_18_FPN_gn", "SOLVER.NORM_LR_FACTOR", 0.1)
     optimizer = Trainer.build_optimizer(cfg, Trainer.build_model(cfg))
     scheduler = Trainer.build_lr_scheduler(cfg, optimizer)
@@ -83,12 +83,12 @@ def test_the_schedule_keeps_the_factor():
     assert rates[1] == pytest.approx(0.0002)
 
 
-def test_one_line_a_group_is_logged(caplog):
+def test_each_parameter_group_is_logged(caplog):
     cfg = shapes_config("mask_rcnn_R_18_FPN_gn")
     model = Trainer.build_model(cfg)
     with caplog.at_level(logging.INFO, logger="gn_det"):
         optimizer = Trainer.build_optimizer(cfg, model)
     lines = [r.getMessage() for r in caplog.records if r.name == "gn_det.solver"]
     assert len(lines) == len(optimizer.param_groups) == 2
-    # 36 norms less the 5 of the frozen stem and res2, a gamma and a beta each
+    # 36 norms minus 5 in the frozen stem and res2, each with gamma and beta
     assert "62 norm tensors, learning rate 0.02, weight decay 0" in " ".join(lines)

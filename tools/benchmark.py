@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""GN's price: operators and whole detectors, gn_det's against their rivals, side by side.
+"""Benchmark time and memory of GN operators and detectors in gn_det and other implementations.
 
-Everything is measured in one process, in turns. Ratios are to Detectron2's own BN*. Without a GPU,
-sizes are small, PyTorch's own kernels stand in for Triton's, and memory is what the forward pass
-leaves for the backward pass.
+All implementations are timed in turns, in one process. Ratios are relative to Detectron2's BN*. On
+a CPU the default sizes are small, PyTorch's kernels replace Triton's, and memory means the bytes
+that the forward pass saves for the backward pass.
 """
 
 import argparse
@@ -20,6 +20,7 @@ try:
     import torch.nn.functional as F
     from studies.rivals import BASELINE, MODELS, Detector, build_rivals
     from studies.saved_bytes import saved_bytes
+    from studies.tables import markdown_table
     from studies.timing import Times, interleave
     from torch import Tensor
 
@@ -30,13 +31,23 @@ except ImportError as error:
     raise SystemExit(f"error: {error}") from None
 
 DEVICE = default_device()
-# Positions of the largest RoIs, whose groups a GPU keeps in registers: one pass is enough
+EXAMPLE = "example: python tools/benchmark.py --parts operators --dtypes bf16 --rounds 10"
+# Up to this H * W a group fits in a GPU's registers, so that the kernel reads the input only once
 ROI = 14 * 14
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def operator_shapes(images: int, height: int, width: int) -> Iterator[tuple[str, tuple, bool]]:
-    """Name, (N, C, H, W) and whether a residual is added, of R50-FPN's norms."""
+    """Shapes of the norm layers of an R50-FPN Mask R-CNN.
+
+    Args:
+        images: per batch.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
+
+    Yields:
+        layer name, (N, C, H, W), and whether a residual is added.
+    """
     yield "stem", (images, 64, height // 2, width // 2), False
     for i, channels in enumerate((64, 128, 256, 512), start=2):
         side = height // 2**i, width // 2**i
@@ -50,33 +61,33 @@ def operator_shapes(images: int, height: int, width: int) -> Iterator[tuple[str,
 
 
 def operators() -> dict[str, Callable[..., Tensor]]:
-    """relu(GN(x) * weight + bias + residual?), by whom it is computed."""
+    """Implementations by name of relu(GN(x) * weight + bias + residual), residual optional."""
 
     def native(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
         y = F.group_norm(x, 32, weight.to(x.dtype), bias.to(x.dtype))
         return F.relu_(y if residual is None else y + residual)
 
-    found: dict[str, Callable[..., Tensor]] = {
+    functions: dict[str, Callable[..., Tensor]] = {
         "fused": lambda x, w, b, r: group_norm_act(x, w, b, 32, 1e-5, r, True),
         "native": native,
     }
     if DEVICE == "cuda":
-        found["compiled"] = torch.compile(native, dynamic=True)
+        functions["compiled"] = torch.compile(native, dynamic=True)
     try:
         from liger_kernel.ops.group_norm import LigerGroupNormFunction
     except ImportError:
-        return found
+        return functions
 
     def liger(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
         flat = x.flatten(2)
         y = LigerGroupNormFunction.apply(flat, weight, bias, x.shape[1], 32, 1e-5).view_as(x)
         return F.relu_(y if residual is None else y + residual)
 
-    return {**found, "Liger": liger}
+    return {**functions, "Liger": liger}
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy from memory to memory."""
+    """Bytes per second, read plus written, of a copy in device memory."""
     source = torch.empty(2**28 if DEVICE == "cuda" else 2**26, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     copies = interleave({"copy": lambda: target.copy_(source)}, rounds=20, cold=True)
@@ -84,7 +95,12 @@ def copy_bandwidth() -> float:
 
 
 def benchmark_operators(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Milliseconds, and the share of a copy's bandwidth that the least traffic would take."""
+    """Time all operators.
+
+    Returns:
+        one row for each setting and operator, with "ms" and "bandwidth". The latter is the minimum
+        memory traffic per second, as a fraction of the bandwidth of a copy.
+    """
     bandwidth, rows, functions = copy_bandwidth(), [], operators()
     warm_up = min(3, args.rounds)
     torch._dynamo.config.recompile_limit = 64
@@ -96,19 +112,21 @@ def benchmark_operators(args: argparse.Namespace) -> list[dict[str, Any]]:
                 inputs = [t.requires_grad_() for t in (x, weight, bias, r)]
                 if not residual:
                     inputs[3] = None
-                given = [t for t in inputs if t is not None]
+                present = [t for t in inputs if t is not None]
                 for both in (False, True):
                     steps = {
-                        who: partial(_operate, function, inputs, given, dy if both else None)
-                        for who, function in functions.items()
+                        operator: partial(_operate, function, inputs, present, dy if both else None)
+                        for operator, function in functions.items()
                     }
-                    # Of the tensor's size: what is read and written, the residual's with it
+                    # Tensors read and written at least, each of the size of x
                     passes = 3 + residual + (5 + 2 * residual) * both
                     if shape[2] * shape[3] <= ROI:
                         passes = 2 + residual + (3 + 2 * residual) * both
                     least = passes * x.numel() * x.element_size() / bandwidth
-                    for who, times in interleave(steps, args.rounds, warm_up, cold=True).items():
-                        row = {"dtype": dtype, "images": images, "layer": name, "operator": who}
+                    timed = interleave(steps, args.rounds, warm_up, cold=True)
+                    for operator, times in timed.items():
+                        row = {"dtype": dtype, "images": images, "layer": name}
+                        row["operator"] = operator
                         way = "forward and backward" if both else "forward"
                         share = {"bandwidth": least / times.median, "spread": times.spread}
                         rows.append({**row, "way": way, "ms": 1e3 * times.median, **share})
@@ -116,17 +134,26 @@ def benchmark_operators(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _operate(
-    function: Callable[..., Tensor], inputs: list, given: list[Tensor], dy: Tensor | None
+    function: Callable[..., Tensor], inputs: list, present: list[Tensor], dy: Tensor | None
 ) -> None:
+    """Run an operator forward, and backward if `dy` is given."""
     if dy is None:
         with torch.no_grad():
             function(*inputs)
     else:
-        torch.autograd.grad(function(*inputs), given, dy)
+        torch.autograd.grad(function(*inputs), present, dy)
 
 
 def benchmark_detectors(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
-    """Training steps and inference of one detector and its rivals."""
+    """Time training steps and inference of all implementations of one detector.
+
+    Args:
+        args: as `parse` returns them.
+        model: one of `MODELS`.
+
+    Returns:
+        one row for each setting and implementation, with ratios to `BASELINE`.
+    """
     rows, warm_up = [], min(3, args.rounds)
     for dtype in args.dtypes:
         for images in args.images:
@@ -162,51 +189,53 @@ def _key(row: dict[str, Any]) -> tuple:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """As Markdown."""
-    if not rows:
-        return ""
+    """Format result rows as a Markdown table; "" without rows."""
 
     def cell(value: Any) -> str:
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 
+    if not rows:
+        return ""
     columns = list(rows[0])
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    lines += [f"| {' | '.join(cell(row[c]) for c in columns)} |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return markdown_table(columns, ([cell(row[c]) for c in columns] for row in rows))
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    small = DEVICE == "cpu"
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog=EXAMPLE)
+    cpu = DEVICE == "cpu"
     parts = ["operators", *MODELS]
     add = parser.add_argument
-    add("--parts", nargs="+", choices=parts, default=parts)
-    size = [128, 192] if small else [800, 1344]
-    add("--size", nargs=2, type=int, default=size, metavar=("H", "W"), help="of the pictures")
-    add("--images", nargs="+", type=int, default=[1] if small else [1, 2], help="a batch")
-    add("--dtypes", nargs="+", choices=DTYPES, default=["fp32"] if small else list(DTYPES))
-    add("--rounds", type=int, default=10 if small else 30, help="that every rival is timed in")
-    add(
-        "--only", nargs="+", default=[], metavar="RIVAL", help="beside the baseline; all by default"
-    )
-    add("--output-dir", type=Path, default=Path("output/benchmark"), metavar="FOLDER")
+    help_ = "what to benchmark (default: all)"
+    add("--parts", nargs="+", choices=parts, default=parts, help=help_)
+    size = [128, 192] if cpu else [800, 1344]
+    help_ = "image height and width in pixels (default 128 192, on a GPU 800 1344)"
+    add("--size", nargs=2, type=int, default=size, metavar=("H", "W"), help=help_)
+    help_ = "images per batch; several values are measured in turn (default 1, on a GPU 1 2)"
+    add("--images", nargs="+", type=int, default=[1] if cpu else [1, 2], metavar="N", help=help_)
+    help_ = "precisions (default fp32, on a GPU fp32 bf16)"
+    dtypes = ["fp32"] if cpu else list(DTYPES)
+    add("--dtypes", nargs="+", choices=DTYPES, default=dtypes, help=help_)
+    help_ = "timed repetitions of each measurement (default 10, on a GPU 30)"
+    add("--rounds", type=int, default=10 if cpu else 30, metavar="N", help=help_)
+    help_ = "detector implementations to measure beside the baseline, by name (default: all)"
+    add("--only", nargs="+", default=[], metavar="RIVAL", help=help_)
+    help_ = "folder of results.json and results.md (default %(default)s)"
+    add("--output-dir", type=Path, default=Path("output/benchmark"), metavar="FOLDER", help=help_)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure, and write results.json and results.md."""
+    """Run the benchmark, and write `results.json` and `results.md`."""
     args = parse()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     facts = {"device": device_name(DEVICE), **versions(), "commit": git_commit()}
     facts |= {"TF32 convolutions": str(torch.backends.cudnn.allow_tf32)}
     facts |= {"date": time.strftime("%Y-%m-%d"), "size": "x".join(map(str, args.size))}
-    told = ", ".join(f"{name} {value}" for name, value in facts.items())
+    summary = ", ".join(f"{name} {value}" for name, value in facts.items())
     results: dict[str, Any] = {"facts": facts}
-    text = f"{told}\n"
-    print(told, flush=True)
+    text = f"{summary}\n"
+    print(summary, flush=True)
     for part in args.parts:
         if part == "operators":
             results[part] = benchmark_operators(args)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare norms on a custom dataset, from a COCO-format folder to a report: see --help."""
+"""Compare norms on a custom dataset in COCO format, and write a report: see --help."""
 
 try:
     from gn_det.cli import run_command

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare BN* with GN on an embedded dataset, from pretraining to a report."""
+"""Compare BN* with GN on a small generated dataset, from pretraining to a report: see --help."""
 
 try:
     from gn_det.cli import run_command

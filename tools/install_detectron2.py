@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Install Detectron2 0.6 from the package index, where no Detectron2 imports yet.
+"""Install Detectron2 0.6 from PyPI, unless a Detectron2 is already installed.
 
-Detectron2 is not on PyPI under its own name. Its official main is the first choice for everybody
-who can reach it:
+Detectron2 is not on PyPI under its own name. If you can reach GitHub, install the official main
+instead:
 
     pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'
 
-This script is the way for everybody else. It takes one pinned sdist (`pb1-detectron2` 0.6, the
-Python files of the official tag v0.6 without the C++ sources), checks its sha256, mends the few
-lines that current NumPy, Pillow and setuptools break, and installs the result as a pure-Python
-wheel. NMS and RoIAlign come from torchvision; deformable convolutions and rotated boxes, which
-live in the missing C++ sources, say so when they are used.
+This script downloads one pinned sdist and checks its sha256. The sdist, `pb1-detectron2` 0.6, has
+the Python files of the official tag v0.6 without the C++ sources. The script fixes the few lines
+that fail with current NumPy, Pillow and setuptools, and installs a pure-Python wheel. NMS and
+RoIAlign come from torchvision. Deformable convolutions and rotated boxes need the C++ sources, and
+raise an ImportError when they are used.
 """
 
 import importlib.util
@@ -29,15 +29,15 @@ try:
     from detectron2 import _C
 except ImportError:
 
-    class _C:  # built without the C++ sources: fail where an operator is used, not on import
+    class _C:  # built without the C++ sources: fail when an operator is used, not on import
         def __getattr__(self, name):
             raise ImportError(f"this Detectron2 was built without its C++ operator {name}")
 
     _C = _C()
 """
 
-# (file, text that must occur exactly once, text that takes its place)
-MENDS = [
+# (file, text that must occur exactly once, its replacement)
+FIXES = [
     ("detectron2/layers/deform_conv.py", NO_EXTENSION, WITHOUT_EXTENSION),
     ("detectron2/layers/roi_align_rotated.py", NO_EXTENSION, WITHOUT_EXTENSION),
     ("detectron2/layers/rotated_boxes.py", NO_EXTENSION, WITHOUT_EXTENSION),
@@ -111,17 +111,20 @@ MENDS = [
 
 
 def pip(*args: str) -> None:
-    """Run this interpreter's pip; stop with its exit code if it fails."""
+    """Run pip of this interpreter; exit with an error if it fails."""
     done = subprocess.run([sys.executable, "-m", "pip", *args])
     if done.returncode:
-        sys.exit(f"install_detectron2: `pip {' '.join(args)}` failed; its own message stands above")
+        sys.exit(f"install_detectron2: `pip {' '.join(args)}` failed: see its output above")
 
 
 def download(folder: Path) -> Path:
-    """Fetch the pinned sdist into `folder`; pip refuses any other bytes before it looks inside."""
+    """Download the pinned sdist to `folder`, and return its path.
+
+    pip checks the hash before it runs any code of the sdist.
+    """
     pin = folder / "pin.txt"
     pin.write_text(f"{PROJECT}=={VERSION} --hash=sha256:{SHA256}\n")
-    # Without build isolation: the sdist's setup.py imports the torch that is installed.
+    # Without build isolation, as the sdist's setup.py imports torch
     pip(
         *("download", "--quiet", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"),
         *("--require-hashes", "--requirement", str(pin), "--dest", str(folder)),
@@ -129,30 +132,30 @@ def download(folder: Path) -> Path:
     return next(folder.glob("*.tar.gz"))
 
 
-def mend(root: Path) -> None:
-    """Apply every mend below `root`; stop, and name the file, unless each matches exactly once."""
-    for name, old, new in MENDS:
+def apply_fixes(root: Path) -> None:
+    """Apply `FIXES` to the sources in `root`; exit with an error if one does not match once."""
+    for name, old, new in FIXES:
         text = (root / name).read_text()
         if text.count(old) != 1:
             sys.exit(
-                f"install_detectron2: {name} holds {old.strip()!r} {text.count(old)} times where "
-                f"{PROJECT} {VERSION} holds it once; nothing was installed"
+                f"install_detectron2: {name} contains {old.strip()!r} {text.count(old)} times "
+                f"instead of once, so it is not {PROJECT} {VERSION}; nothing was installed"
             )
         (root / name).write_text(text.replace(old, new))
 
 
 def main() -> None:
-    """Install Detectron2 unless it imports already."""
+    """Install Detectron2 unless it can be imported."""
     try:
-        found = importlib.import_module("detectron2")
+        detectron2 = importlib.import_module("detectron2")
     except ModuleNotFoundError:
         pass
     else:
-        print(f"Detectron2 {found.__version__} is installed: nothing to do.")
+        print(f"Detectron2 {detectron2.__version__} is installed: nothing to do.")
         return
-    for need in ("torch", "torchvision", "setuptools"):
-        if importlib.util.find_spec(need) is None:
-            sys.exit("install_detectron2: pip install torch torchvision setuptools first")
+    for package in ("torch", "torchvision", "setuptools"):
+        if importlib.util.find_spec(package) is None:
+            sys.exit("install_detectron2: run pip install torch torchvision setuptools first")
     print(__doc__.partition("\n\n")[2])
     print(f"Installing {PROJECT} {VERSION} into {sys.prefix}", flush=True)
     with tempfile.TemporaryDirectory() as tmp:
@@ -160,7 +163,7 @@ def main() -> None:
         with tarfile.open(download(folder)) as sdist:
             sdist.extractall(folder, filter="data")
         root = folder / f"{PROJECT}-{VERSION}"
-        mend(root)
+        apply_fixes(root)
         pip("wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder / "wheel"), str(root))
         pip("install", "--quiet", str(next((folder / "wheel").glob("*.whl"))))
 

@@ -1,5 +1,10 @@
 #!/usr/bin/env python3
-"""Write the embedded data set `shapes`, in COCO format, for any size and seed."""
+"""Generate the synthetic dataset `shapes` in COCO format.
+
+python tools/make_shapes.py datasets/shapes --num-train 600 --num-val 100
+
+The same arguments give the same files.
+"""
 
 import argparse
 from pathlib import Path
@@ -8,16 +13,23 @@ try:
     from gn_det.data import make_shapes
     from gn_det.errors import exit_on_input_error
 except ImportError as error:
-    raise SystemExit(f"error: {error}") from None
+    if (error.name or "").partition(".")[0] != "detectron2":
+        raise SystemExit(f"error: {error}") from None
+    from gn_det.errors import NO_DETECTRON2
+
+    raise SystemExit(f"error: {NO_DETECTRON2}") from None
 
 
 def main() -> None:
-    """Parse the command line and write the data set."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="folder to make, as datasets/shapes")
-    parser.add_argument("--num-train", type=int, default=600, metavar="N")
-    parser.add_argument("--num-val", type=int, default=100, metavar="N")
-    parser.add_argument("--seed", type=int, default=0)
+    """Parse the command line and write the dataset."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("folder", type=Path, help="folder to create, such as datasets/shapes")
+    add("--num-train", type=int, default=600, metavar="N", help="training images (default 600)")
+    add("--num-val", type=int, default=100, metavar="N", help="validation images (default 100)")
+    add("--seed", type=int, default=0, help="the same seed gives the same files (default 0)")
     args = parser.parse_args()
     with exit_on_input_error():
         make_shapes(args.folder, args.num_train, args.num_val, args.seed)

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""The paper's Tables 1 to 3 in miniature: the error of ResNet-18 on crops of `shapes`.
+"""Replicate the paper's Tables 1 to 3 on a small scale: ResNet-18 on crops of `shapes`.
 
-BN, LN, IN and GN at batch 32; BN against GN at batch 32 to 2, the learning rate scaled with it; GN
-by number of groups, and by channels per group. All models see the same number of crops. Runs that
-are finished are kept, so an interrupted study goes on where it was.
+Table 1 compares BN, LN, IN and GN at batch size 32. Table 2 compares BN and GN at batch sizes 32 to
+2, with the learning rate scaled linearly. Table 3 varies GN's number of groups and channels per
+group. All models are trained on the same number of crops. The same command resumes an interrupted
+study.
 """
 
 import argparse
@@ -20,6 +21,7 @@ try:
     import torch
     from detectron2.utils.env import seed_all_rng
     from matplotlib.figure import Figure
+    from studies.tables import markdown_table
 
     from gn_det.config import as_opts
     from gn_det.config_file import read_config
@@ -33,11 +35,19 @@ except ImportError as error:
     raise SystemExit(f"error: {error}") from None
 
 CONFIG = "Shapes/study_R_18.yaml"
-PICTURES = (600, 300)  # for training and validation, that crops are cut from
+EXAMPLE = "example: python tools/study_norms.py --output-dir output/study --seeds 2"
+IMAGES = (600, 300)  # for training and validation; crops are cut from them
 
 
 class Model(NamedTuple):
-    """What one table's cell is trained with."""
+    """Settings of one cell of a table.
+
+    Args:
+        norm: of the backbone.
+        batch: images per batch.
+        groups: `MODEL.GROUP_NORM.NUM_GROUPS`.
+        width: channels per group; -1 to use `groups`.
+    """
 
     norm: str
     batch: int = 32
@@ -45,6 +55,7 @@ class Model(NamedTuple):
     width: int = -1
 
     def keys(self, seed: int) -> list[str]:
+        """Its config, as `KEY VALUE` pairs."""
         keys = {
             "MODEL.RESNETS.NORM": self.norm,
             "MODEL.GROUP_NORM.NUM_GROUPS": self.groups,
@@ -56,19 +67,19 @@ class Model(NamedTuple):
 
 
 BN, LN, IN, GN = Model("BN"), Model("LN"), Model("IN"), Model("GN")
-BATCHES, DIVISIONS = (32, 16, 8, 4, 2), (64, 32, 16, 8, 4, 2, 1)
-# Table: its rows, each of models under the same columns. LN is one group, IN one channel a group
+BATCHES, GROUPINGS = (32, 16, 8, 4, 2), (64, 32, 16, 8, 4, 2, 1)
+# Title: (columns, {row name: models}). LN equals GN with one group, IN with one channel per group
 TABLES: dict[str, tuple[tuple[Any, ...], dict[str, list[Model]]]] = {
     "Table 1: error at batch 32": (("BN", "LN", "IN", "GN"), {"error": [BN, LN, IN, GN]}),
     "Table 2: error by batch": (
         BATCHES,
         {norm: [Model(norm, batch) for batch in BATCHES] for norm in ("BN", "GN")},
     ),
-    "Table 3: error of GN by its division": (
-        DIVISIONS,
+    "Table 3: error of GN by grouping": (
+        GROUPINGS,
         {
-            "groups": [LN if n == 1 else Model("GN", groups=n) for n in DIVISIONS],
-            "channels per group": [IN if n == 1 else Model("GN", width=n) for n in DIVISIONS],
+            "groups": [LN if n == 1 else Model("GN", groups=n) for n in GROUPINGS],
+            "channels per group": [IN if n == 1 else Model("GN", width=n) for n in GROUPINGS],
         },
     ),
 }
@@ -76,7 +87,7 @@ MODELS = list(dict.fromkeys(m for _, rows in TABLES.values() for row in rows.val
 
 
 def train(model: Model, seed: int, output: Path, opts: list[str]) -> dict[str, Any]:
-    """One run, in a process of its own: its error on the validation crops, in percent."""
+    """Train one model, in a subprocess; returns its entry in `results.json`, errors in percent."""
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
     folder = output / "running" / "-".join(map(str, (*model, seed)))
@@ -105,18 +116,30 @@ def train(model: Model, seed: int, output: Path, opts: list[str]) -> dict[str, A
 
 
 def study(output: Path, seeds: int, opts: list[str]) -> dict[str, Any]:
-    """Train what `results.json` does not hold yet, two runs at a time, and keep it up to date."""
+    """Train all models that `results.json` does not have yet, and update it after every run.
+
+    Args:
+        output: folder of `results.json`, created if it does not exist.
+        seeds: number of runs per model.
+        opts: `KEY VALUE` overrides for every run.
+
+    Returns:
+        the content of `results.json`.
+
+    Raises:
+        InputError: if it has other settings.
+    """
     path = output / "results.json"
-    settings = {"config": CONFIG, "opts": opts, "pictures": list(PICTURES)}
+    settings = {"config": CONFIG, "opts": opts, "pictures": list(IMAGES)}
     results: dict[str, Any] = {"settings": settings, "versions": versions()}
     results |= {"git_commit": git_commit(), "runs": []}
     if path.exists():
         results = json.loads(path.read_text())
     if results["settings"] != settings:
-        raise InputError(f"{output} holds a study with other settings: name another --output-dir")
+        raise InputError(f"{path} has other settings: choose another --output-dir")
     if not (output / "shapes").exists():
         output.mkdir(parents=True, exist_ok=True)
-        make_shapes(output / "shapes", *PICTURES)
+        make_shapes(output / "shapes", *IMAGES)
     done = {(Model(**run["model"]), run["seed"]) for run in results["runs"]}
     todo = [(m, seed) for seed in range(seeds) for m in MODELS if (m, seed) not in done]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
@@ -136,33 +159,31 @@ def study(output: Path, seeds: int, opts: list[str]) -> dict[str, Any]:
 
 
 def errors(results: dict[str, Any], model: Model) -> list[float]:
-    """Errors of all of a model's runs, in percent."""
+    """Errors of all runs of a model, in percent."""
     return [run["error"] for run in results["runs"] if Model(**run["model"]) == model]
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The three tables: means over seeds, and the range that the seeds lie in."""
+    """The three tables: means over seeds, with the lowest and highest error."""
     lines = ["Errors in percent on validation crops: mean over seeds (lowest to highest).", ""]
     for title, (columns, rows) in TABLES.items():
-        head = ["", *map(str, columns)]
-        lines += [title, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        cells = []
         for name, models in rows.items():
-            found = [errors(results, model) for model in models]
-            cells = [f"{mean(e):.1f} ({min(e):.1f}–{max(e):.1f})" for e in found]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines.append("")
+            values = [errors(results, model) for model in models]
+            cells.append([name, *(f"{mean(e):.1f} ({min(e):.1f}–{max(e):.1f})" for e in values)])
+        lines += [title, "", markdown_table(["", *map(str, columns)], cells)]
     return "\n".join(lines)
 
 
 def plot(results: dict[str, Any]) -> Figure:
-    """One panel a table; bars and dots are means, and the lines through them all the seeds."""
+    """Plot one panel per table: means over seeds, with error bars from lowest to highest."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, (title, (columns, rows)) in zip(figure.subplots(1, 3), TABLES.items(), strict=True):
         for (name, models), colour in zip(rows.items(), COLOURS, strict=False):
-            found = [errors(results, model) for model in models]
-            means = [mean(e) for e in found]
-            spread = [[m - min(e) for m, e in zip(means, found, strict=True)]]
-            spread.append([max(e) - m for m, e in zip(means, found, strict=True)])
+            values = [errors(results, model) for model in models]
+            means = [mean(e) for e in values]
+            spread = [[m - min(e) for m, e in zip(means, values, strict=True)]]
+            spread.append([max(e) - m for m, e in zip(means, values, strict=True)])
             style = "o" if len(rows) == 1 else "o-"
             labels = list(map(str, columns))
             axes.errorbar(labels, means, spread, fmt=style, label=name, color=colour, capsize=3)
@@ -177,11 +198,15 @@ def plot(results: dict[str, Any]) -> Figure:
 
 
 def main() -> None:
-    """Parse the command line, train, and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("output/study"), metavar="FOLDER")
-    parser.add_argument("--seeds", type=int, default=2, metavar="N", help="runs of each model")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, for every run")
+    """Train, and write `results.json`, `results.md` and `results.png`."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog=EXAMPLE)
+    add = parser.add_argument
+    help_ = "folder for data and results (default %(default)s)"
+    add("--output-dir", type=Path, default=Path("output/study"), metavar="FOLDER", help=help_)
+    help_ = "training runs per model, with the seeds 0 to N - 1 (default %(default)s)"
+    add("--seeds", type=int, default=2, metavar="N", help=help_)
+    help_ = "KEY VALUE pairs that override the config of every run"
+    add("opts", nargs=argparse.REMAINDER, help=help_)
     args = parser.parse_args()
     with exit_on_input_error():
         results = study(args.output_dir, args.seeds, args.opts)

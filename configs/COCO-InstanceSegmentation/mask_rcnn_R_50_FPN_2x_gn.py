@@ -1,4 +1,4 @@
-"""The YAML config of the same name as a LazyConfig, for Detectron2's `lazyconfig_train_net.py`."""
+"""LazyConfig of the YAML config of the same name, for Detectron2's `lazyconfig_train_net.py`."""
 
 import torch
 from detectron2.config import LazyCall as L
@@ -27,7 +27,7 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 from gn_det.layers import GroupNorm
 from gn_det.modeling import GNFastRCNNConvFCHead, GNMaskRCNNConvUpsampleHead, implement
 
-# Any division into groups: norm = functools.partial(GroupNorm, num_groups=16)
+# For another grouping: norm = functools.partial(GroupNorm, num_groups=16)
 norm = GroupNorm
 levels = ["p2", "p3", "p4", "p5"]
 

@@ -1,4 +1,4 @@
-"""Checks of a config before anything is trained: all the mistakes in it, told at once."""
+"""Checks of a config before training; they report all problems at once."""
 
 import logging
 from collections.abc import Iterator
@@ -6,32 +6,50 @@ from collections.abc import Iterator
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from .layers import check_groups, check_layers
+from .layers import check_layers
 from .norm_keys import check_builders, check_implementation, check_norm_keys
 from .problem import ConfigError, Problem
 from .schedule import check_batch, check_classes, check_solver, check_steps
-from .weights import check_weights, group_mismatch
+from .weights import check_weights, grouping_mismatch
 
-__all__ = ["ConfigError", "Problem", "check_config"]
+__all__ = ["ConfigError", "Problem", "check_config", "log_warnings", "refuse_problems"]
 
 
 def check_config(cfg: CfgNode, num_gpus: int | None = None) -> None:
-    """Refuse a config that would train wrongly, or not at all, where that can be known beforehand.
+    """Refuse a config that would fail or train wrongly, and warn about suspicious settings.
 
-    Files that it names are looked into if they are on this machine; whether they are is for the
-    trainer to check. The model is built without its tensors, in a fraction of a second.
+    Files that the config names are read if they exist. Missing files are not reported here: the
+    trainer does that. The model is built on PyTorch's meta device, in a fraction of a second.
 
     Args:
         cfg: a config that `gn_det.add_gn_config` has been called on.
-        num_gpus: how many it will be trained on, in all; by default as many as train now.
+        num_gpus: total number of GPUs on all machines; defaults to that of the current job.
 
     Raises:
-        ConfigError: an `InputError` that lists every problem, each with key, value, why and mend.
+        ConfigError: an `InputError` whose `problems` lists every `Problem` that was found.
+    """
+    refuse_problems(cfg, num_gpus)
+    log_warnings(cfg)
+
+
+def refuse_problems(cfg: CfgNode, num_gpus: int | None = None) -> None:
+    """Raise a `ConfigError` as `check_config` does, without logging warnings.
+
+    Args:
+        cfg: as in `check_config`.
+        num_gpus: as in `check_config`.
+
+    Raises:
+        ConfigError: if there is any problem.
     """
     problems = list(_find_problems(cfg, num_gpus or comm.get_world_size()))
     if problems:
         raise ConfigError(problems)
-    if warning := group_mismatch(cfg):
+
+
+def log_warnings(cfg: CfgNode) -> None:
+    """Log a warning for each setting that is valid but probably not intended."""
+    if warning := grouping_mismatch(cfg):
         logging.getLogger(__name__).warning(warning)
 
 
@@ -44,13 +62,4 @@ def _find_problems(cfg: CfgNode, num_gpus: int) -> Iterator[Problem]:
     yield from check_builders(cfg)
     yield from check_implementation(cfg)
     yield from check_weights(cfg)
-    # The others need a model, however its norms are computed
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.GROUP_NORM.IMPL, cfg.MODEL.GROUP_NORM.RECOMPUTE = "native", "none"
-    if problem := check_groups(cfg):
-        yield problem
-        # One group divides all channels
-        keys = cfg.MODEL.GROUP_NORM
-        keys.NUM_GROUPS, keys.DIM_PER_GP, keys.HEADS_NUM_GROUPS = 1, -1, -1
     yield from check_layers(cfg, num_gpus)

@@ -1,26 +1,34 @@
-"""Objects that a model's anchors and its limit on detections leave out."""
+"""Objects that a model cannot detect because of its anchors or its limit on detections."""
 
 from collections.abc import Iterator
 
 import numpy as np
 from detectron2.config import CfgNode
 
-from ..data.annotations import CAP
+from ..data.annotations import MAX_DETECTIONS
 from ..data.object_sizes import ObjectSizes
 
 
 def objects_out_of_reach(cfg: CfgNode, sizes: ObjectSizes) -> Iterator[str]:
-    """Objects that a model of this config cannot find well or at all, in words, if any.
+    """Describe objects that a model with this config detects badly or not at all.
 
-    These are objects whose shape overlaps with no anchor's by half (positions are left out: anchors
-    stand dense enough), and those beyond the detections that a picture may have.
+    An object is out of reach if no anchor has an IoU of 0.5 or more with it when both are centred
+    at the same point (anchors are dense enough to ignore positions). So are objects beyond
+    `TEST.DETECTIONS_PER_IMAGE`.
+
+    Args:
+        cfg: the config of a detector with anchors.
+        sizes: sizes of the objects of a dataset.
+
+    Yields:
+        at most two messages, each with a count or share and the config key to change.
     """
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     each = np.bincount(sizes.owners)
-    if count := int((each.clip(max=CAP) > limit).sum()):
+    if count := int((each.clip(max=MAX_DETECTIONS) > limit).sum()):
         yield (
-            f"{count} picture{'s have' if count > 1 else ' has'} more objects (up to {each.max()}) "
-            f"than TEST.DETECTIONS_PER_IMAGE {limit} lets be found: give it as {CAP}"
+            f"{count} image{'s have' if count > 1 else ' has'} more objects (up to {each.max()}) "
+            f"than TEST.DETECTIONS_PER_IMAGE {limit} allows: set it to {MAX_DETECTIONS}"
         )
     side, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
     objects = sizes.resized(side, longest)[:, None]
@@ -29,11 +37,11 @@ def objects_out_of_reach(cfg: CfgNode, sizes: ObjectSizes) -> Iterator[str]:
     widths = np.sqrt(areas[:, None] / ratios).ravel()
     heights = np.sqrt(areas[:, None] * ratios).ravel()
     anchors = np.stack([widths, heights], axis=1)[None]
-    common = np.minimum(objects, anchors).prod(2)
-    overlap = common / (objects.prod(2) + anchors.prod(2) - common)
-    if share := float((overlap.max(1) < 0.5).mean()):
+    intersection = np.minimum(objects, anchors).prod(2)
+    iou = intersection / (objects.prod(2) + anchors.prod(2) - intersection)
+    if share := float((iou.max(1) < 0.5).mean()):
         small = (objects.prod(2)[:, 0] < areas.min()).mean()
         yield (
-            f"{share:.1%} of the objects have a shape that no anchor overlaps with by half "
-            f"({small:.1%} are smaller than all anchors): MODEL.ANCHOR_GENERATOR has the anchors"
+            f"{share:.1%} of the objects have an IoU below 0.5 with every anchor "
+            f"({small:.1%} are smaller than all anchors): adapt MODEL.ANCHOR_GENERATOR"
         )

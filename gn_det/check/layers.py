@@ -1,52 +1,46 @@
-"""What only the model's own layers show."""
+"""Checks that need the layers of the model, which is built on the meta device."""
 
 from collections.abc import Iterator
 
 from detectron2.config import CfgNode
 from torch import nn
 
-from ..config import is_pretraining
+from ..config import is_pretraining, value_of
 from ..errors import InputError
-from ..modeling import build_without_memory
+from ..modeling import build_on_meta_device
 from ..solver import images_per_pass, is_norm
 from .problem import Problem
 
-# What Detectron2 raises for values that it cannot build a model from
+# Exceptions of Detectron2's builders for values that no model can be built from
 BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError)
 
 
-def check_groups(cfg: CfgNode) -> Problem | None:
-    """What is wrong with the division of channels into groups, if anything."""
-    keys = cfg.MODEL.GROUP_NORM
-    count, width = "MODEL.GROUP_NORM.NUM_GROUPS", "MODEL.GROUP_NORM.DIM_PER_GP"
-    # 32 is the default, so it may stand beside a width that was asked for
-    if keys.DIM_PER_GP > 0 and keys.NUM_GROUPS not in (-1, 32):
-        why = f"{count} is set as well, to {keys.NUM_GROUPS}, and only one of them can hold"
-        return Problem(width, keys.DIM_PER_GP, why, "set one of them to -1")
-    if keys.DIM_PER_GP < 1 and keys.NUM_GROUPS < 1:
-        return Problem(count, keys.NUM_GROUPS, f"{width} is not set either", "set one of them")
-    try:
-        build_without_memory(cfg)
-    except InputError as error:
-        why, _, mend = str(error).rpartition("; ")
-        key = mend.removeprefix("change ")
-        return Problem(key, keys[key.rpartition(".")[2]], why, mend)
-    except BUILD_ERRORS:
-        return None  # `check_layers` tells what else is wrong
-    return None
-
-
 def check_layers(cfg: CfgNode, num_gpus: int) -> Iterator[Problem]:
-    """Layers that would stay random, decay, or see too few images; models that cannot be built."""
-    try:
-        model = build_without_memory(cfg)
-    except BUILD_ERRORS as error:
-        why = f"the model cannot be built ({type(error).__name__}: {error})"
-        name = cfg.MODEL.META_ARCHITECTURE
-        yield Problem("MODEL.META_ARCHITECTURE", name, why, "change the key that this is about")
+    """Check the grouping of channels, frozen and decayed layers, and the batch of BatchNorm.
+
+    Args:
+        cfg: the config.
+        num_gpus: total number of GPUs on all machines.
+
+    Yields:
+        the problems; only the first one if no model can be built from the config.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    # The layers are the same in every implementation, whose keys `check_implementation` checks
+    cfg.MODEL.GROUP_NORM.IMPL, cfg.MODEL.GROUP_NORM.RECOMPUTE = "native", "none"
+    model = _build(cfg)
+    if isinstance(model, Problem) and model.key.startswith("MODEL.GROUP_NORM."):
+        yield model
+        # One group works with any number of channels, so that the other checks can run
+        keys = cfg.MODEL.GROUP_NORM
+        keys.NUM_GROUPS, keys.DIM_PER_GP, keys.HEADS_NUM_GROUPS = 1, -1, -1
+        model = _build(cfg)
+    if isinstance(model, Problem):
+        yield model
         return
     if not cfg.MODEL.WEIGHTS:
-        yield from _from_scratch(cfg, model)
+        yield from _check_scratch(cfg, model)
     trained = [
         name
         for name, module in model.named_modules()
@@ -54,40 +48,73 @@ def check_layers(cfg: CfgNode, num_gpus: int) -> Iterator[Problem]:
     ]
     decay = cfg.SOLVER.WEIGHT_DECAY_NORM
     if trained and decay and not is_pretraining(cfg):
-        why = f"gamma and beta of {len(trained)} norm layers would be decayed, which costs AP"
-        yield Problem("SOLVER.WEIGHT_DECAY_NORM", decay, why, "set SOLVER.WEIGHT_DECAY_NORM 0.0")
-    yield from _too_few_images(cfg, model, num_gpus)
+        reason = f"weight decay on gamma and beta of {len(trained)} norm layers costs AP"
+        yield Problem("SOLVER.WEIGHT_DECAY_NORM", decay, reason, "set SOLVER.WEIGHT_DECAY_NORM 0.0")
+    yield from _check_batch_norm(cfg, model, num_gpus)
 
 
-def _too_few_images(cfg: CfgNode, model: nn.Module, num_gpus: int) -> Iterator[Problem]:
+def _build(cfg: CfgNode) -> nn.Module | Problem:
+    """Build the model on the meta device, or return the problem that prevents it."""
+    if problem := _check_grouping_keys(cfg):
+        return problem
+    try:
+        return build_on_meta_device(cfg)
+    except BUILD_ERRORS as error:
+        if isinstance(error, InputError) and error.key:
+            return Problem(error.key, value_of(cfg, error.key), error.reason, error.fix)
+        reason = f"the model cannot be built ({type(error).__name__}: {error})"
+        name = cfg.MODEL.META_ARCHITECTURE
+        return Problem("MODEL.META_ARCHITECTURE", name, reason, "correct the key that it names")
+
+
+def _check_grouping_keys(cfg: CfgNode) -> Problem | None:
+    """Check that exactly one of the number of groups and the channels per group is set."""
+    keys = cfg.MODEL.GROUP_NORM
+    count, width = "MODEL.GROUP_NORM.NUM_GROUPS", "MODEL.GROUP_NORM.DIM_PER_GP"
+    # 32 is the default of NUM_GROUPS, so DIM_PER_GP may be set without resetting it
+    if keys.DIM_PER_GP > 0 and keys.NUM_GROUPS not in (-1, 32):
+        reason = f"{count} is also set, to {keys.NUM_GROUPS}, and only one of them can be used"
+        return Problem(width, keys.DIM_PER_GP, reason, "set one of them to -1")
+    if keys.DIM_PER_GP < 1 and keys.NUM_GROUPS < 1:
+        return Problem(count, keys.NUM_GROUPS, f"{width} is not set either", "set one of them")
+    return None
+
+
+def _check_batch_norm(cfg: CfgNode, model: nn.Module, num_gpus: int) -> Iterator[Problem]:
+    """Check that trained BatchNorm sees more than one image, and that SyncBN has a GPU."""
     for name, module in model.named_modules():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             continue
-        in_step = "Sync" in type(module).__name__
-        if in_step and cfg.MODEL.DEVICE == "cpu":
-            why = f"{name} is SyncBatchNorm, which PyTorch has for GPUs alone"
-            mend = "train on a GPU, or take GN, FrozenBN or BN in the place of SyncBN"
-            yield Problem("MODEL.DEVICE", "cpu", why, mend)
+        synchronized = "Sync" in type(module).__name__
+        if synchronized and cfg.MODEL.DEVICE == "cpu":
+            reason = f"{name} is SyncBatchNorm, which PyTorch supports on GPUs only"
+            fix = "train on a GPU, or use GN, FrozenBN or BN instead of SyncBN"
+            yield Problem("MODEL.DEVICE", "cpu", reason, fix)
             return
-        images = images_per_pass(cfg, num_gpus) * (num_gpus if in_step else 1)
+        images = images_per_pass(cfg, num_gpus) * (num_gpus if synchronized else 1)
         if images <= 1:
-            why = f"{name} is BatchNorm, and would take its statistics from a single image"
-            mend = "take more images, or GN or FrozenBN in the place of BN"
-            yield Problem("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, why, mend)
+            reason = f"{name} is BatchNorm and would compute its statistics from a single image"
+            fix = "use a larger batch, or GN or FrozenBN instead of BN"
+            yield Problem("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, reason, fix)
             return
 
 
-def _from_scratch(cfg: CfgNode, model: nn.Module) -> Iterator[Problem]:
+def _check_scratch(cfg: CfgNode, model: nn.Module) -> Iterator[Problem]:
+    """Check that training from scratch freezes nothing and does not use FrozenBN."""
     keys = cfg.MODEL
     backbone = getattr(model, "backbone", model)
     frozen = [name for name, p in backbone.named_parameters() if not p.requires_grad]
     if frozen:
-        why = (
-            f"MODEL.WEIGHTS is empty, so {len(frozen)} tensors, {frozen[0]} the first, would stay "
-            "random and untrained (Detectron's own accident: 36.2 instead of 39.5 AP)"
+        reason = (
+            f"MODEL.WEIGHTS is empty, so {len(frozen)} frozen tensors, such as {frozen[0]}, would "
+            "keep their random values (this mistake in Detectron gave 36.2 instead of 39.5 AP)"
         )
         freeze_at = keys.BACKBONE.FREEZE_AT
-        yield Problem("MODEL.BACKBONE.FREEZE_AT", freeze_at, why, "set MODEL.BACKBONE.FREEZE_AT 0")
+        fix = "set MODEL.BACKBONE.FREEZE_AT 0"
+        yield Problem("MODEL.BACKBONE.FREEZE_AT", freeze_at, reason, fix)
     if keys.RESNETS.NORM == "FrozenBN" and "resnet" in keys.BACKBONE.NAME:
-        why = "MODEL.WEIGHTS is empty, so it would normalise nothing, and training would diverge"
-        yield Problem("MODEL.RESNETS.NORM", "FrozenBN", why, "set it to GN, or give weights")
+        reason = (
+            "MODEL.WEIGHTS is empty, so FrozenBN has no statistics to normalize with, and "
+            "training would diverge"
+        )
+        yield Problem("MODEL.RESNETS.NORM", "FrozenBN", reason, "set it to GN, or set weights")

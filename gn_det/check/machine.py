@@ -10,29 +10,38 @@ from ..errors import InputError
 
 
 def check_machine(cfg: CfgNode) -> None:
-    """Raise an `InputError` for a device, weights file or output folder that cannot be used."""
+    """Check that the device, weights file and output folder can be used; create the folder.
+
+    Args:
+        cfg: the config.
+
+    Raises:
+        InputError: if one of them cannot be used.
+    """
     check_device(cfg)
     check_weights_file(cfg)
     try:
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be made: {error.strerror}") from None
+        raise InputError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be created: {error.strerror}"
+        ) from None
     if not os.access(cfg.OUTPUT_DIR, os.W_OK):
-        raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written to")
+        raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} is not writable")
 
 
 def check_device(cfg: CfgNode) -> None:
-    """Raise an `InputError` for a GPU that is not there."""
+    """Raise an `InputError` if `MODEL.DEVICE` is a GPU and PyTorch sees none."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("MODEL.DEVICE is cuda, but PyTorch sees no GPU: add MODEL.DEVICE cpu")
 
 
 def check_weights_file(cfg: CfgNode) -> None:
-    """Raise an `InputError` for a weights file that does not exist."""
+    """Raise an `InputError` if `MODEL.WEIGHTS` is a path and no file exists there."""
     weights = cfg.MODEL.WEIGHTS.partition("?")[0]
     if weights and "://" not in weights and not os.path.isfile(weights):
-        what = "is a folder" if os.path.isdir(weights) else "does not exist"
+        reason = "is a folder" if os.path.isdir(weights) else "does not exist"
         raise InputError(
-            f"MODEL.WEIGHTS {weights} {what}: give the file of a backbone or a detector, "
-            'or "" with MODEL.BACKBONE.FREEZE_AT 0 to train from scratch'
+            f"MODEL.WEIGHTS {weights} {reason}: name a backbone or detector checkpoint, "
+            'or set it to "" with MODEL.BACKBONE.FREEZE_AT 0 to train from scratch'
         )

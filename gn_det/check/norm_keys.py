@@ -1,4 +1,4 @@
-"""Keys about norms that no layer would follow."""
+"""Checks of keys for norm layers that would have no effect."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from ..modeling.fused import IMPLEMENTATIONS, RECOMPUTE
 from ..modeling.norm import NORM_KEYS, parts_with_norm
 from .problem import Problem
 
-# Detectron2's builders and heads that gn_det has its own of
+# Detectron2's builders and heads -> gn_det's versions of them
 STOCK = {
     "build_resnet_backbone": "build_gn_resnet_backbone",
     "build_resnet_fpn_backbone": "build_gn_resnet_fpn_backbone",
@@ -20,78 +20,81 @@ STOCK = {
 
 
 def check_norm_keys(cfg: CfgNode) -> Iterator[Problem]:
-    """`NORM` keys of parts that have no layer for a norm."""
+    """Check for `NORM` keys of model parts that have no layer with a norm."""
     keys = cfg.MODEL
     if keys.META_ARCHITECTURE != "GeneralizedRCNN":
         return
     with_norm = parts_with_norm(cfg)
-    for part, reason in _without_layers(cfg).items():
+    for part, (cause, fix) in _without_layers(cfg).items():
         key = NORM_KEYS[part]
         if (norm := value_of(cfg, key)) and part not in with_norm:
-            yield Problem(key, norm, f"it reaches no layer: {reason}", f'set {key} ""')
+            yield Problem(key, norm, f"it has no effect, since {cause}", f'set {key} ""{fix}')
     if keys.RESNETS.ZERO_INIT_RESIDUAL and keys.RESNETS.NORM in ("", "FrozenBN"):
-        why = f'MODEL.RESNETS.NORM "{keys.RESNETS.NORM}" has no gamma that could leave 0'
-        yield Problem("MODEL.RESNETS.ZERO_INIT_RESIDUAL", True, why, "set it to False")
+        reason = f'MODEL.RESNETS.NORM "{keys.RESNETS.NORM}" has no trainable gamma'
+        yield Problem("MODEL.RESNETS.ZERO_INIT_RESIDUAL", True, reason, "set it to False")
 
 
-def _without_layers(cfg: CfgNode) -> dict[str, str]:
-    """Why parts of Detectron2's and gn_det's own models have no layer for a norm."""
-    keys, reasons = cfg.MODEL, {}
+def _without_layers(cfg: CfgNode) -> dict[str, tuple[str, str]]:
+    """Parts of the model without a norm layer, each with the cause and another possible fix.
+
+    Only Detectron2's and gn_det's own backbones and heads are known.
+    """
+    keys, causes = cfg.MODEL, {}
     if keys.BACKBONE.NAME in ("build_resnet_backbone", "build_gn_resnet_backbone"):
-        reasons["FPN"] = f"{keys.BACKBONE.NAME} has no FPN"
+        causes["FPN"] = f"{keys.BACKBONE.NAME} has no FPN", ""
     c4 = keys.ROI_HEADS.NAME in ("Res5ROIHeads", "GNRes5ROIHeads")
     for part, name in (("box head", "ROI_BOX_HEAD"), ("mask head", "ROI_MASK_HEAD")):
         if c4 and part == "box head":
-            reasons[part] = "C4's box head is res5, whose norm is MODEL.RESNETS.NORM"
+            causes[part] = "C4's box head is res5, whose norm is MODEL.RESNETS.NORM", ""
         elif keys[name].NUM_CONV == 0 and keys[name].NAME in {*STOCK, *STOCK.values()}:
-            reasons[part] = f"MODEL.{name}.NUM_CONV is 0"
+            causes[part] = f"MODEL.{name}.NUM_CONV is 0", f", or MODEL.{name}.NUM_CONV 4"
     if not keys.MASK_ON:
-        reasons.pop("mask head", None)
-    return reasons
+        causes.pop("mask head", None)
+    return causes
 
 
 def check_implementation(cfg: CfgNode) -> Iterator[Problem]:
-    """How norms are to be computed."""
+    """Check `MODEL.GROUP_NORM.IMPL` and `MODEL.GROUP_NORM.RECOMPUTE`."""
     keys = cfg.MODEL.GROUP_NORM
     for name, known in (("IMPL", IMPLEMENTATIONS), ("RECOMPUTE", RECOMPUTE)):
         if keys[name] not in known:
-            mend = f"set it to one of {', '.join(known)}"
-            yield Problem(f"MODEL.GROUP_NORM.{name}", keys[name], "it is none that there is", mend)
+            fix = f"set it to one of {', '.join(known)}"
+            yield Problem(f"MODEL.GROUP_NORM.{name}", keys[name], "it is not supported", fix)
     if keys.IMPL == "native" and keys.RECOMPUTE in ("conv3", "block"):
-        why = f'MODEL.GROUP_NORM.IMPL "{keys.IMPL}" keeps all that PyTorch keeps'
-        mend = "set MODEL.GROUP_NORM.IMPL fused"
-        yield Problem("MODEL.GROUP_NORM.RECOMPUTE", keys.RECOMPUTE, why, mend)
+        reason = 'MODEL.GROUP_NORM.IMPL "native" does not support recomputation'
+        fix = "set MODEL.GROUP_NORM.IMPL fused"
+        yield Problem("MODEL.GROUP_NORM.RECOMPUTE", keys.RECOMPUTE, reason, fix)
 
 
 def check_builders(cfg: CfgNode) -> Iterator[Problem]:
-    """Detectron2's own builders and heads, where keys are set that only gn_det's follow."""
+    """Check that Detectron2's own builders and heads are not given keys that they ignore."""
     keys = cfg.MODEL
     resnet = [
         f"RESNETS.{key}"
         for key in ("ZERO_INIT_RESIDUAL", "WEIGHT_STANDARDIZATION")
         if keys.RESNETS[key]
     ]
-    resnet_unlike, heads_unlike = _unlike_stock(keys.GROUP_NORM)
-    unlike = {
-        "BACKBONE": (keys.RESNETS.NORM == "GN" and resnet_unlike)
-        or (keys.FPN.NORM == "GN" and heads_unlike),
-        "ROI_HEADS": keys.RESNETS.NORM == "GN" and resnet_unlike,
-        "ROI_BOX_HEAD": keys.ROI_BOX_HEAD.NORM == "GN" and heads_unlike,
-        "ROI_MASK_HEAD": keys.ROI_MASK_HEAD.NORM == "GN" and heads_unlike,
+    resnet_differs, heads_differ = _differs_from_stock(keys.GROUP_NORM)
+    differs = {
+        "BACKBONE": (keys.RESNETS.NORM == "GN" and resnet_differs)
+        or (keys.FPN.NORM == "GN" and heads_differ),
+        "ROI_HEADS": keys.RESNETS.NORM == "GN" and resnet_differs,
+        "ROI_BOX_HEAD": keys.ROI_BOX_HEAD.NORM == "GN" and heads_differ,
+        "ROI_MASK_HEAD": keys.ROI_MASK_HEAD.NORM == "GN" and heads_differ,
     }
-    # A classifier is a backbone and nothing else
-    for part in ["BACKBONE"] if is_pretraining(cfg) else unlike:
+    # A classifier has no other part than the backbone
+    for part in ["BACKBONE"] if is_pretraining(cfg) else differs:
         name = keys[part].NAME
-        ignored = ["GROUP_NORM"] if unlike[part] else []
+        ignored = ["GROUP_NORM"] if differs[part] else []
         ignored += resnet if part in ("BACKBONE", "ROI_HEADS") else []
         if name in STOCK and ignored:
-            what = " and ".join(f"MODEL.{key}" for key in ignored)
-            why = f"it is Detectron2's own and ignores {what}"
-            yield Problem(f"MODEL.{part}.NAME", name, why, f"set it to {STOCK[name]}")
+            names = " and ".join(f"MODEL.{key}" for key in ignored)
+            reason = f"this builder of Detectron2 ignores {names}"
+            yield Problem(f"MODEL.{part}.NAME", name, reason, f"set it to {STOCK[name]}")
 
 
-def _unlike_stock(keys: CfgNode) -> tuple[bool, bool]:
-    """Whether GN of the ResNet, and of FPN and heads, is other than Detectron2's 32 groups."""
+def _differs_from_stock(keys: CfgNode) -> tuple[bool, bool]:
+    """Whether GN differs from Detectron2's 32 groups: in the ResNet, and in FPN and heads."""
     epsilon = keys.EPSILON != 1e-5
     resnet = (keys.NUM_GROUPS, keys.DIM_PER_GP) != (32, -1)
     heads = keys.HEADS_NUM_GROUPS != 32 if keys.HEADS_NUM_GROUPS > 0 else resnet

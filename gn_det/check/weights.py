@@ -1,4 +1,4 @@
-"""Keys that must agree with the initial weights."""
+"""Checks of the keys that must match the initial weights."""
 
 from collections.abc import Iterator
 
@@ -11,12 +11,12 @@ from ..errors import InputError
 from ..modeling.norm import is_group_norm
 from .problem import Problem
 
-# Detectron's pixel means and Detectron2's differ by less than 1 of 255
+# Pixel means of Detectron and Detectron2 differ by less than 1, on the scale of 0 to 255
 PIXEL_TOLERANCE = 1.0
 
 
 def check_weights(cfg: CfgNode) -> Iterator[Problem]:
-    """Keys that contradict what is known of the file that `MODEL.WEIGHTS` names."""
+    """Check for keys that contradict what is known about the file in `MODEL.WEIGHTS`."""
     if "resnet" not in cfg.MODEL.BACKBONE.NAME:
         return
     weights = cfg.MODEL.WEIGHTS
@@ -24,11 +24,11 @@ def check_weights(cfg: CfgNode) -> Iterator[Problem]:
         facts = describe(weights)
         source = needs_conversion(weights)
     except InputError as error:
-        yield Problem("MODEL.WEIGHTS", weights, str(error), "give another file")
+        yield Problem("MODEL.WEIGHTS", weights, str(error), "name another file")
         return
     if source:
-        why = f"it is {source}'s, which Detectron2 would not load"
-        yield Problem("MODEL.WEIGHTS", weights, why, f"run `{conversion_command(weights)}`")
+        reason = f"it is a checkpoint of {source}, which Detectron2 cannot load"
+        yield Problem("MODEL.WEIGHTS", weights, reason, f"run `{conversion_command(weights)}`")
         return
     if problem := _norm_conflict(cfg, facts):
         yield problem
@@ -36,14 +36,15 @@ def check_weights(cfg: CfgNode) -> Iterator[Problem]:
         value = value_of(cfg, key)
         if key in (NORM, *GROUP_NORM) or _same(value, right):
             continue
-        why = f"{weights} was trained with {right}"
-        yield Problem(key, value, why, f"set {key} to that")
+        reason = f"{weights} was trained with {right}"
+        yield Problem(key, value, reason, f"set {key} {right}")
 
 
-def group_mismatch(cfg: CfgNode) -> str | None:
-    """A warning, where GN weights meet another division into groups than their own.
+def grouping_mismatch(cfg: CfgNode) -> str | None:
+    """A warning if GN weights were trained with another grouping than the config's, else None.
 
-    No mistake, since Table 3 compares divisions; but the paper pretrains each with its own.
+    Not an error, since Table 3 compares groupings; but the paper pretrains each model with the
+    grouping that it is fine-tuned with.
     """
     facts = describe(cfg.MODEL.WEIGHTS)
     if cfg.MODEL.RESNETS.NORM != "GN" or GROUP_NORM[0] not in facts:
@@ -54,37 +55,38 @@ def group_mismatch(cfg: CfgNode) -> str | None:
         return None
     own = f"{groups} groups" if width < 1 else f"{width} channels per group"
     return (
-        f"{cfg.MODEL.WEIGHTS} was trained with {own}, and MODEL.GROUP_NORM asks for another "
-        "division: its features will be off at first"
+        f"{cfg.MODEL.WEIGHTS} was trained with {own}, but MODEL.GROUP_NORM sets another grouping: "
+        "its features will be wrong until fine-tuning has adapted them"
     )
 
 
 def _norm_conflict(cfg: CfgNode, facts: Facts) -> Problem | None:
-    """Why the trunk's norm cannot take these weights."""
+    """The problem if the backbone's norm cannot use these weights, else None."""
     norm, own, weights = cfg.MODEL.RESNETS.NORM, facts.get(NORM, ""), cfg.MODEL.WEIGHTS
-    mend = "give weights that were trained with this norm, or change the norm"
-    why = None
+    fix = "use weights that were trained with this norm, or change the norm"
+    reason = None
     if own in ("BN", "FrozenBN") and (is_group_norm(norm) or norm == ""):
-        why = (
+        reason = (
             f'it was trained with BatchNorm, but MODEL.RESNETS.NORM is "{norm}": its gamma and '
-            "beta would be loaded without a word, though fitted to other statistics"
+            "beta would be loaded without a warning, but they belong to other statistics"
         )
         if norm == "GN":
-            mend = f"run `{conversion_command(weights, 'GN')}`, or change the norm"
+            fix = f"run `{conversion_command(weights, 'GN')}`, or change the norm"
     elif own == "FrozenBN" and norm != "FrozenBN":
-        why = (
-            "its BatchNorm is fused into an affine map, so that only FrozenBN can take it "
-            f'(its detectron2:// namesake is not), but MODEL.RESNETS.NORM is "{norm}"'
+        reason = (
+            "its BatchNorm is fused into an affine layer, which only FrozenBN can load (the file "
+            "of the same name under detectron2:// is not fused), but MODEL.RESNETS.NORM is "
+            f'"{norm}"'
         )
-    elif is_group_norm(own) and not _takes(norm, facts):
-        why = f'it was trained with Group Normalization, but MODEL.RESNETS.NORM is "{norm}"'
-    return Problem("MODEL.WEIGHTS", weights, why, mend) if why else None
+    elif is_group_norm(own) and not _accepts(norm, facts):
+        reason = f'it was trained with Group Normalization, but MODEL.RESNETS.NORM is "{norm}"'
+    return Problem("MODEL.WEIGHTS", weights, reason, fix) if reason else None
 
 
-def _takes(norm: str, facts: Facts) -> bool:
-    """Whether a norm takes weights of `GroupNorm`s."""
+def _accepts(norm: str, facts: Facts) -> bool:
+    """Whether a norm can load weights that were trained with GN, LN or IN."""
     if facts[NORM] == "GN" and GROUP_NORM[0] not in facts:
-        # The names of a file's tensors tell BN from GN, but not GN from LN or IN
+        # The grouping is unknown, and GN, LN and IN have the same tensor names
         return is_group_norm(norm)
     return norm == facts[NORM]
 

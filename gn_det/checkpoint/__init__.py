@@ -1,4 +1,4 @@
-"""Weights: what is known of them, how they are read, converted and loaded."""
+"""Read, convert, calibrate and load pretrained weights."""
 
 from .facts import Facts, describe
 

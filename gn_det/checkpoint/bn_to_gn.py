@@ -1,4 +1,4 @@
-"""Conversion of a BN backbone to Group Normalization, on unlabelled images."""
+"""Conversion of a BN backbone to Group Normalization with unlabelled images."""
 
 import logging
 import math
@@ -15,40 +15,45 @@ from .calibrate import Moments, calibrate, measured_moments
 from .convert import Conversion, build_resnet, merge_pairs
 from .distill import distill, feature_errors
 
-# Of the pictures that gamma and beta are measured on
+# Default number of images for calibration and distillation
 NUM_IMAGES = 128
 
-
+# Height and width of these images in pixels
 SIDE = 256
 
 
 def to_group_norm(
     conversion: Conversion,
     opts: Sequence[str],
-    pictures: Iterable[Path],
+    images: Iterable[Path],
     distill_steps: int = 0,
     moments: Callable[[nn.Module, Tensor], Moments] = measured_moments,
 ) -> None:
-    """Make a GN network of a converted one, in place, by measurement on unlabelled pictures.
+    """Convert a backbone to Group Normalization, in place, with unlabelled images.
+
+    `calibrate` sets gamma and beta of each layer. Label-free distillation can follow; its result
+    is kept only if it lowers the feature errors.
 
     Args:
-        conversion: BN, frozen or not, or GN of another division into groups.
-        opts: `KEY VALUE` pairs; `MODEL.GROUP_NORM` tells the new division.
-        pictures: about 100 files, best of those that the detector will be trained on.
-        distill_steps: of the training that follows, without labels.
-        moments: gives the outputs to reach, from the network that is converted and the pictures.
+        conversion: a BN or FrozenBN backbone, or a GN backbone with another grouping.
+        opts: `KEY VALUE` pairs; the `MODEL.GROUP_NORM` keys set the new grouping.
+        images: about 100 image files, preferably from the detector's training set.
+        distill_steps: number of distillation steps, 0 for none.
+        moments: returns the target moments of each norm layer. It gets the network before the
+            conversion and the images, (N, 3, H, W) and normalised.
 
     Raises:
-        InputError: for groups that do not divide a layer's channels, and unreadable pictures.
+        InputError: if a tensor is missing, the groups do not divide a layer's channels, or an
+            image cannot be read.
     """
     cfg = conversion.cfg.clone()
     cfg.MODEL.RESNETS.NORM = "GN"
     if conversion.missing:
-        raise InputError(f"{conversion.missing[0]} is missing: it cannot be measured on")
+        raise InputError(f"{conversion.missing[0]} is missing: --calibrate needs every tensor")
     merge_pairs(cfg, opts)
     network = build_resnet(cfg, conversion.tensors)
     reference = build_resnet(conversion.cfg, conversion.tensors)
-    x = normalise(load_images(pictures, SIDE, cfg.INPUT.FORMAT), cfg)
+    x = normalise(load_images(images, SIDE, cfg.INPUT.FORMAT), cfg)
     calibrate(network, reference, x, moments(reference, x))
     tensors = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     errors = measure(network, reference, x)
@@ -59,25 +64,32 @@ def to_group_norm(
             tensors, errors = dict(network.state_dict()), distilled
         else:
             logging.getLogger(__name__).warning(
-                f"{distill_steps} steps of distillation brought the features no nearer: the "
-                "calibrated network is kept; take some hundreds of steps"
+                f"{distill_steps} distillation steps did not lower the feature errors, so the "
+                "calibrated weights are kept: use a few hundred steps"
             )
-    told = ", ".join(f"{name} {100 * error:.0f}%" for name, error in errors.items())
+    text = ", ".join(f"{name} {100 * error:.0f}%" for name, error in errors.items())
     logging.getLogger(__name__).info(
-        f"GN on {len(x)} pictures; features differ from {conversion.source}'s by {told} of "
-        "their variance"
+        f"converted to GN with {len(x)} images; mean squared error of the features, relative to "
+        f"their variance: {text}"
     )
     conversion.cfg, conversion.tensors = cfg, tensors
 
 
 @torch.no_grad()
 def measure(network: nn.Module, reference: nn.Module, x: Tensor) -> dict[str, float]:
-    """`feature_errors` on some of the pictures, infinite for a network that has come to NaN."""
+    """`feature_errors` on the first 32 images of `x`; infinite where the network gives NaN."""
     errors = feature_errors(network(x[:32]), reference(x[:32]))
     return {name: error.nan_to_num(math.inf).item() for name, error in errors.items()}
 
 
-def normalise(pictures: Tensor, cfg: CfgNode) -> Tensor:
-    """Pictures (N, 3, H, W) of `INPUT.FORMAT` as the network takes them, on its device."""
+def normalise(images: Tensor, cfg: CfgNode) -> Tensor:
+    """Subtract `MODEL.PIXEL_MEAN` and divide by `MODEL.PIXEL_STD`.
+
+    Args:
+        images: (N, 3, H, W), 0 to 255, channels in the order of `INPUT.FORMAT`.
+
+    Returns:
+        float32 of the same shape, on `MODEL.DEVICE`.
+    """
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
-    return ((pictures - mean) / std).to(cfg.MODEL.DEVICE)
+    return ((images - mean) / std).to(cfg.MODEL.DEVICE)

@@ -1,12 +1,12 @@
-"""From a BN network to a GN one that computes nearly the same: gamma and beta set by measurement.
+"""Calibration: set gamma and beta of a GN network so that it approximates a BN network.
 
-BN's gamma and beta belong to BN's statistics. Under GN's, the same values give other features, and
-every layer adds to the error. Here each GN layer in turn gets the gamma and beta that bring its
-output, channel by channel, to the mean and the standard deviation that the BN layer's output has.
+BN's gamma and beta fit BN's statistics. With GN's statistics, the same values give other features,
+and the error grows from layer to layer. Calibration visits the GN layers in order. It chooses gamma
+and beta so that each output channel has the mean and standard deviation of the BN layer's output.
 
-What that cannot mend is that GN's statistics vary from picture to picture. They vary less where the
-channels of a group are balanced: a filter may be multiplied by any number but 0, which gamma makes
-up for, and the statistics of its group change.
+An error remains, because GN's statistics vary from image to image. They vary less if the channels
+of a group are balanced. Balancing multiplies each filter by a nonzero factor: this changes the
+statistics of the group, and gamma compensates for the factor.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,23 +21,24 @@ from torch import Tensor, nn
 from ..layers import GroupNorm
 from ..modeling.conv import StandardizedConv2d
 
-# Below this a normalised channel (of variance 1 in its group) is taken to carry no signal
+# Normalised channels with a smaller standard deviation count as constant: their gamma becomes 0
 SILENT = 1e-3
-# Below this part of the layer's mean standard deviation a channel is not made as strong as others
+# Channels with a standard deviation below this share of the layer's mean are not rescaled
 FAINT = 1e-2
-# Of the search for signs, which mostly ends after three
+# Limit of the search for signs, which usually ends after three passes
 MAX_PASSES = 10
 
+# Name of a norm layer -> mean and standard deviation of its output, each of shape (C,)
 Moments = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def measured_moments(network: nn.Module, pictures: Tensor) -> Moments:
-    """Mean and standard deviation, by layer, of what a network's norms put out on `pictures`.
+def measured_moments(network: nn.Module, images: Tensor) -> Moments:
+    """Measure the mean and standard deviation of each norm layer's output on `images`.
 
     Args:
         network: a ResNet in evaluation mode.
-        pictures: (N, 3, H, W), normalised as the network takes them.
+        images: (N, 3, H, W), normalised.
 
     Returns:
         name of the norm layer -> (mean, standard deviation), each of shape (C,).
@@ -48,22 +49,22 @@ def measured_moments(network: nn.Module, pictures: Tensor) -> Moments:
         moments[name] = _channel_moments(output)
 
     with _hooks(network, nn.Module.register_forward_hook, measure):
-        network(pictures)
+        network(images)
     return moments
 
 
 @torch.no_grad()
-def calibrate(network: nn.Module, reference: nn.Module, pictures: Tensor, moments: Moments) -> None:
-    """Set gamma and beta of every `GroupNorm`, from the first layer on, in one forward pass.
+def calibrate(network: nn.Module, reference: nn.Module, images: Tensor, moments: Moments) -> None:
+    """Set gamma and beta of every `GroupNorm`, layer after layer, in one forward pass.
 
-    Each filter is multiplied by a number first, which `balance` gives.
+    Each filter is first multiplied by its factor from `balance`. The product of filter and gamma
+    keeps its sign, because the sign decides which values of a channel pass the ReLU.
 
     Args:
-        network: a GN ResNet, changed in place; its convolutions are `reference`'s.
-        reference: the network it comes from, whose layers go by the same names. Filter and gamma
-            together keep their sign, which decides what of a channel the ReLU lets through.
-        pictures: (N, 3, H, W), about 100 unlabelled ones.
-        moments: those to reach, by layer, from `measured_moments` or `promised_moments`.
+        network: a GN ResNet with the convolutions of `reference`; changed in place.
+        reference: the original network, with the same layer names.
+        images: (N, 3, H, W), normalised; about 100 unlabelled images.
+        moments: target output moments of each layer, such as those of `measured_moments`.
     """
     signs = {name: norm.weight.sign() for name, norm in norm_layers(reference).items()}
     modules = dict(network.named_modules())
@@ -72,7 +73,7 @@ def calibrate(network: nn.Module, reference: nn.Module, pictures: Tensor, moment
         convolution = modules[name.removesuffix(".norm")]
         factors = balance(inputs[0], norm.num_groups)
         if isinstance(convolution, StandardizedConv2d):
-            factors = factors.sign()  # the standardised filter has a scale of its own
+            factors = factors.sign()  # standardisation undoes any scale of the filter
         convolution.weight.mul_(factors.view(-1, 1, 1, 1))
         x = inputs[0] * factors.view(-1, 1, 1)
         mean, std = _channel_moments(F.group_norm(x, norm.num_groups, eps=norm.eps))
@@ -83,21 +84,22 @@ def calibrate(network: nn.Module, reference: nn.Module, pictures: Tensor, moment
         return (x,)
 
     with _hooks(network, nn.Module.register_forward_pre_hook, fit):
-        network(pictures)
+        network(images)
 
 
 def balance(x: Tensor, num_groups: int) -> Tensor:
-    """What to multiply channels by, for statistics of groups that depend little on the picture.
+    """Factors for the channels that make group statistics vary less from image to image.
 
-    The magnitudes give all channels one standard deviation, so that none rules its group. The signs
-    let cancel, in the group's mean, what channels have in common: each in turn is flipped where
-    that lowers the variance of the group's mean between pictures, until none is.
+    The magnitudes give all channels the same standard deviation, so that none dominates its group.
+    The signs let common variations of the channels cancel in the mean of the group. They come from
+    a greedy search, which flips a channel if that lowers the variance of the group's mean.
 
     Args:
-        x: (N, C, H, W), what a convolution puts out.
+        x: (N, C, H, W), the output of a convolution.
+        num_groups: number of groups, a divisor of C.
 
     Returns:
-        (C,), none of them 0.
+        nonzero factors of shape (C,).
     """
     std = x.std((0, 2, 3))
     strength = torch.where(std > FAINT * std.mean(), std / std.mean(), torch.ones_like(std))
@@ -118,7 +120,7 @@ def balance(x: Tensor, num_groups: int) -> Tensor:
 
 @contextmanager
 def _hooks(network: nn.Module, register: Callable, hook: Callable) -> Iterator[None]:
-    """The hook on every norm, with the norm's name as its first argument."""
+    """Register `hook` on every norm layer, with the layer's name as its first argument."""
     handles = [register(norm, partial(hook, name)) for name, norm in norm_layers(network).items()]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Detectron2's checkpointer, made strict in what it loads and safe in what it saves."""
+"""Detectron2's checkpointer with strict loading and safe saving."""
 
 import logging
 import zipfile
@@ -15,30 +15,35 @@ from ..files import write_whole
 from ..modeling.parts import weight_names
 from .load import Loaded
 from .names import norm_of
-from .read import BROKEN, is_tensor, read_content
+from .read import READ_ERRORS, is_tensor, read_content
 from .save import save_content
 
-# Ends of names of what stands beside the weights in such files
+# Endings of names in Caffe2 and pycls files that are not weights
 NO_WEIGHTS = ("_momentum", "num_batches_tracked")
 
 
 class StrictCheckpointer(DetectionCheckpointer):
-    """Detectron2's, which says in one block what it loaded, and refuses what does not fit.
+    """A `DetectionCheckpointer` that rejects weights which do not match the model.
 
-    A checkpoint is on the disk whole before `last_checkpoint` names it. On resuming, a checkpoint
-    that is missing or damaged is passed over for the newest whole one, with a warning. Nothing that
-    a file brings along is run.
+    After loading it logs how many tensors were loaded, initialised or not used. A checkpoint is
+    written completely before `last_checkpoint` names it. If that checkpoint is missing or damaged,
+    training resumes from the newest intact one, with a warning. Loading never runs code from a
+    file.
 
     Args:
-        whole: whether the file has to fill all of the model, as for evaluation. Always so when
-            training goes on from a checkpoint of its own.
-        keep: how many of the checkpoints of a running training stay, the newest; 0 for all.
+        model: the model to load into or save.
+        save_dir: folder of the checkpoints, `OUTPUT_DIR` in training.
+        complete: whether the file must contain every tensor of the model, as for evaluation.
+            Resuming always requires this.
+        keep: number of periodic checkpoints to keep, the newest ones; 0 keeps all.
+        **kwargs: as for `DetectionCheckpointer`.
 
     Raises:
-        InputError: on loading a file that the model does not fit, or that is no checkpoint.
-        OSError: on saving, by a disk that is full or gone; what was there before stays.
+        InputError: on loading, if the file does not match the model or cannot be read.
+        OSError: on saving, if the disk fails or is full. Earlier files stay intact.
     """
 
+    # Result of the last `load`
     loaded: Loaded | None = None
 
     def __init__(
@@ -46,12 +51,12 @@ class StrictCheckpointer(DetectionCheckpointer):
         model: nn.Module,
         save_dir: str = "",
         *,
-        whole: bool = False,
+        complete: bool = False,
         keep: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, save_dir, **kwargs)
-        self._whole, self._keep = whole, keep
+        self._complete, self._keep = complete, keep
         self._path = ""
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -67,14 +72,14 @@ class StrictCheckpointer(DetectionCheckpointer):
         self._tidy(path)
 
     def _tidy(self, newest: Path) -> None:
-        """Remove checkpoints that are not to be kept, and what a killed process left half."""
+        """Remove old checkpoints, and partial files of killed processes."""
         for partial in newest.parent.glob("*.pth.partial"):
             partial.unlink()
-        running = sorted(newest.parent.glob(f"model_{'[0-9]' * 7}.pth"))
-        if self._keep and newest in running:
-            # Those of later iterations are of another training, or damaged
-            older = running[: running.index(newest) + 1]
-            for path in older[: -self._keep]:
+        periodic = sorted(newest.parent.glob(f"model_{'[0-9]' * 7}.pth"))
+        if self._keep and newest in periodic:
+            # Checkpoints of later iterations belong to another training run, or are damaged
+            candidates = periodic[: periodic.index(newest) + 1]
+            for path in candidates[: -self._keep]:
                 path.unlink()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -85,56 +90,54 @@ class StrictCheckpointer(DetectionCheckpointer):
         return bool(self.get_checkpoint_file())
 
     def get_checkpoint_file(self) -> str:
-        """The checkpoint to go on from, "" if there is none."""
+        """Path of the checkpoint to resume from, "" if there is none."""
         folder = Path(self.save_dir)
         tag = folder / "last_checkpoint"
-        # Whatever it holds: a disk that failed may have left anything
+        # After a disk failure this file may contain anything
         named = tag.read_bytes().decode(errors="replace").strip() if tag.is_file() else ""
         named = named if named.isprintable() else ""
-        if named and is_whole(folder / named):
+        if named and is_intact(folder / named):
             return str(folder / named)
         others = [path for path in folder.glob("model_*.pth") if path.name != named]
-        whole = sorted((iteration_of(path), path) for path in others if is_whole(path))
-        found = str(whole[-1][1]) if whole and whole[-1][0] >= 0 else ""
-        if found or tag.is_file():
-            passed = f"{folder / named} is missing or damaged" if named else f"{tag} names no file"
-            instead = (
-                f"going on from {found}" if found else "there is no whole checkpoint beside it"
-            )
-            log_first_n(logging.WARNING, f"{passed}: {instead}", key="message", name=__name__)
-        return found
+        intact = sorted((iteration_of(path), path) for path in others if is_intact(path))
+        newest = str(intact[-1][1]) if intact and intact[-1][0] >= 0 else ""
+        if newest or tag.is_file():
+            fault = f"{folder / named} is missing or damaged" if named else f"{tag} names no file"
+            action = f"resuming from {newest}" if newest else f"{folder} has no intact checkpoint"
+            log_first_n(logging.WARNING, f"{fault}: {action}", key="message", name=__name__)
+        return newest
 
     def load(self, path: str, checkpointables: list[str] | None = None, **kwargs: Any) -> Any:
-        self._path, whole = path, self._whole
-        self._whole = whole or checkpointables is None
+        self._path, complete = path, self._complete
+        self._complete = complete or checkpointables is None
         try:
             return super().load(path, checkpointables, **kwargs)
         finally:
-            self._whole = whole
-            # Detectron2's main does so only after files that it could load
+            self._complete = complete
+            # Detectron2's main branch resets this only after a successful load
             self._parsed_url_during_load = None
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         path = Path(filename)
         content = read_content(path)
-        found = dict(content) if isinstance(content, Mapping) else {}
-        # What Detectron2 makes of the files of others, who have other names for tensors
-        author, nest = {".pkl": ("Caffe2", "blobs"), ".pyth": ("pycls", "model_state")}.get(
+        entries = dict(content) if isinstance(content, Mapping) else {}
+        # As in `DetectionCheckpointer`: these suffixes stand for Caffe2's and pycls' tensor names
+        author, key = {".pkl": ("Caffe2", "blobs"), ".pyth": ("pycls", "model_state")}.get(
             path.suffix, ("", "model")
         )
-        if author and not {"model", "__author__"} <= found.keys():
-            tensors = found.get(nest, found)
+        if author and not {"model", "__author__"} <= entries.keys():
+            tensors = entries.get(key, entries)
             loaded = {"__author__": author, "matching_heuristics": True, "model": tensors}
         else:
-            loaded = found if "model" in found else {"model": found}
+            loaded = entries if "model" in entries else {"model": entries}
         if not isinstance(loaded["model"], Mapping) or not loaded["model"]:
-            raise InputError(f"{path} cannot be read as weights: it holds no tensors by name")
+            raise InputError(f"{path} cannot be read as weights: it has no named tensors")
         if author:
             kept = {k: v for k, v in loaded["model"].items() if not str(k).endswith(NO_WEIGHTS)}
             loaded["model"] = kept
         if wrong := [name for name, value in loaded["model"].items() if not is_tensor(value)]:
-            raise InputError(f"{path} cannot be read as weights: {wrong[0]} is no tensor")
-        # On Detectron2's main, MODEL.WEIGHTS may end with ?matching_heuristics=True
+            raise InputError(f"{path} cannot be read as weights: {wrong[0]} is not a tensor")
+        # On Detectron2's main branch, MODEL.WEIGHTS may end with ?matching_heuristics=True
         url = getattr(self, "_parsed_url_during_load", None)
         if url is not None and "matching_heuristics=True" in url.query:
             loaded["matching_heuristics"] = True
@@ -142,34 +145,34 @@ class StrictCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: Any) -> None:
         norm = norm_of(checkpoint["model"])
-        found = super()._load_model(checkpoint)
+        result = super()._load_model(checkpoint)
         model = weight_names(self.model)
-        misshapen = {name for name, *_ in found.incorrect_shapes}
-        fresh = {*found.missing_keys, *misshapen} & {*model}
+        misshapen = {name for name, *_ in result.incorrect_shapes}
+        fresh = {*result.missing_keys, *misshapen} & {*model}
         lost: set[str] = set()
         if checkpoint.get("matching_heuristics"):
-            # Where names are matched by their endings, Detectron2 drops what has another shape
-            lost = {n for n in found.unexpected_keys if any(f.endswith(f".{n}") for f in fresh)}
+            # When Detectron2 matches names by suffix, misshapen tensors are reported as unexpected
+            lost = {n for n in result.unexpected_keys if any(f.endswith(f".{n}") for f in fresh)}
         misshapen |= {f for f in fresh if any(f.endswith(f".{n}") for n in lost)}
-        unused = {*found.unexpected_keys} - lost
+        unused = {*result.unexpected_keys} - lost
         self.loaded = Loaded(model, fresh, misshapen, unused, norm)
-        logging.getLogger(__name__).info(f"Weights of {self._path}\n{self.loaded.block()}")
-        if why := self.loaded.mistake(self._whole):
-            mend = "" if self._whole else self.loaded.mend(self._path)
-            raise InputError(f"MODEL.WEIGHTS {self._path}: {why}{mend}")
+        logging.getLogger(__name__).info(f"Weights of {self._path}\n{self.loaded.summary()}")
+        if reason := self.loaded.mismatch(self._complete):
+            fix = "" if self._complete else self.loaded.fix(self._path)
+            raise InputError(f"MODEL.WEIGHTS {self._path}: {reason}{fix}")
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint is there, its checksums hold, and it can be read."""
+def is_intact(path: Path) -> bool:
+    """Whether a checkpoint exists, its checksums are correct, and it can be read."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None and "model" in read_content(path, "meta")
-    except BROKEN:
+    except READ_ERRORS:
         return False
 
 
 def iteration_of(path: Path) -> int:
-    """The last iteration that a whole checkpoint has seen, -1 for another kind of file."""
+    """The iteration at which a checkpoint was saved; -1 if the file does not record it."""
     try:
         content = read_content(path, "meta")
     except InputError:

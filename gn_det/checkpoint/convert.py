@@ -1,4 +1,4 @@
-"""A backbone from any source as Detectron2 takes it, with every tensor accounted for."""
+"""Conversion of a backbone from any source to Detectron2's ResNet."""
 
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -22,142 +22,140 @@ from .facts import (
     STRIDE,
     Facts,
     architecture,
-    written_facts,
+    recorded_facts,
 )
 from .names import AUTHORS, CAFFE_PIXELS, SOURCES, TORCH_PIXELS, find_source, rename
 from .read import WeightsFile
 
-# Median |mean| / (std / sqrt(n)) of filters of n weights: 0.67 for random ones, and above it for
-# trained ones. Under weight standardisation no gradient reaches the mean, which only decays
+# Threshold for the median of |mean| / (std / sqrt(n)) over filters of n weights. Random filters
+# have 0.67, and trained ones more; with weight standardisation the mean decays towards 0
 STANDARDIZED_BELOW = 0.35
 
 
 @dataclass
 class Conversion:
-    """A ResNet's tensors under Detectron2's names, and the account of all others.
-
-    `cfg` describes the ResNet: architecture, norm, stride and pixels.
-    """
+    """A ResNet under Detectron2's names, and what became of each tensor of the file."""
 
     tensors: dict[str, Tensor]
+    # Config of the ResNet: architecture, norm, stride and pixel format
     cfg: CfgNode
     source: str
-    # name in the file -> why it was left out
+    # Name in the file -> why the tensor is dropped
     dropped: dict[str, str]
-    # under Detectron2's names: those that the ResNet has and the file has not, or in another shape
+    # Detectron2's names of tensors that the file lacks or has in another shape
     missing: list[str]
-    # in the file, and nothing that the ResNet has
+    # Names in the file that match no tensor of the ResNet
     unknown: list[str]
-    # that the file has no need of, under Detectron2's names
-    made: list[str]
-    # config keys that the file does not tell, as they mostly are with its source
+    # Detectron2's names of tensors that were created, because the file does not need them
+    added: list[str]
+    # Config keys that the file does not determine, with their usual values for the source
     assumed: Facts
-    # tensors that stand in other places of the file, by place
+    # Place of other networks in the file -> number of tensors
     others: dict[str, int]
 
-    def account(self) -> Iterator[str]:
-        """Lines for people: tensors taken, made, dropped and why, missing, unknown."""
-        yield f"taken    {len(self.tensors) - len(self.made):4} tensors, named by {self.source}"
-        if self.made:
-            yield f"made     {len(self.made):4} (mean 0 and variance 1: BN is fused in this file)"
+    def summary(self) -> Iterator[str]:
+        """Lines that count the tensors: taken, added, dropped, missing, unknown and ignored."""
+        yield f"taken    {len(self.tensors) - len(self.added):4} tensors, source {self.source}"
+        if self.added:
+            yield f"added    {len(self.added):4} (mean 0, variance 1: BN is fused in this file)"
         yield f"dropped  {len(self.dropped):4}"
-        for why, count in Counter(self.dropped.values()).items():
-            first = next(name for name, reason in self.dropped.items() if reason == why)
-            yield f"         {count:4} {why}: {first}{', ...' * (count > 1)}"
+        for reason, count in Counter(self.dropped.values()).items():
+            first = next(name for name, other in self.dropped.items() if other == reason)
+            yield f"         {count:4} {reason}: {first}{', ...' * (count > 1)}"
         for title, names in (("missing", self.missing), ("unknown", self.unknown)):
             yield f"{title}  {len(names):4}" + "".join(f"\n              {n}" for n in names[:8])
         for place, count in self.others.items():
-            yield f"beside   {count:4} under {place or 'no name'}, not looked at"
+            yield f"ignored  {count:4} under {place or 'the top level'}"
         if self.assumed:
-            told = ", ".join(f"{key} {value}" for key, value in self.assumed.items())
-            yield f"assumed  {told}, as usual with {self.source}; KEY VALUE pairs change it"
+            keys = ", ".join(f"{key} {value}" for key, value in self.assumed.items())
+            yield f"assumed  {keys} (usual for {self.source}; override with KEY VALUE)"
 
-    def refuse_gaps(self, missing: Sequence[str] = (), unknown: Sequence[str] = ()) -> None:
-        """Stop unless everything missing or unknown was foreseen.
+    def check_complete(self, missing: Sequence[str] = (), unknown: Sequence[str] = ()) -> None:
+        """Check that every missing or unknown tensor is allowed.
 
         Args:
-            missing, unknown: names or patterns of names (`res5.*`) that are no mistake.
+            missing, unknown: allowed names, or patterns of names such as "res5.*".
 
         Raises:
-            InputError: naming the first of the others, and the flag that lets them pass.
+            InputError: naming the first tensor that is not allowed, and the flag to allow it.
         """
-        for title, flag, names, foreseen in (
+        for title, flag, names, allowed in (
             ("missing from the file", "--allow-missing", self.missing, missing),
             ("unknown to Detectron2's ResNet", "--allow-unknown", self.unknown, unknown),
         ):
-            left = [n for n in names if not any(fnmatch(n.split(" ")[0], p) for p in foreseen)]
+            left = [n for n in names if not any(fnmatch(n.split(" ")[0], p) for p in allowed)]
             if left:
                 raise InputError(
-                    f"{len(left)} tensors are {title}, {left[0]} the first: give {flag} with their "
-                    "names or a pattern if that is right, and else another file or --source"
+                    f"{len(left)} tensors are {title}, first {left[0]}: give another file or "
+                    f"--source, or allow them with {flag} NAME_OR_PATTERN"
                 )
 
 
 def convert(
     file: WeightsFile, source: str = "auto", opts: Sequence[str] = (), prefix: str | None = None
 ) -> Conversion:
-    """Bring a backbone's tensors under Detectron2's names, and say what they have to agree with.
+    """Convert a backbone to Detectron2's tensor names, and derive its config keys.
 
     Args:
-        source: one of `SOURCES`, or "auto" to tell by the names.
-        opts: `KEY VALUE` pairs for what names cannot tell, such as `INPUT.FORMAT BGR`.
-        prefix: how the names of the network begin, where the file holds several.
+        file: the file that holds the backbone.
+        source: a key of `SOURCES`, or "auto" to detect it from the names.
+        opts: `KEY VALUE` pairs that the file does not determine, such as `INPUT.FORMAT BGR`.
+        prefix: prefix of the network's names, if the file holds several networks.
 
     Raises:
-        InputError: for what Detectron2's ResNet cannot compute: pre-activation networks, other
-            stems, filters that were trained standardised, groups that do not divide the channels;
-            for values that no network has, and keys that contradict the file.
+        InputError: if Detectron2's ResNet does not support the network, as with pre-activation,
+            deep stems or undeclared weight standardisation; if groups do not divide the channels,
+            values are invalid, or `opts` contradict the file.
     """
-    found = find_source(file.tensors)
-    source = found if source == "auto" else source
+    detected = find_source(file.tensors)
+    source = detected if source == "auto" else source
     renamed = rename(file.tensors, SOURCES[source], prefix)
     shape = architecture(renamed.tensors)
     if not shape:
         raise InputError(
-            "its blocks are not those of ResNet-18, 34, 50, 101 or 152; their names begin with "
+            "its blocks are not those of ResNet-18, 34, 50, 101 or 152; its first tensor is "
             f"{min(renamed.tensors, default=min(file.tensors))}"
         )
-    written = written_facts(file)
+    recorded = recorded_facts(file)
     usual = usual_facts(file, source, renamed.norm, shape, opts)
-    facts = usual | {NORM: renamed.norm} | written | shape
+    facts = usual | {NORM: renamed.norm} | recorded | shape
     if STRIDE not in facts:
-        # MSRA's and Detectron's BN models alone; every GN one has it on the 3x3
+        # Only the BN models of MSRA and Detectron have the stride on the 1x1 convolution
         wide = facts.get("MODEL.RESNETS.NUM_GROUPS", 1) > 1
         facts[STRIDE] = renamed.norm != "GN" and not wide
     cfg = backbone_config(facts, opts)
     if is_group_norm(cfg.MODEL.RESNETS.NORM) != (renamed.norm == "GN"):
         raise InputError(
-            f"{NORM} {cfg.MODEL.RESNETS.NORM}: it has {renamed.norm}'s tensors; --norm GN "
-            "--calibrate PICTURES makes GN of BN"
+            f"{NORM} {cfg.MODEL.RESNETS.NORM} contradicts the file, which has {renamed.norm}: to "
+            "convert BN to GN, use --norm GN --calibrate IMAGES"
         )
-    assumed = assumed_facts(cfg, {*opts, *written})
-    if STANDARDIZATION not in {*opts, *written} and looks_standardized(renamed.tensors):
+    assumed = assumed_facts(cfg, {*opts, *recorded})
+    if STANDARDIZATION not in {*opts, *recorded} and looks_standardized(renamed.tensors):
         raise InputError(
-            "its filters have no mean, as after training with weight standardisation, and plain "
-            f"convolutions would compute something else: add {STANDARDIZATION} True for "
-            "standardised convolutions, or False if they were trained plain"
+            "its filters have mean 0, as after training with weight standardisation: add "
+            f"{STANDARDIZATION} True, or False if it was trained without"
         )
-    made = _make_statistics(renamed.tensors) if renamed.norm == "FrozenBN" else []
+    added = _add_statistics(renamed.tensors) if renamed.norm == "FrozenBN" else []
     tensors, missing = _take(renamed.tensors, build_resnet(cfg))
     unknown = [*renamed.unknown, *(name for name in renamed.tensors if name not in tensors)]
     unknown = [name for name in unknown if name not in {m.split(" ")[0] for m in missing}]
     dropped, others = renamed.dropped, file.others
-    return Conversion(tensors, cfg, source, dropped, missing, unknown, made, assumed, others)
+    return Conversion(tensors, cfg, source, dropped, missing, unknown, added, assumed, others)
 
 
-def assumed_facts(cfg: CfgNode, told: Container[str]) -> Facts:
-    """What a config has of keys that neither a file nor its owner has told."""
+def assumed_facts(cfg: CfgNode, known: Container[str]) -> Facts:
+    """The values in `cfg` of keys that neither file nor user set; `known` holds those they set."""
     keys = [STRIDE, *PIXELS]
     if is_group_norm(cfg.MODEL.RESNETS.NORM):
-        # Without running statistics gamma and beta are taken to be GN's, of Detectron's division
-        keys = [NORM, *GROUP_NORM[: GROUP_NORM[1] not in told], *keys]
-    return {key: value_of(cfg, key) for key in keys if key not in told}
+        # A file without running statistics is assumed to have GN, with Detectron's grouping
+        keys = [NORM, *GROUP_NORM[: GROUP_NORM[1] not in known], *keys]
+    return {key: value_of(cfg, key) for key in keys if key not in known}
 
 
 def usual_facts(
     file: WeightsFile, source: str, norm: str | None, shape: Facts, opts: Sequence[str]
 ) -> Facts:
-    """What mostly holds for files of a source, where the file does not tell itself."""
+    """The usual config keys for files of a source, given their norm and `architecture`."""
     facts = dict(SOURCES[source].facts)
     if source == "detectron2":
         facts |= AUTHORS.get(file.author, {})
@@ -165,43 +163,43 @@ def usual_facts(
         facts |= TORCH_PIXELS  # those of GN+WS come from PyTorch, those of GN from Detectron
     if source == "detectron" and norm == "BN" and shape.get("MODEL.RESNETS.NUM_GROUPS", 1) > 1:
         facts["MODEL.PIXEL_STD"] = TORCH_PIXELS["MODEL.PIXEL_STD"][::-1]  # X-101-32x8d
-    told = dict(zip(opts[::2], opts[1::2], strict=False))
-    if told.get("INPUT.FORMAT", facts["INPUT.FORMAT"]) != facts["INPUT.FORMAT"]:
-        # Mean and std are told in the order of the colours
+    given = dict(zip(opts[::2], opts[1::2], strict=False))
+    if given.get("INPUT.FORMAT", facts["INPUT.FORMAT"]) != facts["INPUT.FORMAT"]:
+        # Mean and std have the channel order of INPUT.FORMAT
         facts |= {key: facts[key][::-1] for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")}
     return facts
 
 
 def backbone_config(facts: Facts, opts: Sequence[str] = ()) -> CfgNode:
-    """The config of a whole ResNet on the CPU, with nothing frozen.
+    """The config of a ResNet with outputs res2 to res5, on the CPU and without frozen stages.
 
     Raises:
-        InputError: for keys or values that do not fit.
+        InputError: for unknown keys or invalid values.
     """
     cfg = get_cfg()
     add_gn_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.BACKBONE.NAME = "build_gn_resnet_backbone"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    # Calibration looks at what each norm puts out by itself
+    # Calibration needs the output of each norm layer before the ReLU
     cfg.MODEL.GROUP_NORM.IMPL = "native"
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     merge_pairs(cfg, [word for pair in facts.items() for word in pair])
     merge_pairs(cfg, opts)
     if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-        raise InputError(f'INPUT.FORMAT {cfg.INPUT.FORMAT}: backbones take "RGB" or "BGR"')
+        raise InputError(f'INPUT.FORMAT {cfg.INPUT.FORMAT}: must be "RGB" or "BGR"')
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
         values = cfg.MODEL[key]
         if len(values) != 3 or (key == "PIXEL_STD" and min(values) <= 0):
-            raise InputError(f"MODEL.{key} {values}: give three values, of a std above 0")
+            raise InputError(f"MODEL.{key} {values}: give three values, above 0 for PIXEL_STD")
     return cfg
 
 
 def merge_pairs(cfg: CfgNode, pairs: Sequence[str]) -> None:
-    """Set config keys, in place.
+    """Set config keys in place, from a flat list of keys and values.
 
     Raises:
-        InputError: for keys or values that do not fit.
+        InputError: for unknown keys or invalid values.
     """
     try:
         cfg.merge_from_list(list(pairs))
@@ -210,11 +208,12 @@ def merge_pairs(cfg: CfgNode, pairs: Sequence[str]) -> None:
 
 
 def build_resnet(cfg: CfgNode, tensors: Mapping[str, Tensor] | None = None) -> ResNet:
-    """The ResNet of `backbone_config`, in evaluation mode, on `MODEL.DEVICE`.
+    """Build the ResNet of a config, in evaluation mode, on `MODEL.DEVICE`.
 
     Args:
-        tensors: its weights; what it has no layer for is left. Without them it has no values
-            either, and is on PyTorch's meta device.
+        cfg: from `backbone_config`.
+        tensors: its weights; tensors that the ResNet does not have are ignored. Without weights,
+            the ResNet is on PyTorch's meta device.
 
     Raises:
         InputError: if Detectron2 has no such ResNet, or groups do not divide its channels.
@@ -232,17 +231,17 @@ def build_resnet(cfg: CfgNode, tensors: Mapping[str, Tensor] | None = None) -> R
 
 
 def fold_input(conversion: Conversion) -> None:
-    """Rewrite the first convolution, in place, for BGR pictures of pixel standard deviation 1.
+    """Rewrite the first convolution, in place, for BGR images and a pixel std of 1.
 
-    With PyTorch's mean that makes Detectron2's defaults. The mean stays, in BGR order: after zero
-    padding, no change of weights would make up for another one.
+    These are Detectron2's defaults. The pixel mean keeps its value, in BGR order: because of zero
+    padding, no change of the weights is equivalent to another mean.
 
     Raises:
-        InputError: for standardised filters, which do not keep a scale.
+        InputError: for standardised filters, which ignore the scale of the weights.
     """
     keys, weight = conversion.cfg, conversion.tensors["stem.conv1.weight"]
     if keys.MODEL.RESNETS.WEIGHT_STANDARDIZATION:
-        raise InputError("--fold-input would change standardised filters: leave it out")
+        raise InputError("--fold-input does not support weight standardisation: leave it out")
     std = torch.tensor(keys.MODEL.PIXEL_STD, dtype=torch.float64).view(1, 3, 1, 1)
     weight = weight.double() / std
     if keys.INPUT.FORMAT == "RGB":
@@ -253,9 +252,9 @@ def fold_input(conversion: Conversion) -> None:
 
 
 def looks_standardized(tensors: dict[str, Tensor]) -> bool:
-    """Whether filters look as training with weight standardisation leaves them.
+    """Whether the filters have means near 0, as after training with weight standardisation.
 
-    Its gradient has no part along a filter's mean, so that weight decay alone moves the mean, to 0.
+    Its gradient does not change the mean of a filter, so weight decay moves the mean to 0.
     """
     ratios = []
     for name, weight in tensors.items():
@@ -266,10 +265,10 @@ def looks_standardized(tensors: dict[str, Tensor]) -> bool:
 
 
 def _take(tensors: dict[str, Tensor], resnet: ResNet) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors that a ResNet has, and the names of those that are not there or do not fit.
+    """Select the tensors of a ResNet; also return the names that are missing or misshapen.
 
     Raises:
-        InputError: for values that no network has.
+        InputError: for invalid values: integers, infinities, NaN or negative variances.
     """
     taken, missing = {}, []
     for name, wanted in resnet.state_dict().items():
@@ -277,25 +276,25 @@ def _take(tensors: dict[str, Tensor], resnet: ResNet) -> tuple[dict[str, Tensor]
         if tensor is not None and tensor.shape == wanted.shape:
             taken[name] = tensor.float()
             if not tensor.is_floating_point():
-                raise InputError(f"its {name} has whole numbers ({tensor.dtype}): it is quantised")
+                raise InputError(f"its {name} is {tensor.dtype}: give weights in floating point")
             if not taken[name].isfinite().all():
-                raise InputError(f"its {name} is infinite or NaN: take an earlier checkpoint")
+                raise InputError(f"its {name} is infinite or NaN: give an earlier checkpoint")
             if name.endswith("running_var") and (taken[name] < 0).any():
-                raise InputError(f"its {name} is below 0, which no variance is")
+                raise InputError(f"its {name} is negative: give an intact file")
         elif tensor is not None:
-            missing.append(f"{name} of shape {(*wanted.shape,)}: it is {(*tensor.shape,)}")
+            missing.append(f"{name} of shape {(*wanted.shape,)} (the file has {(*tensor.shape,)})")
         elif not name.endswith("num_batches_tracked"):
             missing.append(name)
     return taken, missing
 
 
-def _make_statistics(tensors: dict[str, Tensor]) -> list[str]:
-    """Add the statistics under which FrozenBN is the affine map that BN was fused into."""
-    made = []
+def _add_statistics(tensors: dict[str, Tensor]) -> list[str]:
+    """Add running statistics that make FrozenBN equal to its affine transform."""
+    added = []
     for name in [name for name in tensors if name.endswith("norm.weight")]:
         layer = name.removesuffix("weight")
         gamma = tensors[name]
         for statistic, value in (("running_mean", 0.0), ("running_var", 1.0 - 1e-5)):
             tensors[layer + statistic] = torch.full_like(gamma, value)
-            made.append(layer + statistic)
-    return made
+            added.append(layer + statistic)
+    return added

@@ -1,4 +1,4 @@
-"""What is known of a backbone's weights, as the config keys that must agree with them."""
+"""Config keys that must agree with a backbone's weights."""
 
 import re
 from collections.abc import Mapping
@@ -11,9 +11,9 @@ from ..errors import InputError
 from .names import CAFFE_PIXELS, SOURCES, TORCH_PIXELS, find_source, rename
 from .read import WeightsFile, read_weights
 
-# Config key -> the value it must have. Of MODEL.RESNETS.NORM, "BN" stands for every norm that takes
-# BN's tensors, and "FrozenBN" for BN that is fused into its affine map and can be nothing else. An
-# unknown key is absent.
+# Config key -> required value; keys without a known value are absent. For MODEL.RESNETS.NORM, "BN"
+# stands for any norm with BN's tensors (BN, SyncBN, FrozenBN). "FrozenBN" stands for BN that is
+# fused into an affine transform, which only FrozenBN can load.
 Facts = dict[str, Any]
 
 NORM = "MODEL.RESNETS.NORM"
@@ -21,12 +21,13 @@ GROUP_NORM = ("MODEL.GROUP_NORM.NUM_GROUPS", "MODEL.GROUP_NORM.DIM_PER_GP")
 PIXELS = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
 STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
 STANDARDIZATION = "MODEL.RESNETS.WEIGHT_STANDARDIZATION"
-# All that ever travels with weights
+# All keys that can be recorded in a file of weights
 KEYS = (
     *(NORM, "MODEL.RESNETS.DEPTH", "MODEL.RESNETS.NUM_GROUPS", "MODEL.RESNETS.WIDTH_PER_GROUP"),
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", "MODEL.RESNETS.RES2_OUT_CHANNELS"),
     *(STRIDE, STANDARDIZATION, *PIXELS, *GROUP_NORM),
 )
+# Number of blocks in res2 to res5 -> depth; ResNet-34 has the same as ResNet-50
 BLOCKS: dict[tuple[int, ...], int] = {
     (2, 2, 2, 2): 18,
     (3, 4, 6, 3): 50,
@@ -34,7 +35,7 @@ BLOCKS: dict[tuple[int, ...], int] = {
     (3, 8, 36, 3): 152,
 }
 
-# What Detectron2 loads by itself
+# Source and format of files that Detectron2 loads without conversion
 NATIVE = (("detectron2", ".pth"), ("detectron2", ".pkl"), ("detectron", ".pkl"))
 
 _MSRA: Facts = {NORM: "BN", STRIDE: True, **CAFFE_PIXELS}
@@ -44,7 +45,7 @@ _GN: Facts = {
 }
 _TORCHVISION: Facts = {NORM: "BN", STRIDE: False, **TORCH_PIXELS}
 _RESNEXT_STD = {"MODEL.PIXEL_STD": [57.375, 57.120, 58.395]}
-# Detectron2's ImageNetPretrained/, after its MODEL_ZOO.md, catalog.py and the configs that use them
+# Backbones below ImageNetPretrained/, from Detectron2's MODEL_ZOO.md, catalog.py and configs
 PUBLISHED: dict[str, Facts] = {
     name: {"MODEL.RESNETS.DEPTH": depth, STANDARDIZATION: False, **facts}
     for name, depth, facts in (
@@ -63,21 +64,27 @@ PUBLISHED: dict[str, Facts] = {
 
 
 def describe(weights: str) -> Facts:
-    """What is known of the file that `MODEL.WEIGHTS` names.
+    """The config keys that must agree with the weights of `MODEL.WEIGHTS`.
 
-    A published file is known by its name, without a download. One on this machine is known by what
-    gn_det wrote into it, else by its tensors. Nothing is known of any other.
+    A published file is recognised by its address, without a download. For a local file, the keys
+    come from gn_det's record in it, or else from its tensors.
+
+    Args:
+        weights: path or address, as in `MODEL.WEIGHTS`.
+
+    Returns:
+        the known keys; empty if nothing is known.
 
     Raises:
-        InputError: if the file is there and cannot be read, or is no ResNet's.
+        InputError: if the file exists and cannot be read.
     """
     path = Path(weights.partition("?")[0])
     if path.is_file():
         return describe_file(path)
-    found = re.search(r"://.*ImageNetPretrained/(?:\d+/)?(.*?)(?:\.pkl)?$", weights)
+    match = re.search(r"://.*ImageNetPretrained/(?:\d+/)?(.*?)(?:\.pkl)?$", weights)
     for name, facts in PUBLISHED.items():
-        # Detectron's own addresses have a number in the place of FAIR
-        if found and found[1] in (name, name.removeprefix("FAIR/")):
+        # Detectron's own addresses have a number instead of FAIR
+        if match and match[1] in (name, name.removeprefix("FAIR/")):
             if facts[NORM] == "BN" and not re.match("detectron2://|.*/detectron2/", weights):
                 return facts | {
                     NORM: "FrozenBN",
@@ -88,14 +95,17 @@ def describe(weights: str) -> Facts:
 
 
 def describe_file(path: Path) -> Facts:
-    """What a file tells: all that gn_det wrote into its own, else architecture and norm.
+    """The keys that gn_det recorded in a file, or else its architecture and norm.
+
+    Returns:
+        the known keys; empty if the file does not hold a ResNet.
 
     Raises:
-        InputError: if it cannot be read.
+        InputError: if the file cannot be read.
     """
     file = read_weights(path, device="meta")
     try:
-        facts = written_facts(file)
+        facts = recorded_facts(file)
     except InputError as error:
         raise InputError(f"{path} cannot be read as weights: {error}") from None
     if facts:
@@ -103,29 +113,27 @@ def describe_file(path: Path) -> Facts:
     try:
         renamed = rename(file.tensors, SOURCES[find_source(file.tensors)])
     except InputError:
-        return {}  # another backbone's
+        return {}  # not a supported ResNet
     return architecture(renamed.tensors) | ({NORM: renamed.norm} if renamed.norm else {})
 
 
-def written_facts(file: WeightsFile) -> Facts:
-    """What gn_det wrote into a file; nothing, if it did not.
+def recorded_facts(file: WeightsFile) -> Facts:
+    """The keys that gn_det recorded in a file; empty for files of other programs.
 
     Raises:
-        InputError: for values that gn_det does not write.
+        InputError: if a recorded value is invalid.
     """
     facts = {key: file.facts[key] for key in KEYS if key in file.facts}
     for key, value in facts.items():
-        if not _is_fact(key, value):
-            raise InputError(f"its own record of {key} is damaged: convert the backbone again")
+        if not _is_valid(key, value):
+            raise InputError(f"its record of {key} is invalid: convert the backbone again")
     if len(facts.keys() & {*GROUP_NORM}) == 1:
-        raise InputError(
-            f"its own record of {GROUP_NORM[0]} is damaged: convert the backbone again"
-        )
+        raise InputError(f"its record of {GROUP_NORM[0]} is invalid: convert the backbone again")
     return facts
 
 
-def _is_fact(key: str, value: Any) -> bool:
-    """Whether a value is of the kind and size that a key has."""
+def _is_valid(key: str, value: Any) -> bool:
+    """Whether a value has the type and range of its key."""
     if key == NORM:
         return type(value) is str and re.fullmatch(r"\w{0,12}", value) is not None
     if key == PIXELS[0]:
@@ -139,9 +147,10 @@ def _is_fact(key: str, value: Any) -> bool:
 
 
 def architecture(tensors: Mapping[str, Tensor]) -> Facts:
-    """The ResNet that tensors under Detectron2's names and of these shapes are of.
+    """Derive the architecture keys of a ResNet from its tensors under Detectron2's names.
 
-    Nothing, if no ResNet of Detectron2's has so many blocks.
+    Returns:
+        depth and widths; empty if Detectron2 has no ResNet with these numbers of blocks.
     """
     blocks = tuple(
         len({name.split(".")[1] for name in tensors if name.startswith(f"{stage}.")})
@@ -150,8 +159,8 @@ def architecture(tensors: Mapping[str, Tensor]) -> Facts:
     basic = "res2.0.conv3.weight" not in tensors
     depth = 34 if basic and blocks == (3, 4, 6, 3) else BLOCKS.get(blocks)
     last = f"res2.0.conv{2 if basic else 3}.weight"
-    telling = {"stem.conv1.weight", "res2.0.conv2.weight", last}
-    if depth is None or basic != (depth in (18, 34)) or not telling <= tensors.keys():
+    required = {"stem.conv1.weight", "res2.0.conv2.weight", last}
+    if depth is None or basic != (depth in (18, 34)) or not required <= tensors.keys():
         return {}
     facts: Facts = {"MODEL.RESNETS.DEPTH": depth}
     facts["MODEL.RESNETS.STEM_OUT_CHANNELS"] = len(tensors["stem.conv1.weight"])
@@ -164,10 +173,13 @@ def architecture(tensors: Mapping[str, Tensor]) -> Facts:
 
 
 def needs_conversion(weights: str) -> str | None:
-    """The source of a file on this machine whose names or format Detectron2 does not load.
+    """The source of a local file that Detectron2 cannot load without conversion.
 
-    Raises:
-        InputError: if it cannot be read.
+    Args:
+        weights: path or address, as in `MODEL.WEIGHTS`.
+
+    Returns:
+        a key of `SOURCES`; None if Detectron2 can load the file or nothing is known of it.
     """
     path = Path(weights.partition("?")[0])
     if not path.is_file():

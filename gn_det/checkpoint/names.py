@@ -1,4 +1,4 @@
-"""How each source names the tensors of a ResNet, and what Detectron2 calls them."""
+"""Tensor names of a ResNet in each source, and their translation to Detectron2's names."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..errors import InputError
 
-# A tensor of Detectron2's ResNet
-TRUNK = re.compile(
+# The name of a tensor in Detectron2's ResNet
+BACKBONE_TENSOR = re.compile(
     r"(stem\.conv1|res[2-5]\.\d+\.(conv[1-3]|shortcut))\."
     r"(weight|norm\.(weight|bias|running_mean|running_var))"
 )
@@ -31,23 +31,25 @@ _STRIDE_3X3 = {"MODEL.RESNETS.STRIDE_IN_1X1": False}
 
 @dataclass(frozen=True)
 class Source:
-    """One way of naming, and what holds for all files of it unless their owner says otherwise."""
+    """A naming scheme, and the config keys that its files usually need."""
 
-    # A name that only files of this source have
+    # Pattern of a name that only files of this source contain
     mark: str
-    # From the source's name to Detectron2's; any other name stays as it is
+    # Translates a name to Detectron2's; returns unknown names unchanged
     rename: Callable[[str], str]
-    # Config keys that must agree with the weights
+    # Config keys that usually agree with files of this source
     facts: Mapping[str, Any] = field(default_factory=dict)
-    # Whether the stem may have a bias that no network uses
+    # Whether files may contain a stem bias that the source's networks do not use
     unused_stem_bias: bool = False
-    # Whether convolutions are (height, width, in, out), as in TensorFlow
+    # Whether filters have the shape (height, width, in, out), as in TensorFlow
     channels_last: bool = False
-    # Whether names may begin with those of modules that the network stands in
+    # Whether names may have a prefix, such as "module.", from enclosing modules
     prefixed: bool = False
 
 
 def _substitute(*rules: tuple[str, str]) -> Callable[[str], str]:
+    """A function that applies `re.sub` with each (pattern, replacement) in order."""
+
     def rename(name: str) -> str:
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
@@ -90,12 +92,12 @@ _OWN_NAMES = _substitute(
     (r"^(module\.)?(backbone\.(bottom_up\.)?|roi_heads\.(?=res5\.))", ""),
 )
 
-_TORCH_TRUNK = r"^((?:[\w-]+\.)*)layer1\.0\.conv1\.weight$"
-# Of several networks in a file, what is taken: MoCo's query encoder, say
+_TORCH_BACKBONE = r"^((?:[\w-]+\.)*)layer1\.0\.conv1\.weight$"
+# If a file holds several networks, the one with such a prefix is used, as MoCo's query encoder
 _USUAL_PREFIX = r"(module\.|backbone\.|body\.|encoder(_q)?\.|model\.|resnet\.)*"
-_TORCH = Source(_TORCH_TRUNK, _from_torch, TORCH_PIXELS | _STRIDE_3X3, prefixed=True)
+_TORCH = Source(_TORCH_BACKBONE, _from_torch, TORCH_PIXELS | _STRIDE_3X3, prefixed=True)
 
-# In the order in which they are looked for
+# `find_source` tries them in this order
 SOURCES = {
     "mmdetection": Source(
         r"^([\w-]+\.)*layer1\.0\.gn1\.weight$",
@@ -126,117 +128,127 @@ SOURCES = {
     "detectron2": Source(r"^([\w.]+\.)?res2\.0\.conv1\.weight$", _OWN_NAMES, CAFFE_PIXELS, True),
 }
 
-# Facts of files in Detectron2's own format, by the `__author__` that stands in them
+# Config keys of files in Detectron2's format, by the file's `__author__` entry
 AUTHORS = {"torchvision": TORCH_PIXELS | _STRIDE_3X3, "MOCO": TORCH_PIXELS | _STRIDE_3X3}
 
-# Networks that look like ResNets and cannot be computed by Detectron2's
+# Pattern of a tensor name -> why Detectron2's ResNet cannot represent the network
 _UNFIT = {
     r"standardized_conv2d|^stages\.\d+\.blocks\.\d+\.(conv|norm)\d\."
     r"|(^|/)preact/|bnlast|block1[/.]unit0?1": (
-        "it is a pre-activation network (ResNet v2, BiT), whose norms stand before its "
-        "convolutions: Detectron2's ResNet cannot compute it"
+        "it is a pre-activation network (ResNet v2, BiT), with norms before convolutions: "
+        "Detectron2's ResNet does not support this"
     ),
     r"^(\w+\.)*conv1\.[03]\.weight$": (
-        "its stem is three convolutions (ResNet-C or -D): Detectron2's ResNet has one of 7x7"
+        "its stem has three convolutions (ResNet-C or -D): Detectron2's ResNet has one 7x7 "
+        "convolution"
     ),
 }
 
-# What a classification network has beside its trunk
+# Tensors of a classification network that are not in the backbone
 CLASSIFIER = (
     r"(^|\.)(fc|fc1000|linear|classifier|head\.fc|pred|last_linear)(\.\d)?"
     r"[./](weight|bias|W|b)(:0)?$"
 )
 STEM_BIAS = r"^stem\.conv1\.bias$"
-# Why a tensor of the file is left out, by its name in the file or Detectron2's
+# Pattern of the original or new name -> why the tensor is dropped
 _DROPPED = {
-    CLASSIFIER: "the classifier",
-    r"num_batches_tracked$": "counters of training",
-    r"_momentum$|(^|/)(learning_rate|global_step)": "the optimizer's",
+    CLASSIFIER: "classifier",
+    r"num_batches_tracked$": "batch counters",
+    r"_momentum$|(^|/)(learning_rate|global_step)": "optimizer state",
     r"^(proposal_generator|roi_heads?|mask_head|top_block|anchor_generator|sem_seg_head|rpn_head"
     r"|neck|bbox_head|data_preprocessor|rpn|fastrcnn|maskrcnn|head)[./]|^(fpn|pixel_)"
     r"|^(conv_rpn|rpn_|bbox_pred|cls_score|fc[67]_|head_conv|_?\[mask\]|_mask_|mask_fcn|conv5_mask"
-    r"|conv_fcn|kps_score|retnet_)": "parts of a detector",
+    r"|conv_fcn|kps_score|retnet_)": "other detector parts",
 }
 
 
 def find_source(names: Iterable[str]) -> str:
-    """Which of `SOURCES` has named these tensors.
+    """Find the source of a file from the names of its tensors.
+
+    Returns:
+        a key of `SOURCES`.
 
     Raises:
-        InputError: for networks that cannot be brought over, and names of no known source.
+        InputError: if Detectron2 does not support the network, or no source uses such names.
     """
     names = list(names)
-    for pattern, why in _UNFIT.items():
+    for pattern, reason in _UNFIT.items():
         if any(re.search(pattern, name) for name in names):
-            raise InputError(why)
+            raise InputError(reason)
     for source, rule in SOURCES.items():
         if any(re.search(rule.mark, name) for name in names):
             return source
     known = ", ".join(SOURCES)
-    raise InputError(f"no ResNet that {known} would name so: it begins with {min(names)}")
+    raise InputError(
+        f"its tensors, such as {min(names)}, do not have the names of a ResNet from {known}"
+    )
 
 
 @dataclass
 class Renamed:
-    """The trunk's tensors under Detectron2's names, and what became of all others."""
+    """The tensors of a backbone under Detectron2's names, and all other names of the file."""
 
     tensors: dict[str, Tensor]
-    # name in the file -> why it was left out
+    # Name in the file -> why the tensor is dropped
     dropped: dict[str, str]
+    # Names in the file that are neither dropped nor part of the backbone
     unknown: list[str]
-    # "BN", "FrozenBN" for BN that is fused into its affine map, "GN" for norms without statistics
+    # "BN", "FrozenBN" for BN fused into an affine transform, "GN" for norms without statistics
     norm: str | None = None
 
 
 def find_prefix(names: Iterable[str], wanted: str | None = None) -> str:
-    """What stands before each of the ResNet's names in a file of PyTorch's, such as `module.`.
+    """Find the prefix of a ResNet's tensor names in a PyTorch file, such as "module.".
 
     Args:
-        wanted: the one to take of several.
+        names: all names of the file.
+        wanted: the prefix to use if the file holds several networks; None for the usual one.
 
     Raises:
-        InputError: if there are several networks and none is wanted, or not the one that is.
+        InputError: if several networks could be meant, or none has the wanted prefix.
     """
-    found = dict.fromkeys(m[1] for name in names if (m := re.match(_TORCH_TRUNK, name)))
-    if wanted is not None and wanted in found:
+    known = dict.fromkeys(m[1] for name in names if (m := re.match(_TORCH_BACKBONE, name)))
+    if wanted is not None and wanted in known:
         return wanted
-    usual = [prefix for prefix in found if re.fullmatch(_USUAL_PREFIX, prefix)] or [*found]
+    usual = [prefix for prefix in known if re.fullmatch(_USUAL_PREFIX, prefix)] or [*known]
     if wanted is not None or len(usual) != 1:
-        told = ", ".join(f'"{prefix}"' for prefix in found) or "no ResNet of PyTorch's"
-        raise InputError(f"its ResNets' names begin with {told}: add --prefix with one of these")
+        prefixes = ", ".join(f'"{prefix}"' for prefix in known) or "(none)"
+        raise InputError(f"the prefixes of its ResNets are {prefixes}: choose one with --prefix")
     return usual[0]
 
 
 def rename(tensors: Mapping[str, Tensor], source: Source, prefix: str | None = None) -> Renamed:
-    """Give the tensors of a file the names and the layout that Detectron2's ResNet has.
+    """Convert the tensors of a file to the names and layout of Detectron2's ResNet.
 
     Args:
-        prefix: as `find_prefix`'s `wanted`; what does not begin with it is then left out.
+        tensors: all tensors of the file, by name.
+        source: the naming scheme of the file.
+        prefix: as `wanted` of `find_prefix`; tensors without this prefix are dropped.
 
     Raises:
-        InputError: as `find_prefix`, where names have prefixes.
+        InputError: if the prefix is ambiguous or not in the file, as in `find_prefix`.
     """
     result = Renamed({}, {}, [])
-    taken = find_prefix(tensors, prefix) if source.prefixed or prefix is not None else ""
+    removed = find_prefix(tensors, prefix) if source.prefixed or prefix is not None else ""
     for name, tensor in tensors.items():
         if prefix and not name.startswith(prefix):
-            result.dropped[name] = f"not of {prefix}"
+            result.dropped[name] = f"without prefix {prefix}"
             continue
-        new = source.rename(name.removeprefix(taken))
-        if TRUNK.fullmatch(new) and new in result.tensors:
+        new = source.rename(name.removeprefix(removed))
+        if BACKBONE_TENSOR.fullmatch(new) and new in result.tensors:
             result.unknown.append(name)  # a second network in the same file
             continue
-        if TRUNK.fullmatch(new):
+        if BACKBONE_TENSOR.fullmatch(new):
             if source.channels_last and tensor.dim() == 4:
                 tensor = tensor.permute(3, 2, 0, 1).contiguous()
             result.tensors[new] = tensor
             continue
         if new == "stem.conv1.bias" and source.unused_stem_bias:
-            result.dropped[name] = "a bias that Detectron does not use either"
+            result.dropped[name] = "stem bias, which Detectron does not use either"
             continue
-        for pattern, why in _DROPPED.items():
+        for pattern, reason in _DROPPED.items():
             if re.search(pattern, new) or re.search(pattern, name):
-                result.dropped[name] = why
+                result.dropped[name] = reason
                 break
         else:
             result.unknown.append(name)
@@ -245,7 +257,7 @@ def rename(tensors: Mapping[str, Tensor], source: Source, prefix: str | None = N
 
 
 def norm_of(names: Iterable[str]) -> str | None:
-    """The norm of a file's trunk, as `Renamed.norm`, or None for names of no known source."""
+    """The norm of a file's backbone as in `Renamed.norm`; None for names of unknown sources."""
     names = list(names)
     try:
         source = SOURCES[find_source(names)]
@@ -256,9 +268,9 @@ def norm_of(names: Iterable[str]) -> str | None:
 
 
 def _norm(names: Iterable[str], renamed: Iterable[str]) -> str | None:
-    trunk = [name for name in renamed if TRUNK.fullmatch(name)]
-    if any(name.endswith("norm.running_mean") for name in trunk):
+    backbone = [name for name in renamed if BACKBONE_TENSOR.fullmatch(name)]
+    if any(name.endswith("norm.running_mean") for name in backbone):
         return "BN"
     if any(name.endswith("_bn_s") for name in names):
         return "FrozenBN"
-    return "GN" if any(name.endswith("norm.weight") for name in trunk) else None
+    return "GN" if any(name.endswith("norm.weight") for name in backbone) else None

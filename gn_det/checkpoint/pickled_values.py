@@ -1,8 +1,8 @@
-"""The values in a pickle of weights, built by functions that check their arguments.
+"""Functions that build the values in a pickle of weights, and check their arguments.
 
-A pickle names the functions that it wants called. The names below are all that are known here, and
-each stands for a function of this file. NumPy's own `dtype` and `scalar` would believe any
-argument, and read memory at an address that the file gives.
+A pickle refers to functions by name. Only the names in this file are allowed, and each stands for
+a replacement defined here. NumPy's own `dtype` and `scalar` do not check their arguments: with
+them, a file could read memory at an address of its choice.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-# Kinds of NumPy's dtypes: bool, integers, floats and complex numbers
+# NumPy's codes of the allowed dtypes: bool, integers, floats and complex numbers
 NUMBERS = "biufc"
-NO_NUMBERS = "an array in it does not hold numbers"
+NOT_NUMERIC = "one of its arrays does not hold numbers"
 DAMAGED = "its pickle is damaged"
-# A file may take this many times its own size in memory, and this many bytes in any case
+# Memory limit of a file: this multiple of its size, plus this number of bytes
 MAX_GROWTH = 8
 ALWAYS_ALLOWED = 2**26
-# Python's hash of an integer is its remainder: larger keys could all be made to collide
+# Python hashes an integer modulo 2**61 - 1, so larger keys could be chosen to collide
 _MAX_KEY = 2**60
 _MAX_DIMENSIONS = 32
 _BYTES_PER_ELEMENT = 64
@@ -32,7 +32,7 @@ _BYTES_PER_ELEMENT = 64
 
 @dataclass(frozen=True)
 class Global:
-    """A name that a pickle refers to, and the function that stands for it, if any."""
+    """A name that a pickle may refer to, and its replacement function, if it can be called."""
 
     name: str
     build: Callable[..., Any] | None = None
@@ -40,7 +40,7 @@ class Global:
 
 @dataclass
 class Dtype:
-    """A NumPy dtype that is being read: kind, size in bytes, then the byte order."""
+    """A NumPy dtype while it is read: kind and size in bytes first, then the byte order."""
 
     kind: str
     size: int
@@ -52,10 +52,10 @@ class Dtype:
 
 @dataclass
 class Budget:
-    """The memory in bytes that the content of a file may still take.
+    """The memory, in bytes, that the content of a file may still use.
 
     Args:
-        file_size: in bytes.
+        file_size: size of the file in bytes.
     """
 
     file_size: int
@@ -65,20 +65,20 @@ class Budget:
         self.left = MAX_GROWTH * self.file_size + ALWAYS_ALLOWED
 
     def spend(self, count: int) -> None:
-        """Take `count` bytes.
+        """Subtract `count` bytes.
 
         Raises:
-            pickle.UnpicklingError: if so many are not left.
+            pickle.UnpicklingError: if fewer bytes are left.
         """
         self.left -= count
         if self.left < 0:
             raise pickle.UnpicklingError(
-                f"its content would take more than {MAX_GROWTH} times the size of the file"
+                f"its content would need more than {MAX_GROWTH} times the size of the file"
             )
 
 
 def numpy_and_python_names(budget: Budget) -> dict[str, Any]:
-    """The functions for NumPy's arrays and Python's containers, by "module.name"."""
+    """The replacements for NumPy's arrays and Python's containers, by "module.name"."""
     functions: dict[str, Callable[..., Any] | None] = {
         "numpy.dtype": _dtype,
         "numpy.ndarray": None,
@@ -101,21 +101,21 @@ def numpy_and_python_names(budget: Budget) -> dict[str, Any]:
 
 
 def call(function: Any, arguments: Any) -> Any:
-    """Build a value by a `Global`; nothing else is ever called.
+    """Call the replacement function of a `Global`.
 
     Raises:
-        pickle.UnpicklingError: for another function.
+        pickle.UnpicklingError: if `function` is not a `Global` that can be called.
     """
     if type(function) is not Global or function.build is None or type(arguments) is not tuple:
-        raise pickle.UnpicklingError("its pickle calls something that is no known function")
+        raise pickle.UnpicklingError("its pickle calls an unknown function")
     return function.build(*arguments)
 
 
 def set_state(value: Any, state: Any, budget: Budget) -> None:
-    """Complete a value that was built without its content.
+    """Set the content of a value that was built without it, as `__setstate__` does.
 
     Raises:
-        pickle.UnpicklingError: for values that need no such thing.
+        pickle.UnpicklingError: if the value's type has no such state.
     """
     if type(value) is np.ndarray:
         *_, shape, dtype, fortran, raw = state
@@ -125,15 +125,16 @@ def set_state(value: Any, state: Any, budget: Budget) -> None:
         value.order = _byte_order(state)
     elif type(value) is OrderedDict:
         _set_metadata(value, state)
-    elif type(value) is not argparse.Namespace:  # whose values nobody reads
+    elif type(value) is not argparse.Namespace:  # its attributes are not needed
         raise pickle.UnpicklingError("its pickle sets attributes")
 
 
 def key_of(value: Any) -> Any:
-    """A key of a dict or an element of a set, whose hash a file cannot make slow.
+    """Return a dict key or set element, after checking that its hash is fast to compute.
 
     Raises:
-        pickle.UnpicklingError: for any other value.
+        pickle.UnpicklingError: if it is not text, bytes, None, a bool, an integer below 2**60 or
+            a short tuple of texts.
     """
     if type(value) is tuple and len(value) <= 8 and all(type(part) is str for part in value):
         return value
@@ -145,10 +146,10 @@ def key_of(value: Any) -> Any:
 
 
 def pairs(values: list[Any]) -> dict[Any, Any]:
-    """A dict of keys and values in turn.
+    """A dict from a flat list of alternating keys and values.
 
     Raises:
-        pickle.UnpicklingError: for a key without a value, or of another kind than `key_of` takes.
+        pickle.UnpicklingError: if a value is missing, or `key_of` rejects a key.
     """
     if len(values) % 2:
         raise pickle.UnpicklingError(DAMAGED)
@@ -156,54 +157,54 @@ def pairs(values: list[Any]) -> dict[Any, Any]:
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
-    """A tuple or list of whole numbers from 0 on, as a tuple.
+    """A shape as a tuple of integers.
 
     Raises:
-        pickle.UnpicklingError: for anything else.
+        pickle.UnpicklingError: if it is not a tuple or list of integers of at least 0.
     """
     if type(value) in (tuple, list) and len(value) <= _MAX_DIMENSIONS:
         sizes = tuple(value)
         if all(type(size) is int and 0 <= size < 2**62 for size in sizes):
             return sizes
-    raise pickle.UnpicklingError("a tensor in it has no valid shape")
+    raise pickle.UnpicklingError("one of its tensors has an invalid shape")
 
 
 def _dtype(code: Any, *_: Any) -> Dtype:
     text = code.decode("latin-1") if type(code) is bytes else code
-    found = re.fullmatch(rf"([{NUMBERS}])(\d{{1,2}})", text) if type(text) is str else None
-    if found is None:
-        raise pickle.UnpicklingError(NO_NUMBERS)
-    dtype = Dtype(found[1], int(found[2]))
-    dtype.get()
+    match = re.fullmatch(rf"([{NUMBERS}])(\d{{1,2}})", text) if type(text) is str else None
+    if match is None:
+        raise pickle.UnpicklingError(NOT_NUMERIC)
+    dtype = Dtype(match[1], int(match[2]))
+    dtype.get()  # raises for sizes that NumPy does not have
     return dtype
 
 
 def _byte_order(state: Any) -> str:
     order = state[1] if type(state) is tuple and len(state) > 1 else None
     order = order.decode("latin-1") if type(order) is bytes else order
-    # The rest is for structures and arrays of arrays
+    # The other entries describe structured dtypes and subarrays
     if order not in ("<", ">", "=", "|") or any(part is not None for part in state[2:5]):
-        raise pickle.UnpicklingError(NO_NUMBERS)
+        raise pickle.UnpicklingError(NOT_NUMERIC)
     return order
 
 
 def _reconstruct(kind: Any, shape: Any, code: Any) -> np.ndarray:
     if type(kind) is not Global or kind.name != "numpy.ndarray" or shape != (0,):
-        raise pickle.UnpicklingError("an array in it is not of NumPy's own kind")
+        raise pickle.UnpicklingError("one of its arrays is not a numpy.ndarray")
     return np.empty(0, np.int8)
 
 
 def _numbers(
     budget: Budget, raw: Any, dtype: Any, shape: Any
 ) -> tuple[bytes, np.dtype, tuple[int, ...]]:
-    """The parts of an array, once they are known to fit each other."""
+    """Check that bytes, dtype and shape of an array agree, and convert to native byte order."""
     if type(dtype) is not Dtype:
-        raise pickle.UnpicklingError(NO_NUMBERS)
+        raise pickle.UnpicklingError(NOT_NUMERIC)
     raw, numbers, shape = _raw(raw), dtype.get(), shape_of(shape)
     if prod(shape) * numbers.itemsize != len(raw):
-        raise pickle.UnpicklingError("an array in it has another size than its bytes")
+        raise pickle.UnpicklingError("one of its arrays does not have the size of its shape")
     budget.spend(len(raw))
-    # PyTorch takes arrays of this machine's byte order alone
+    # PyTorch accepts only the byte order of the machine
     native = numbers.newbyteorder("=")
     if native != numbers:
         raw = np.frombuffer(raw, numbers).astype(native).tobytes()
@@ -211,11 +212,11 @@ def _numbers(
 
 
 def _raw(value: Any) -> bytes:
-    """Bytes, which Python 2 pickled as text."""
+    """Bytes; Python 2 pickled them as text."""
     if type(value) is str:
         return value.encode("latin-1")
     if type(value) not in (bytes, bytearray):
-        raise pickle.UnpicklingError(NO_NUMBERS)
+        raise pickle.UnpicklingError(NOT_NUMERIC)
     return bytes(value)
 
 
@@ -231,7 +232,7 @@ def _frombuffer(budget: Budget, raw: Any, dtype: Any, shape: Any, order: Any) ->
 
 
 def _encode(budget: Budget, text: Any, encoding: Any = None) -> bytes:
-    """Bytes, as protocols before 3 write them."""
+    """Replacement for `codecs.encode`, with which protocols before 3 write bytes."""
     raw = _raw(text)
     budget.spend(len(raw))
     return raw
@@ -259,7 +260,7 @@ def _set(budget: Budget, values: Any = ()) -> set:
 
 
 def _set_metadata(value: OrderedDict, state: Any) -> None:
-    """Set what PyTorch keeps beside a state_dict: versions by the names of modules."""
+    """Set `_metadata` of a state_dict: module name -> {"version": int}."""
     metadata = state.get("_metadata") if type(state) is dict else None
     if isinstance(metadata, dict) and all(
         type(k) is str and type(v) is dict and all(type(n) is int for n in v.values())

@@ -1,4 +1,4 @@
-"""Reading weights of every format without running anything that a file brings along."""
+"""Reading of weights in all formats, without running code from the file."""
 
 import errno
 import math
@@ -25,22 +25,22 @@ from .pickled_values import NUMBERS, Budget
 from .torch_file import LEGACY, read_archive, read_legacy
 from .unpickle import Unpickler
 
-# Where trainers keep the weights, beside optimizer and counters
-NESTS = ("model", "state_dict", "model_state_dict", "model_state", "blobs")
-_WITHOUT_NAMES = "it holds no tensors by name"
-# How deep in a file networks are looked for, among how many names and how long ones
+# Keys of the weights in checkpoints that also hold optimizer state and counters
+WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "blobs")
+_NO_TENSORS = "it has no named tensors"
+# Limits of the search for networks in a file: nesting depth, names, characters in a name
 _DEPTH = 4
 _MAX_NAMES = 200_000
 _MAX_LENGTH = 500
 
-# The third version is for structures whose fields have names beyond ASCII
+# Version 3.0 is omitted: only structured arrays with non-ASCII field names need it
 _NPY_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 
-# What readers raise on files that are no weights, or that somebody has damaged
-BROKEN = (
+# Exceptions that the readers raise for damaged or unsupported files
+READ_ERRORS = (
     *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError),
     *(AssertionError, ArithmeticError, MemoryError, SystemError, pickle.UnpicklingError),
     *(struct.error, zipfile.BadZipFile, zlib.error, safetensors.SafetensorError),
@@ -50,63 +50,69 @@ BROKEN = (
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """The tensors of a file, by name, and the facts that gn_det wrote beside them, if it did."""
+    """The tensors of a file and its metadata."""
 
+    # Name -> tensor
     tensors: dict[str, Tensor]
+    # Config keys that gn_det recorded in the file; not yet validated
     facts: dict[str, Any] = field(default_factory=dict)
-    # Who says to have written it, in Detectron2's own format
+    # `__author__` of files in Detectron2's format
     author: str = ""
-    # How many tensors stand by name in other places, such as averages of the weights
+    # Place of other networks, such as averaged weights -> number of tensors
     others: dict[str, int] = field(default_factory=dict)
 
 
 def read_weights(path: Path, device: str = "cpu") -> WeightsFile:
-    """Read a `.pth`, `.pkl`, `.npz` or `.safetensors` file; but for the last, its content tells.
+    """Read a `.pth`, `.pkl`, `.npz` or `.safetensors` file.
 
-    Nothing but tensors, arrays and plain values is built, whatever the file asks for.
+    The content determines the format, except for files that end in .safetensors. Only tensors,
+    arrays and plain values are created, so a file cannot run code.
 
     Args:
-        device: "meta" for names, shapes and dtypes alone.
+        path: the file.
+        device: "cpu", or "meta" to read only names, shapes and dtypes.
 
     Raises:
-        InputError: if it cannot be read, or holds no tensors by name; the message names it.
+        InputError: if the file cannot be read or has no named tensors.
     """
     content = read_content(path, device)
     if not isinstance(content, Mapping):
-        raise InputError(f"{path} cannot be read as weights: {_WITHOUT_NAMES}")
-    written = content.get("gn_det")
-    facts = dict(written) if isinstance(written, Mapping) else {}
+        raise InputError(f"{path} cannot be read as weights: {_NO_TENSORS}")
+    record = content.get("gn_det")
+    facts = dict(record) if isinstance(record, Mapping) else {}
     try:
         networks = dict(_networks(content))
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} cannot be read as weights: {error}") from None
-    place = next((nest for nest in (*NESTS, "") if nest in networks), None)
+    place = next((key for key in (*WEIGHT_KEYS, "") if key in networks), None)
     if place is None:
-        # Under names of their own: which of them is meant, whoever takes them has to tell
-        found = {
-            f"{nest}.{name}": tensor
-            for nest, tensors in networks.items()
+        # All networks, with their places as prefixes; the caller has to choose one
+        values = {
+            f"{key}.{name}": tensor
+            for key, tensors in networks.items()
             for name, tensor in tensors.items()
         }
     else:
-        found = networks[place]
-    if not found:
-        keys = ", ".join(repr(key)[:50] for key in list(content)[:8]) or "nothing"
-        raise InputError(f"{path} cannot be read as weights: {_WITHOUT_NAMES}, but {keys}")
-    tensors = {name: _tensor(value, name, path, device) for name, value in found.items()}
+        values = networks[place]
+    if not values:
+        keys = ", ".join(repr(key)[:50] for key in list(content)[:8]) or "none"
+        raise InputError(
+            f"{path} cannot be read as weights: {_NO_TENSORS}, and its keys are {keys}"
+        )
+    tensors = {name: _tensor(value, name, path, device) for name, value in values.items()}
     others = {k: len(v) for k, v in networks.items() if place is not None and k != place}
     author = content.get("__author__")
     return WeightsFile(tensors, facts, author if isinstance(author, str) else "", others)
 
 
 def _networks(content: Mapping[Any, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every mapping of names to tensors, by the keys that lead there; "" for the whole file."""
+    """Yield each mapping of names to tensors with its place; the place is "" at the top level."""
     left, waiting = _MAX_NAMES, [("", content, _DEPTH)]
     while waiting:
         place, mapping, depth = waiting.pop()
         left -= len(mapping)
         if left < 0:
-            raise pickle.UnpicklingError("it has too many names")
+            raise pickle.UnpicklingError(f"it has more than {_MAX_NAMES:,} names")
         names = {_name(key): value for key, value in mapping.items()}
         if tensors := {k: v for k, v in names.items() if k is not None and is_tensor(v)}:
             yield place, tensors
@@ -118,32 +124,33 @@ def _networks(content: Mapping[Any, Any]) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def _name(key: Any) -> str | None:
-    """A key as a name, None for the numbers that optimizers keep their state under."""
+    """A key as text; None for other keys, such as the numbers in optimizer state."""
     name = key.decode(errors="replace") if isinstance(key, bytes) else key
     if not isinstance(name, str):
         return None
     if len(name) > _MAX_LENGTH or not name.isprintable():
-        raise pickle.UnpicklingError(f"it has the name {name[:50]!r}")
+        raise pickle.UnpicklingError(f"it has the invalid name {name[:50]!r}")
     return name
 
 
 def read_content(path: Path, device: str = "cpu") -> Any:
-    """All that a file of weights holds, as `read_weights` reads it.
+    """Read the complete content of a file of weights; see `read_weights`.
 
     Raises:
-        InputError: if it cannot be read, or asks for more than tensors, arrays and plain values.
+        InputError: if the file cannot be read or contains other objects than tensors, arrays and
+            plain values.
     """
     try:
         return _read(path, device)
-    except BROKEN as error:
+    except READ_ERRORS as error:
         raise InputError(f"{path} cannot be read as weights: {_reason(error)}") from None
 
 
 def _read(path: Path, device: str) -> Any:
-    # Before it is opened: a pipe would be waited for, and a device has no end
+    # Opening a pipe would block, and a device may be endless
     if not path.is_file():
         if path.exists():
-            raise OSError("it is no regular file")
+            raise OSError("it is not a regular file")
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     budget = Budget(path.stat().st_size)
     with path.open("rb") as file:
@@ -152,10 +159,10 @@ def _read(path: Path, device: str) -> Any:
         with zipfile.ZipFile(path) as archive:
             return _read_zip(archive, budget, device)
     if begin.startswith(b"PK"):
-        raise zipfile.BadZipFile("it is cut off: copy or download it again")
+        raise zipfile.BadZipFile("it is truncated: copy or download it again")
     if path.suffix == ".safetensors" or begin[8:10] == b'{"':
         return load_file(path)
-    # In memory no length that the file claims can be taken for what it has
+    # In memory, reads cannot allocate more than the file holds, whatever lengths it claims
     content = BytesIO(path.read_bytes())
     if begin.startswith(LEGACY):
         return read_legacy(content, budget, device)
@@ -163,66 +170,65 @@ def _read(path: Path, device: str) -> Any:
 
 
 def _read_zip(archive: zipfile.ZipFile, budget: Budget, device: str) -> Any:
-    """The content of an archive of `torch.save` or of `numpy.savez`."""
-    # Compressed archives may unpack to thousands of times their size
+    """Read an archive of `torch.save` or `numpy.savez`."""
+    # A compressed archive can expand to thousands of times its size
     budget.spend(sum(info.file_size for info in archive.infolist()))
     names = archive.namelist()
     if any(name.endswith("/constants.pkl") for name in names):
-        raise zipfile.BadZipFile(
-            "it is a TorchScript program: save the model's state_dict by itself"
-        )
+        raise zipfile.BadZipFile("it is a TorchScript program: save only the model's state_dict")
     try:
         if all(name.endswith(".npy") for name in names):
             arrays = {name.removesuffix(".npy"): _read_npy(archive, name, device) for name in names}
             return {name: array for name, array in arrays.items() if array is not None}
         return read_archive(archive, budget, device)
     except zipfile.BadZipFile as error:
-        raise zipfile.BadZipFile(f"a part of it is damaged: {error}") from None
+        raise zipfile.BadZipFile(f"it is damaged: {error}") from None
 
 
 def _read_npy(archive: zipfile.ZipFile, name: str, device: str) -> np.ndarray | Tensor | None:
-    """An array of numbers, or None for one of text; one without content on the meta device."""
+    """Read an array of numbers; None for text. On the meta device only its shape and dtype."""
     with archive.open(name) as file:
         version = np.lib.format.read_magic(file)
         if version not in _NPY_HEADERS:
-            raise ValueError(f"its array {name} is of version {version[0]} of NumPy's format")
+            raise ValueError(f"its array {name} has version {version[0]} of NumPy's format")
         shape, fortran, dtype = _NPY_HEADERS[version](file)
         if dtype.kind in "SU":
             return None
         if dtype.kind not in NUMBERS:
             raise ValueError(f"its array {name} does not hold numbers")
         if math.prod(shape) * dtype.itemsize != archive.getinfo(name).file_size - file.tell():
-            raise ValueError(f"its array {name} has another size than its bytes")
+            raise ValueError(f"its array {name} does not have the size of its shape")
         if device == "meta":
             empty = torch.from_numpy(np.empty(0, dtype.newbyteorder("=")))
             return empty.new_empty(shape, device="meta")
         array = np.frombuffer(bytearray(file.read()), dtype)
-        # PyTorch takes arrays of this machine's byte order alone
+        # PyTorch accepts only the byte order of the machine
         native = array.astype(dtype.newbyteorder("="), copy=False)
         return native.reshape(shape, order="F" if fortran else "C")
 
 
 def is_tensor(value: object) -> bool:
-    """Whether a value is a tensor, or an array that becomes one."""
+    """Whether a value is a tensor, or an array that can be converted to one."""
     return isinstance(value, Tensor) or (
         isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
     )
 
 
 def _tensor(value: Any, name: str, path: Path, device: str) -> Tensor:
+    """Convert a tensor or array to a dense tensor on `device`."""
     try:
         tensor = value if isinstance(value, Tensor) else torch.from_numpy(value)
     except TypeError as error:
         raise InputError(f"{path} cannot be read as weights: {name}: {_reason(error)}") from None
     if tensor.is_quantized or tensor.is_complex() or tensor.layout != torch.strided:
         raise InputError(
-            f"{path} cannot be read as weights: {name} is quantised, complex or sparse: save the "
-            "network as it was before that"
+            f"{path} cannot be read as weights: {name} is quantised, complex or sparse: save it as "
+            "a dense tensor of real numbers"
         )
     return tensor.to(device)
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """The first line of an error message, or the name of its class."""
     reason = str(error).partition("\n")[0]
     return reason if reason.isprintable() and reason else type(error).__name__

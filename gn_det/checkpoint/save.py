@@ -1,4 +1,4 @@
-"""A backbone's file: tensors under Detectron2's names, with the config keys that must agree."""
+"""Save a backbone together with the config keys that must agree with it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,51 +13,56 @@ from ..config import value_of
 from ..files import write_whole
 from .facts import GROUP_NORM, KEYS, NORM, STRIDE, Facts
 
+# Keys that only affect bottleneck blocks
 BOTTLENECK = (STRIDE, "MODEL.RESNETS.NUM_GROUPS", "MODEL.RESNETS.WIDTH_PER_GROUP")
 
 
 def save_backbone(tensors: Mapping[str, Tensor], cfg: CfgNode, path: Path) -> None:
-    """Write a backbone for `MODEL.WEIGHTS`, and what must agree with it as YAML beside it.
+    """Write a file for `MODEL.WEIGHTS`, and a YAML file with the matching config keys.
 
-    What they replace stays until both are written whole.
+    Existing files are replaced only after both new files are complete.
 
     Args:
-        tensors: under Detectron2's names, without the prefix of a detector.
-        cfg: the config that they were trained by.
+        tensors: the weights under the names of Detectron2's ResNet, such as "res2.0.conv1.weight".
+        cfg: the config that they were trained with.
+        path: the file to write; the YAML file has the same name with the suffix ".yaml".
+
+    Raises:
+        OSError: if the disk fails or is full.
     """
     facts = facts_of(cfg)
     content = {
         "model": {name: tensor.detach().cpu() for name, tensor in tensors.items()},
         "__author__": "gn_det",
-        # Detectron2 then finds `backbone.bottom_up.` and the like by itself
+        # Lets Detectron2 load these names into `backbone.bottom_up.` and the like
         "matching_heuristics": True,
         "gn_det": facts,
     }
     with write_whole(path, "wb") as weights, write_whole(path.with_suffix(".yaml")) as text:
         save_content(content, weights)
-        # Before either takes its place: the disk may be full
+        # A full disk must fail here, before either file is replaced
         weights.flush()
         text.write(keys_as_yaml(facts, path))
 
 
 def save_content(content: dict[str, Any], file: IO[bytes]) -> None:
-    """`torch.save`, whose error tells what the disk's was.
+    """`torch.save`, but with the original `OSError` if writing fails.
 
     Raises:
-        OSError: by a disk that is full or gone.
+        OSError: if the disk fails or is full.
     """
     try:
         torch.save(content, file)
     except RuntimeError as error:
-        # PyTorch goes on to the end of its archive, and then only sees that something is missing
+        # PyTorch replaces the disk's error by its own, about an incomplete archive
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
 
 
 def facts_of(cfg: CfgNode) -> Facts:
-    """The keys of a config that weights trained by it have to be used with."""
-    # The blocks of ResNet-18 and 34 know neither 1x1 strides nor groups
+    """The keys of a config that weights trained with it require."""
+    # The basic blocks of ResNet-18 and 34 have neither 1x1 convolutions nor groups
     basic = cfg.MODEL.RESNETS.DEPTH in (18, 34)
     left_out = BOTTLENECK * basic + GROUP_NORM * (cfg.MODEL.RESNETS.NORM != "GN")
     facts = {key: value_of(cfg, key) for key in KEYS if key not in left_out}
@@ -67,13 +72,13 @@ def facts_of(cfg: CfgNode) -> Facts:
 
 
 def keys_as_yaml(facts: Facts, weights: Path) -> str:
-    """The facts as they stand in a config file that takes these weights."""
+    """The facts as a YAML config, with `MODEL.WEIGHTS` set to `weights`."""
     tree: dict = {"MODEL": {"WEIGHTS": str(weights)}}
     for key, value in facts.items():
         node = tree
         *parents, last = key.split(".")
         for parent in parents:
             node = node.setdefault(parent, {})
-        # Of all that BN's tensors fit, what detectors are fine-tuned with
+        # Of the norms with BN's tensors, FrozenBN is the usual one for fine-tuning detectors
         node[last] = "FrozenBN" if (key, value) == (NORM, "BN") else value
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)

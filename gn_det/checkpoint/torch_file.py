@@ -1,7 +1,7 @@
-"""The two formats of `torch.save`, read without an unpickler that calls functions.
+"""Reading of both `torch.save` formats with an unpickler that calls no functions of the file.
 
-Sizes that a file claims are compared with the bytes that are there, whatever the version of
-PyTorch, and tensors on the meta device are described without reading their bytes.
+The sizes in a file are checked against the bytes it holds, for every version of PyTorch. For
+tensors on the meta device the bytes are not read.
 """
 
 import pickle
@@ -22,9 +22,9 @@ from torch import Tensor
 from .pickled_values import Budget, Global, call, shape_of
 from .unpickle import Unpickler
 
-# How files begin that are no zip archives (PyTorch before 1.6)
+# First bytes of files in the format of PyTorch before 1.6, which are not zip archives
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
-_LEGACY_PICKLES = 3  # magic number, protocol and system, before the content
+_LEGACY_PICKLES = 3  # magic number, protocol and system information precede the content
 
 _STORAGES = {
     "Double": torch.float64,
@@ -56,7 +56,7 @@ _OTHER_TENSORS = (
 
 @dataclass(frozen=True)
 class Storage:
-    """The bytes that tensors are views of; without `content` on the meta device."""
+    """The bytes that tensors are views of; `content` is None on the meta device."""
 
     dtype: torch.dtype
     nbytes: int
@@ -64,23 +64,24 @@ class Storage:
 
 
 def read_archive(archive: zipfile.ZipFile, budget: Budget, device: str) -> Any:
-    """The content of a zip archive of `torch.save`.
+    """Read a zip archive of `torch.save`.
 
     Args:
-        budget: of the file.
-        device: "meta" for tensors without content, whose bytes stay unread.
+        archive: the opened file.
+        budget: memory limit for the file.
+        device: "cpu", or "meta" for tensors without content.
 
     Raises:
-        pickle.UnpicklingError, ValueError, LookupError: for a damaged file.
-        zipfile.BadZipFile: for bytes that do not fit their checksum.
+        pickle.UnpicklingError, ValueError, LookupError: if the file is damaged.
+        zipfile.BadZipFile: if a checksum is wrong.
     """
     roots = {name.rpartition("/")[0] for name in archive.namelist() if _is_content(name)}
     if len(roots) != 1:
-        raise pickle.UnpicklingError("it is a zip archive, but not one of weights")
+        raise pickle.UnpicklingError("it is a zip archive without weights")
     root = roots.pop()
     order = f"{root}/byteorder"
     if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
-        raise pickle.UnpicklingError("it was written on a machine of another byte order")
+        raise pickle.UnpicklingError("it was written on a machine with another byte order")
     storages: dict[str, Storage] = {}
 
     def find(place: Any) -> Storage:
@@ -88,7 +89,7 @@ def read_archive(archive: zipfile.ZipFile, budget: Budget, device: str) -> Any:
         if key not in storages:
             record, nbytes = f"{root}/data/{key}", count * kind.itemsize
             if archive.getinfo(record).file_size != nbytes:
-                raise pickle.UnpicklingError(f"its record {record} has another size than it says")
+                raise pickle.UnpicklingError(f"its record {record} has the wrong size")
             content = None if device == "meta" else bytearray(archive.read(record))
             storages[key] = Storage(kind, nbytes, content)
         return storages[key]
@@ -102,10 +103,10 @@ def _is_content(name: str) -> bool:
 
 
 def read_legacy(file: IO[bytes], budget: Budget, device: str) -> Any:
-    """The content of a file in the format of PyTorch before 1.6; see `read_archive`."""
+    """Read a file in the format of PyTorch before 1.6; see `read_archive`."""
     *_, system = (Unpickler(file, budget).load() for _ in range(_LEGACY_PICKLES))
     if system["little_endian"] != (sys.byteorder == "little"):
-        raise pickle.UnpicklingError("it was written on a machine of another byte order")
+        raise pickle.UnpicklingError("it was written on a machine with another byte order")
     storages: dict[str, Storage] = {}
 
     def find(place: Any) -> Storage:
@@ -119,37 +120,35 @@ def read_legacy(file: IO[bytes], budget: Budget, device: str) -> Any:
     content = Unpickler(file, budget, _names(budget), find).load()
     keys = Unpickler(file, budget).load()
     if type(keys) is not list or sorted(keys) != sorted(storages):
-        raise pickle.UnpicklingError("its tensors are not all there")
+        raise pickle.UnpicklingError("some of its tensors are missing")
     for key in keys:
         storage = storages[key]
         (count,) = struct.unpack("<q", file.read(8))
         if count * storage.dtype.itemsize != storage.nbytes:
-            raise pickle.UnpicklingError("a tensor in it has another size than it says")
-        read = file.read(storage.nbytes)
-        if len(read) != storage.nbytes:
-            raise EOFError("it is cut off: copy or download it again")
+            raise pickle.UnpicklingError("one of its tensors has the wrong size")
+        raw = file.read(storage.nbytes)
+        if len(raw) != storage.nbytes:
+            raise EOFError("it is truncated: copy or download it again")
         if storage.content is not None:
-            storage.content[:] = read
+            storage.content[:] = raw
     return content
 
 
 def _parts(place: Any, length: int) -> tuple[torch.dtype, str, int]:
-    """Type, key and number of elements of a storage that a pickle refers to."""
+    """Dtype, key and number of elements of a storage that a pickle refers to."""
     if type(place) is tuple and place[:1] == ("module",):
-        raise pickle.UnpicklingError(
-            "it contains a whole module: save the model's state_dict by itself"
-        )
+        raise pickle.UnpicklingError("it contains a module: save only the model's state_dict")
     if type(place) is not tuple or len(place) != length or place[0] != "storage":
-        raise pickle.UnpicklingError("a tensor in it has no valid storage")
+        raise pickle.UnpicklingError("one of its tensors has an invalid storage")
     _, kind, key, _, count = place[:5]
     known = type(kind) is torch.dtype and type(key) is str and type(count) is int
     if not known or count < 0 or any(part is not None for part in place[5:]):
-        raise pickle.UnpicklingError("a tensor in it has no valid storage")
+        raise pickle.UnpicklingError("one of its tensors has an invalid storage")
     return kind, key, count
 
 
 def _names(budget: Budget) -> dict[str, Any]:
-    """Functions and values by the names that `torch.save` writes."""
+    """The functions and values that `torch.save` refers to, by "module.name"."""
     functions: dict[str, Callable[..., Any] | None] = {
         "torch.Size": lambda sizes=(): shape_of(sizes),
         "torch.device": lambda kind, *_: kind if type(kind) is str else "",
@@ -174,37 +173,38 @@ def _names(budget: Budget) -> dict[str, Any]:
 
 def _refuse(*_: Any) -> None:
     raise pickle.UnpicklingError(
-        "it has quantised or sparse tensors: save the network as it was before that"
+        "it has quantised, sparse or other special tensors: save them as dense tensors"
     )
 
 
 def _rebuild(
     budget: Budget, storage: Any, offset: Any, size: Any, stride: Any, *_: Any
 ) -> Tensor | None:
-    """A view of a storage, all of whose elements lie inside it."""
+    """Replacement for PyTorch's function that builds a view of a typed storage."""
     return _view(budget, storage, storage.dtype, offset, size, stride)
 
 
 def _rebuild_typed(
     budget: Budget, storage: Any, offset: Any, size: Any, stride: Any, *more: Any
 ) -> Tensor | None:
-    """The same of an untyped storage, the third of `more` being its dtype."""
+    """The same for an untyped storage; the third element of `more` is the dtype."""
     return _view(budget, storage, more[2], offset, size, stride)
 
 
 def _view(budget: Budget, storage: Any, dtype: Any, offset: Any, size: Any, stride: Any) -> Tensor:
+    """A view of a storage, after checking that all of its elements are inside the storage."""
     size, stride, (offset,) = shape_of(size), shape_of(stride), shape_of((offset,))
     if type(storage) is not Storage or type(dtype) is not torch.dtype or len(size) != len(stride):
-        raise pickle.UnpicklingError("a tensor in it has no valid storage")
+        raise pickle.UnpicklingError("one of its tensors has an invalid storage")
     count = prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if count and (last + 1) * dtype.itemsize > storage.nbytes:
-        raise pickle.UnpicklingError("a tensor in it reaches past the end of its storage")
-    # What is loaded into a model is as large as its shape says, whatever its strides are
+        raise pickle.UnpicklingError("one of its tensors exceeds its storage")
+    # Strides of 0 make large tensors from few bytes, but copies of them need the full memory
     budget.spend(count * dtype.itemsize)
     if storage.content is None:
         return torch.empty_strided(size, stride, dtype=dtype, device="meta")
     if not count:
         return torch.empty(size, dtype=dtype)
-    whole = torch.frombuffer(storage.content, dtype=torch.uint8)
-    return torch.empty(0, dtype=dtype).set_(whole.untyped_storage(), offset, size, stride)
+    raw = torch.frombuffer(storage.content, dtype=torch.uint8)
+    return torch.empty(0, dtype=dtype).set_(raw.untyped_storage(), offset, size, stride)

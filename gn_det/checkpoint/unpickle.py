@@ -1,7 +1,7 @@
-"""A reader of pickles that runs nothing.
+"""An unpickler that runs no code from the file.
 
-Python's unpickler looks up and calls the functions that a file names. This one follows the same
-instructions, but finds names in a table of its own alone, see `pickled_values`.
+Python's unpickler imports and calls any function that a file names. This one interprets the same
+instructions, but looks names up only in a fixed table; see `pickled_values`.
 """
 
 import codecs
@@ -22,7 +22,7 @@ from .pickled_values import (
     set_state,
 )
 
-# A checkpoint with its optimizer has some 100,000
+# A checkpoint with optimizer state has about 100,000
 _MAX_INSTRUCTIONS = 10_000_000
 _OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 _DICTS = (dict, OrderedDict, Counter)
@@ -41,10 +41,10 @@ class Unpickler:
     """Reads one pickle.
 
     Args:
-        file: lies in memory, so that it holds as many bytes as are asked for, or the end is seen.
-        budget: of the whole file.
-        names: values by "module.name", beside those for NumPy and Python's own containers.
-        persistent_load: called with a pickle's reference to a value that lies outside it.
+        file: must be in memory, so that a read cannot allocate more than the file holds.
+        budget: memory limit for the file.
+        names: values by "module.name", in addition to those of NumPy and Python's containers.
+        persistent_load: called with a reference to a value outside the pickle; returns the value.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class Unpickler:
         self._memo: dict[int, Any] = {}
 
     def load(self) -> Any:
-        """The value that the pickle describes.
+        """Read the pickle and return its value.
 
         Raises:
-            pickle.UnpicklingError: for a damaged pickle, and for names that are not known.
-            ValueError, LookupError, TypeError, AttributeError: for a damaged pickle.
+            pickle.UnpicklingError: if the pickle is damaged or contains an unknown name.
+            ValueError, LookupError, TypeError, AttributeError: if the pickle is damaged.
         """
         for _ in range(_MAX_INSTRUCTIONS):
             name, argument = self._next()
@@ -76,18 +76,18 @@ class Unpickler:
                 self._stack.append(_CONSTANTS[name])
             elif name in _LITERALS:
                 self._stack.append(argument)
-            elif follow := getattr(self, f"_{name}", None):
-                follow(argument)
+            elif execute := getattr(self, f"_{name}", None):
+                execute(argument)
             elif name not in _IGNORED:
-                raise pickle.UnpicklingError(f"its pickle has the instruction {name}")
+                raise pickle.UnpicklingError(f"its pickle has the unsupported instruction {name}")
         raise pickle.UnpicklingError(f"its pickle has more than {_MAX_INSTRUCTIONS:,} instructions")
 
     def _next(self) -> tuple[str, Any]:
         opcode = _OPCODES.get(self._file.read(1))
         if opcode is None:
-            raise pickle.UnpicklingError("it is no pickle and no other file of weights")
+            raise pickle.UnpicklingError("its format is unknown")
         if opcode.name == "STRING":
-            # Python 2's text holds bytes of any value, at which pickletools stops
+            # Text of Python 2 can hold any bytes, which pickletools does not accept
             quoted = self._file.readline().strip()[1:-1]
             return opcode.name, codecs.escape_decode(quoted)[0].decode("latin-1")
         return opcode.name, opcode.arg.reader(self._file) if opcode.arg else None
@@ -110,7 +110,7 @@ class Unpickler:
         self._stack.append(value)
         return value
 
-    # Below stands a method for each instruction, under its name in pickletools
+    # The methods below execute the instruction of the same name in pickletools
 
     def _MARK(self, _: None) -> None:
         self._marks.append(len(self._stack))
@@ -175,7 +175,7 @@ class Unpickler:
     def _SETITEMS(self, _: None) -> None:
         values = pairs(self._pop_mark())
         mapping = self._top(*_DICTS)
-        for key, value in values.items():  # a Counter's own `update` would add
+        for key, value in values.items():  # `Counter.update` would add the counts
             mapping[key] = value
 
     def _ADDITEMS(self, _: None) -> None:
@@ -204,13 +204,13 @@ class Unpickler:
         self._stack.append(self._find(f"{module:s}.{name:s}"))
 
     def _find(self, name: str) -> Any:
-        # NumPy 2 and Python 2 have other names for the same modules
+        # NumPy 2 and Python 2 use other names for these modules
         name = re.sub(r"^numpy\._core\.", "numpy.core.", name)
         name = re.sub(r"^__builtin__\.", "builtins.", name)
         if name not in self._names:
             raise pickle.UnpicklingError(
-                f"it asks for {name[:100]}, which is no tensor: save the model's state_dict by "
-                "itself"
+                f"it contains {name[:100]}, which is neither a tensor nor a plain value: save only "
+                "the model's state_dict"
             )
         return self._names[name]
 
@@ -227,5 +227,5 @@ class Unpickler:
 
     def _BINPERSID(self, _: None) -> None:
         if self._persistent_load is None:
-            raise pickle.UnpicklingError("its pickle refers to values that are not in the file")
+            raise pickle.UnpicklingError("its pickle refers to values outside the file")
         self._stack.append(self._persistent_load(self._pop()))

@@ -1,7 +1,7 @@
-"""The demo: BN* against GN in miniature, from an embedded data set to a report.
+"""Run the demo: compare BN* with GN on a small generated dataset, from pretraining to a report.
 
-Every step is one of the project's own commands in a process of its own, whose product in the output
-folder says that it is done; a demo that was interrupted goes on from there.
+Every step is one of the project's commands, run as a subprocess. A step is finished once its result
+is in the output folder, so the same command resumes an interrupted demo.
 """
 
 import argparse
@@ -20,13 +20,14 @@ from ..model_zoo import get_config_file
 from .jobs import PRETRAIN, TRAIN, Training, run_trainings
 
 TITLE = "BN* against GN: the demo"
+EXAMPLE = "example: gn-det demo --output-dir output/demo"
 TEXT = (
     "Two ResNet-18 backbones are pretrained by classifying object crops at batch 32, one with "
     "BatchNorm and one with Group Normalization. Three Mask R-CNNs (FPN, 4conv1fc box head) are "
     "then fine-tuned at 2 images a batch, with the same seed, data, schedule and heads. BN* is "
     "BatchNorm with its statistics frozen, the usual choice for fine-tuning detectors."
 )
-# (model, its norms in words, its config, the config of its pretraining)
+# (model, description of its norms, its config, the config of its pretraining)
 MODELS = (
     ("BN*", "backbone: frozen BN", "mask_rcnn_R_18_FPN_frozenbn", "pretrain_R_18_bn"),
     ("GN", "backbone, FPN, box and mask head: GN", "mask_rcnn_R_18_FPN_gn", "pretrain_R_18_gn"),
@@ -36,11 +37,11 @@ PRETRAININGS = sorted({model[3] for model in MODELS})
 
 
 class Demo:
-    """The steps of the demo below one output folder.
+    """The steps of the demo in one output folder.
 
     Args:
-        output: made if it does not exist.
-        opts: `KEY VALUE` overrides for every training, as `SOLVER.MAX_ITER 100`.
+        output: created if it does not exist.
+        opts: `KEY VALUE` overrides for every training run, as `SOLVER.MAX_ITER 100`.
     """
 
     def __init__(self, output: Path, opts: list[str]) -> None:
@@ -51,17 +52,18 @@ class Demo:
         self.start = time.monotonic()
 
     def run(self) -> None:
-        """Make the data, pretrain, fine-tune and evaluate, and write the report.
+        """Generate the dataset, pretrain, fine-tune, evaluate, and write the report.
 
         Raises:
-            InputError: if the folder cannot be written, or holds a demo with other settings.
+            InputError: if the folder is not writable or has runs with other settings, or a run
+                fails.
         """
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot write to {self.output}: {error.strerror}") from None
         if not self.shapes.exists():
-            self.say("drawing the data set `shapes`")
+            self.log("generating the dataset `shapes`")
             make_shapes(self.shapes)
         pretrainings = [self.training(name, PRETRAIN, CHECKPOINT) for name in PRETRAININGS]
         tunings = []
@@ -80,7 +82,14 @@ class Demo:
     def training(
         self, config: str, program: tuple[str, ...], product: str, weights: str = ""
     ) -> Training:
-        """A training of a config of `Shapes`."""
+        """A training run of `configs/Shapes/CONFIG.yaml`.
+
+        Args:
+            config: name of the config and of the output folder.
+            program: `TRAIN` or `PRETRAIN`.
+            product: file that exists once the run is finished.
+            weights: `MODEL.WEIGHTS`.
+        """
         keys = {
             "MODEL.DEVICE": self.device,
             "MODEL.WEIGHTS": weights,
@@ -91,7 +100,7 @@ class Demo:
         return Training(config, self.output / config, path, opts, program, product)
 
     def facts(self) -> dict[str, str | int | list[str]]:
-        """What the report tells of the data and the schedules."""
+        """Facts about the data and schedules, for the report."""
         cfg = self.training(MODELS[0][2], TRAIN, RECORD).cfg
         facts: dict[str, str | int | list[str]] = {}
         for split, name in (("train", "training pictures"), ("val", "validation pictures")):
@@ -110,27 +119,29 @@ class Demo:
         return facts
 
     def report(self, runs: Iterable[Run]) -> None:
-        """Write the report and show its table."""
-        self.say("writing the report")
+        """Write the report, and print AP of every model."""
+        self.log("writing the report")
         about = {"title": TITLE, "text": TEXT, "facts": self.facts()}
         results = write_report(list(runs), self.shapes / "instances_val.json", self.output, about)
         for model in results["models"]:
             box, mask = (model[kind]["AP"]["mean"] for kind in ("bbox", "segm"))
             print(f"    {model['model']:4} box AP {box:5.1f}   mask AP {mask:5.1f}")
-        self.say(f"done: open {self.output / 'report.html'}")
+        self.log(f"done: open {self.output / 'report.html'}")
 
-    def say(self, what: str) -> None:
+    def log(self, message: str) -> None:
+        """Print a message with the elapsed time."""
         minutes, seconds = divmod(int(time.monotonic() - self.start), 60)
-        print(f"[{minutes:2}:{seconds:02}] {what}", flush=True)
+        print(f"[{minutes:2}:{seconds:02}] {message}", flush=True)
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """The whole of `tools/demo.py`."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("output/demo"), metavar="FOLDER")
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, for every training"
-    )
+    """Run the command `gn-det demo`, which is also `tools/demo.py`."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog=EXAMPLE)
+    add = parser.add_argument
+    help_ = "folder for data, runs and report (default %(default)s)"
+    add("--output-dir", type=Path, default=Path("output/demo"), metavar="FOLDER", help=help_)
+    help_ = "KEY VALUE pairs that override the config of every training run"
+    add("opts", nargs=argparse.REMAINDER, help=help_)
     args = parser.parse_args(argv)
     with exit_on_input_error():
         Demo(args.output_dir, args.opts).run()

@@ -1,4 +1,4 @@
-"""The initial weights of each norm in a comparison; a BN backbone is converted for GN."""
+"""Choose the initial weights of each norm; convert a BN backbone to GN where needed."""
 
 import json
 import random
@@ -20,20 +20,20 @@ from ..errors import InputError
 from ..modeling.norm import is_group_norm
 from .plan import NORMS, split_norm
 
-# Of the training towards the BN network's features that follows on calibration
+# Steps of distillation from the BN network's features, after calibration
 DISTILL_STEPS = 300
 
 
 def weight_keys(weights: str) -> dict[str, Any]:
-    """`MODEL.WEIGHTS` and the keys that have to agree with them, other than the norm."""
+    """`MODEL.WEIGHTS`, and the keys other than the norm that must agree with the checkpoint."""
     facts = {key: value for key, value in describe(weights).items() if key != NORM}
     return {"MODEL.WEIGHTS": weights, **facts}
 
 
-def untold_keys(weights: str, cfg: CfgNode) -> dict[str, Any]:
-    """Pixels and strides of a backbone's file that does not tell its own: the config's.
+def missing_facts(weights: str, cfg: CfgNode) -> dict[str, Any]:
+    """Pixel and stride keys that a backbone file does not record, with the config's values.
 
-    They are BN*'s by Detectron2's own rule, and so GN has to be measured with them, too.
+    Detectron2 uses the config's values for such a file. The conversion to GN must use the same.
     """
     facts = describe(weights) if weights else {}
     if not facts or not Path(weights).is_file():
@@ -45,56 +45,61 @@ def find_weights(
     norms: Iterable[str],
     given: Sequence[str],
     cfg: CfgNode,
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     output: Path,
     distill_steps: int = DISTILL_STEPS,
 ) -> dict[str, str]:
-    """Initial weights for each norm; a BN backbone is converted where it has to be.
+    """Initial weights of each norm; a BN backbone is converted for GN where needed.
 
     Args:
-        given: `--init`, each a file, or NORM=FILE. The base config's weights, if there are none.
+        norms: as in `Cell`.
+        given: values of `--init`, each a file or NORM=FILE; without any, the base config's weights.
         cfg: the base config.
-        pictures: of the training set; gamma and beta are measured on a choice of these.
-        output: folder for what is made.
-        distill_steps: of the training towards the BN network's features that follows.
+        images: of the training set; a conversion measures gamma and beta on a sample of them.
+        output: folder for converted backbones.
+        distill_steps: steps of distillation after calibration.
+
+    Returns:
+        {norm: value of `MODEL.WEIGHTS`}.
 
     Raises:
-        InputError: for a norm without weights.
+        InputError: if a norm has no weights, or `given` is ambiguous.
     """
     named = dict(word.split("=", 1) for word in given if _names_norm(word))
     files = [word for word in given if not _names_norm(word)]
     if len(files) > 1:
-        raise InputError(f"--init {' '.join(files)}: say what for, as GN={files[1]}")
+        raise InputError(f"--init {' '.join(files)}: name the norm of each, as GN={files[1]}")
     for norm in named:
         if norm not in norms:
-            raise InputError(f"--init {norm}={named[norm]}: --norms has no {norm}")
+            raise InputError(f"--init {norm}={named[norm]}: add {norm} to --norms, or remove it")
     default = files[0] if files else cfg.MODEL.WEIGHTS
     if Path(default).is_file():
         default = str(Path(default).resolve())
-    found = {n: named[n] if n in named else published(n, default, cfg) for n in norms}
-    for norm, weights in found.items():
-        if weights is None:
-            file = make_group_norm(Path(default), cfg, pictures, output, distill_steps)
-            found[norm] = str(file)
-    return {norm: str(weights) for norm, weights in found.items()}
+    weights = {n: named[n] if n in named else choose_weights(n, default, cfg) for n in norms}
+    for norm, path in weights.items():
+        if path is None:
+            file = convert_to_gn(Path(default), cfg, images, output, distill_steps)
+            weights[norm] = str(file)
+    return {norm: str(path) for norm, path in weights.items()}
 
 
 def _names_norm(word: str) -> bool:
     return word.partition("=")[0].partition("/")[0] in NORMS and "=" in word
 
 
-def published(norm: str, weights: str, cfg: CfgNode) -> str | None:
-    """The weights that there are for a norm: the given ones, or GN's own of a published backbone.
+def choose_weights(norm: str, weights: str, cfg: CfgNode) -> str | None:
+    """The given weights if they fit a norm, or else the published GN backbone.
 
     Args:
         norm: as in `Cell`.
-        weights: "" for training from scratch.
+        weights: file or address; "" for training from scratch.
+        cfg: the base config.
 
     Returns:
-        None for a file that has to be converted.
+        A value of `MODEL.WEIGHTS`, or None for a local BN file that must be converted to GN.
 
     Raises:
-        InputError: if there are none, and none can be made.
+        InputError: if no weights fit, and none can be converted.
     """
     backbone = split_norm(norm)[0]
     own = describe(weights).get(NORM) if weights else None
@@ -104,36 +109,38 @@ def published(norm: str, weights: str, cfg: CfgNode) -> str | None:
         return None
     if backbone == "GN" and (depth := cfg.MODEL.RESNETS.DEPTH) in (50, 101):
         return f"catalog://ImageNetPretrained/FAIR/R-{depth}-GN"
-    raise InputError(f"{weights} has {own}: give weights for {norm}, as --init {norm}=FILE")
+    raise InputError(f"{weights} has {own}: give weights for {norm} with --init {norm}=FILE")
 
 
-def make_group_norm(
-    weights: Path, cfg: CfgNode, pictures: Sequence[Path], output: Path, distill_steps: int
+def convert_to_gn(
+    weights: Path, cfg: CfgNode, images: Sequence[Path], output: Path, distill_steps: int
 ) -> Path:
-    """A GN backbone from a BN one, measured and distilled on pictures without labels.
+    """Convert a BN backbone to GN, calibrated and distilled on images without labels.
 
     Args:
-        cfg: has the division into groups, and what the file does not tell.
+        weights: file of the BN backbone.
+        cfg: sets the GN grouping, and the facts that the file lacks.
+        images: of the training set; `NUM_IMAGES` of them are sampled.
+        output: folder of the result.
+        distill_steps: steps of distillation after calibration.
 
     Returns:
-        the file, which is made if it is not there; its name tells all that it depends on.
+        The converted file. Its name contains a hash of all inputs, so an existing one is reused.
     """
-    division = {key: value_of(cfg, key) for key in GROUP_NORM}
-    untold = untold_keys(str(weights), cfg)
-    chosen = random.Random(0).sample(sorted(pictures), min(NUM_IMAGES, len(pictures)))
-    mark = sha256(weights.read_bytes())
-    mark.update(json.dumps([division, untold, distill_steps, *map(str, chosen)]).encode())
-    path = (output / f"{weights.stem}_gn_{mark.hexdigest()[:12]}.pth").resolve()
+    grouping = {key: value_of(cfg, key) for key in GROUP_NORM}
+    missing = missing_facts(str(weights), cfg)
+    sample = random.Random(0).sample(sorted(images), min(NUM_IMAGES, len(images)))
+    digest = sha256(weights.read_bytes())
+    digest.update(json.dumps([grouping, missing, distill_steps, *map(str, sample)]).encode())
+    path = (output / f"{weights.stem}_gn_{digest.hexdigest()[:12]}.pth").resolve()
     if path.is_file():
         return path
     output.mkdir(parents=True, exist_ok=True)
-    pairs = as_opts(untold)
-    conversion = convert(read_weights(weights), opts=pairs)
-    conversion.refuse_gaps([], [])
+    conversion = convert(read_weights(weights), opts=as_opts(missing))
+    conversion.check_complete([], [])
     if torch.cuda.is_available():
         conversion.cfg.MODEL.DEVICE = "cuda"
     torch.manual_seed(0)
-    opts = as_opts(division)
-    to_group_norm(conversion, opts, chosen, distill_steps)
+    to_group_norm(conversion, as_opts(grouping), sample, distill_steps)
     save_backbone(conversion.tensors, conversion.cfg, path)
     return path

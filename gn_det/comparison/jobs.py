@@ -1,4 +1,4 @@
-"""Several trainings, one after the other or side by side, gone on with where they were stopped."""
+"""Execute training runs in sequence or in parallel, and resume interrupted ones."""
 
 import os
 import queue
@@ -19,7 +19,7 @@ from ..config_file import read_config
 from ..engine.run_record import RECORD
 from ..errors import InputError, exit_on_sigterm
 from ..files import locked
-from .launcher import Launcher, refuse_other_config
+from .launcher import Launcher, check_same_config
 
 TRAIN = ("-m", "gn_det.engine.train")
 PRETRAIN = ("-m", "gn_det.engine.pretrain")
@@ -27,16 +27,16 @@ PRETRAIN = ("-m", "gn_det.engine.pretrain")
 
 @dataclass(frozen=True)
 class Training:
-    """One training, in a process of its own.
+    """One training run, executed as a subprocess.
 
     Args:
-        name: for people.
+        name: shown to the user.
         folder: its `OUTPUT_DIR`, which `opts` sets.
-        config_file: a path.
+        config_file: path of the config.
         opts: `KEY VALUE` pairs.
-        program: arguments of Python that run it: a module, or a script.
-        product: a file in `folder` that is there once it is finished.
-        allow_remote_base: whether the config's bases may lie on the network.
+        program: Python arguments that run it: a module, or a script.
+        product: file in `folder` that exists once the run is finished.
+        allow_remote_base: whether the config's `_BASE_` files may be downloaded.
     """
 
     name: str
@@ -49,58 +49,60 @@ class Training:
 
     @cached_property
     def cfg(self) -> CfgNode:
+        """The complete config of the run."""
         return read_config(self.config_file, self.opts, self.allow_remote_base)
 
     @property
     def size(self) -> int:
-        """Pictures that it sees; a pretraining, whose schedule follows from its folder, has 0."""
+        """Images that it processes; 0 for pretraining, whose length depends on its data folder."""
         if is_pretraining(self.cfg):
             return 0
         return self.cfg.SOLVER.MAX_ITER * self.cfg.SOLVER.IMS_PER_BATCH
 
 
 class Progress:
-    """Says where the whole work is, and when it will be at its end."""
+    """Prints the progress of all runs together, with the estimated time left."""
 
     def __init__(self, trainings: Sequence[Training]) -> None:
         self._left = {training: training.size for training in trainings}
         self._total = sum(self._left.values())
         self._counted: dict[Training, bool] = {}
-        self._done = 0  # pictures, since the start of this command
+        self._done = 0  # images processed since the start of this command
         self._start = time.monotonic()
         self._lock = Lock()
 
-    def say(self, what: str) -> None:
+    def log(self, message: str) -> None:
+        """Print a message with the elapsed time, as "[ 1:05] message"."""
         minutes, seconds = divmod(int(time.monotonic() - self._start), 60)
-        print(f"[{minutes:2}:{seconds:02}] {what}", flush=True)
+        print(f"[{minutes:2}:{seconds:02}] {message}", flush=True)
 
     def skip(self, training: Training) -> None:
-        """Count one that was finished before."""
+        """Count a run that an earlier command has finished."""
         self._left[training] = 0
-        self.say(f"{training.name}: finished already")
+        self.log(f"{training.name}: already finished")
 
     def begin(self, training: Training) -> None:
-        """Start one, which goes on from its checkpoint if there is one."""
+        """Count a run that starts, or resumes from its last checkpoint."""
         self._counted[training] = not (training.folder / "last_checkpoint").exists()
-        self.say(training.name)
+        self.log(training.name)
 
-    def advance(self, training: Training, told: str) -> None:
-        """Take a progress line, as "eta: 0:01:00  iter: 19  total_loss: 2.1 ..."."""
-        where = ""
-        if training.size and (iteration := re.search(r"iter: (\d+)", told)):
+    def advance(self, training: Training, line: str) -> None:
+        """Print a progress line of a run, as "eta: 0:01:00  iter: 19  total_loss: 2.1 ..."."""
+        overall = ""
+        if training.size and (iteration := re.search(r"iter: (\d+)", line)):
             seen = (int(iteration[1]) + 1) * training.cfg.SOLVER.IMS_PER_BATCH
             with self._lock:
-                where = self._count(training, max(training.size - seen, 0))
-        print(f"    {where}{training.name}: {told}", flush=True)
+                overall = self._count(training, max(training.size - seen, 0))
+        print(f"    {overall}{training.name}: {line}", flush=True)
 
     def _count(self, training: Training, left: int) -> str:
-        # A resumed training's first line tells what was done before
+        # The first line of a resumed run includes iterations of an earlier command
         self._done += (self._left[training] - left) * self._counted[training]
         self._left[training], self._counted[training] = left, True
         rest = sum(self._left.values())
         passed = time.monotonic() - self._start
         eta = f"{passed * rest / self._done / 60:.0f} min" if self._done else "?"
-        return f"{1 - rest / self._total:4.0%}, all in {eta} | "
+        return f"{1 - rest / self._total:4.0%} of all runs, {eta} left | "
 
 
 def run_trainings(
@@ -109,41 +111,41 @@ def run_trainings(
     at_once: int = 1,
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Run those that are not finished.
+    """Execute all training runs that are not finished yet.
 
     Args:
-        output: the folder of all, which the user named.
-        at_once: so many side by side; each has a GPU of its own where there are as many, and
-            its share of the cores where there is none.
+        trainings: in the order in which they start.
+        output: the folder of all runs, which is locked meanwhile.
+        at_once: runs in parallel. Each has its own GPU if there are enough; on a CPU the cores
+            are divided among them.
         environment: variables that are set for all.
 
     Returns:
-        for each that failed its name and why. The others are not lost.
+        {name of a failed run: error message}. The other runs are completed.
 
     Raises:
-        InputError: if one was begun with another config, or if another command runs some in
-            `output`.
+        InputError: if a run was started with another config, or another command uses `output`.
     """
     for training in trainings:
-        refuse_other_config(training.folder, training.cfg, output)
+        check_same_config(training.folder, training.cfg, output)
     progress, launcher = Progress(trainings), Launcher()
-    places: queue.Queue[dict[str, str]] = queue.Queue()
+    slots: queue.Queue[dict[str, str]] = queue.Queue()
     for number in range(at_once):
-        places.put(place(number, at_once))
+        slots.put(slot_environment(number, at_once))
 
     def train(training: Training) -> None:
         if (training.folder / training.product).exists():
             return progress.skip(training)
-        mine = places.get()
+        slot = slots.get()
         try:
             progress.begin(training)
             flags = ["--resume", *["--allow-remote-base"] * training.allow_remote_base]
-            words = ["--config-file", training.config_file, *flags, *training.opts]
+            arguments = ["--config-file", training.config_file, *flags, *training.opts]
             show = partial(progress.advance, training)
-            variables = {**(environment or {}), **mine}
-            launcher.launch([*training.program, *words], training.folder, show, variables)
+            variables = {**(environment or {}), **slot}
+            launcher.launch([*training.program, *arguments], training.folder, show, variables)
         finally:
-            places.put(mine)
+            slots.put(slot)
 
     with locked(output), ThreadPoolExecutor(at_once) as pool, exit_on_sigterm():
         jobs = {pool.submit(train, training): training.name for training in trainings}
@@ -156,19 +158,19 @@ def run_trainings(
 
 
 def collect_failures(jobs: Mapping[Future, str], progress: Progress) -> dict[str, str]:
-    """Wait for all jobs, and return why some of them failed."""
+    """Wait for all jobs, and return the error messages of the failed ones by name."""
     failed = {}
     for job in as_completed(jobs):
         try:
             job.result()
         except InputError as error:
             failed[jobs[job]] = str(error)
-            progress.say(f"{jobs[job]} FAILED, the others go on: {error}")
+            progress.log(f"{jobs[job]} FAILED, the other runs continue: {error}")
     return failed
 
 
-def place(number: int, at_once: int) -> dict[str, str]:
-    """Environment variables that give one of several trainings its part of the machine."""
+def slot_environment(number: int, at_once: int) -> dict[str, str]:
+    """Environment variables that give one of `at_once` parallel runs its GPU or CPU cores."""
     if at_once == 1:
         return {}
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Steps of a longer work, each one of the engine's modules in a process of its own."""
+"""Run the engine's modules as subprocesses."""
 
 import os
 import re
@@ -13,29 +13,29 @@ from detectron2.config import CfgNode
 from ..errors import InputError
 
 
-def refuse_other_config(folder: Path, cfg: CfgNode, whole: Path) -> None:
-    """Refuse to go on from a step that was run with another config.
+def check_same_config(folder: Path, cfg: CfgNode, root: Path) -> None:
+    """Refuse to resume a training run that was started with another config.
 
     Args:
-        folder: the step's `OUTPUT_DIR`.
-        cfg: what it would be run with now.
-        whole: the folder of all steps, which the user named.
+        folder: the `OUTPUT_DIR` of the run.
+        cfg: the config that it would be resumed with.
+        root: the output folder of the command, for the message.
 
     Raises:
         InputError: if the configs differ.
     """
     written = folder / "config.yaml"
-    # A step that was stopped while it wrote its config has measured nothing yet
+    # Without metrics.json the run was stopped before its first iteration: nothing to protect
     started = written.exists() and (folder / "metrics.json").exists()
     if started and written.read_text() != cfg.dump():
         raise InputError(
-            f"{whole} was begun with other settings ({written} differs): "
-            "remove that folder or name another with --output-dir"
+            f"{root} contains runs with other settings ({written} differs): "
+            "remove that folder, or choose another with --output-dir"
         )
 
 
 class Launcher:
-    """Starts steps, and stops them all when one is to be the last."""
+    """Starts Python subprocesses, and can terminate all of them."""
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen] = set()
@@ -47,16 +47,17 @@ class Launcher:
         show: Callable[[str], None],
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Run Python to its end.
+        """Run Python and wait until it exits.
 
         Args:
             arguments: of the interpreter.
-            folder: its `OUTPUT_DIR`.
-            show: is given its progress lines, as "eta: 0:01:00  iter: 19  total_loss: 2.1 ...".
-            environment: variables that are set for it.
+            folder: the `OUTPUT_DIR` of the run, for the error message.
+            show: called with every progress line, as
+                "eta: 0:01:00  iter: 19  total_loss: 2.1 ...".
+            environment: variables added to this process's own.
 
         Raises:
-            InputError: if it fails, with its own last words.
+            InputError: if it exits with an error; the message has the end of its output.
         """
         tail: deque[str] = deque(maxlen=15)
         process = subprocess.Popen(
@@ -80,11 +81,11 @@ class Launcher:
             process.wait()
             self._running.discard(process)
         if process.returncode:
-            said_why = tail and tail[-1].startswith("error: ")
-            reason = tail[-1].strip() if said_why else f"its last words were\n{''.join(tail)}"
-            raise InputError(f"{folder.name} stopped, see {folder}/log.txt: {reason}")
+            has_reason = tail and tail[-1].startswith("error: ")
+            reason = tail[-1].strip() if has_reason else f"its last output was\n{''.join(tail)}"
+            raise InputError(f"{folder.name} failed, see {folder}/log.txt: {reason}")
 
     def stop(self) -> None:
-        """End every step that runs."""
+        """Terminate all running subprocesses."""
         for process in list(self._running):
             process.terminate()

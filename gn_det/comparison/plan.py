@@ -1,4 +1,4 @@
-"""The trainings of a comparison: norms x batch sizes x seeds, alike in all but the norm."""
+"""The cells of a comparison: norms x batch sizes x seeds, which differ only in the norm."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +16,13 @@ NORMS = ("FrozenBN", "BN", "SyncBN", "GN", "LN", "IN")
 
 @dataclass(frozen=True)
 class Cell:
-    """One training.
+    """One training run of a comparison.
 
     Args:
-        norm: of the backbone, as "GN", or of the backbone and of FPN and heads, as "FrozenBN/GN".
-        images: a step.
+        norm: of the backbone, as "GN", or BACKBONE/HEADS, as "FrozenBN/GN"; HEADS is the norm of
+            FPN and RoI heads.
+        images: images per batch.
+        seed: `SEED` of the run.
     """
 
     norm: str
@@ -28,41 +30,50 @@ class Cell:
     seed: int
 
     def __str__(self) -> str:
-        return f"{self.norm}, {self.images} a batch, seed {self.seed}"
+        return f"{self.norm}, batch size {self.images}, seed {self.seed}"
 
     @property
     def folder(self) -> str:
+        """Name of its output folder."""
         return f"{self.norm.replace('/', '-')}_{self.images}_seed{self.seed}"
 
 
-def plan(norms: Sequence[str], batches: Sequence[int], seeds: Sequence[int]) -> list[Cell]:
-    """All cells, one seed after the other, so that a comparison that is cut short has whole seeds.
+def make_cells(norms: Sequence[str], batches: Sequence[int], seeds: Sequence[int]) -> list[Cell]:
+    """All cells, ordered by seed, so that an interrupted comparison has complete seeds.
+
+    Args:
+        norms: as in `Cell`.
+        batches: images per batch.
+        seeds: 0 or larger.
 
     Raises:
-        InputError: for unknown norms, and for what is given twice.
+        InputError: for unknown norms, duplicate values, and batches or seeds out of range.
     """
     for flag, values in (("norms", norms), ("images-per-batch", batches), ("seeds", seeds)):
         if len(set(values)) < len(values):
-            raise InputError(f"--{flag} {' '.join(map(str, values))}: give each once")
+            raise InputError(f"--{flag} {' '.join(map(str, values))}: remove the duplicate values")
     for norm in norms:
         if not all(part in NORMS for part in norm.split("/")) or norm.count("/") > 1:
-            raise InputError(f"--norms {norm}: give {', '.join(NORMS)}, or two as BACKBONE/HEADS")
+            raise InputError(f"--norms {norm}: use {', '.join(NORMS)}, or two as BACKBONE/HEADS")
     if any(batch < 1 for batch in batches):
-        raise InputError("--images-per-batch: a batch has one image or more")
+        raise InputError("--images-per-batch must be 1 or larger")
     if any(seed < 0 for seed in seeds):
-        raise InputError("--seeds: below 0 Detectron2 would draw another one every time")
+        raise InputError("--seeds must be 0 or larger: Detectron2 replaces others by random seeds")
     order = product(seeds, batches, norms)
     return [Cell(norm, images, seed) for seed, images, norm in order]
 
 
 def split_norm(norm: str) -> tuple[str, str]:
-    """The norm of the backbone, and of FPN and heads: none beside BN, as everyone trains it."""
+    """The norm of the backbone, and of FPN and RoI heads.
+
+    By default the heads have a norm only with GN, as in the paper and in Detectron2's configs.
+    """
     backbone, slash, heads = norm.partition("/")
     return backbone, heads if slash else backbone * is_group_norm(backbone)
 
 
 def describe_norms(cfg: CfgNode) -> str:
-    """Which parts of a model have which norm, as "GN: backbone, FPN"."""
+    """The parts of a model by their norm, as "GN: backbone, FPN"."""
     parts: dict[str, list[str]] = {}
     for part in parts_with_norm(cfg):
         if norm := value_of(cfg, NORM_KEYS[part]):
@@ -71,7 +82,7 @@ def describe_norms(cfg: CfgNode) -> str:
 
 
 def norm_keys(norm: str, cfg: CfgNode) -> dict[str, str]:
-    """The values of all `NORM` keys, "" for parts that this config's model has no layers for."""
+    """The values of all `NORM` keys; "" for parts of this model that have no norm layers."""
     backbone, heads = split_norm(norm)
     with_norm = parts_with_norm(cfg)
     return {
@@ -81,12 +92,13 @@ def norm_keys(norm: str, cfg: CfgNode) -> dict[str, str]:
 
 
 def check_pairs(configs: Mapping[Cell, CfgNode]) -> None:
-    """Refuse cells of one batch size and seed that differ in more than norm and initial weights.
+    """Refuse cells of equal batch size and seed that differ in more than the norm.
 
-    Weights bring the pixels that they were trained on, where their strides are, and GN's groups.
+    Keys that belong to the initial weights may differ too: pixel mean and standard deviation,
+    strides, and GN's groups.
 
     Raises:
-        InputError: naming the keys.
+        InputError: naming the keys that differ.
     """
     allowed = {*NORM_KEYS.values(), *PIXELS, *GROUP_NORM, STRIDE, "MODEL.WEIGHTS", "OUTPUT_DIR"}
 
@@ -99,5 +111,5 @@ def check_pairs(configs: Mapping[Cell, CfgNode]) -> None:
             one, two = flatten(configs[first]), flatten(configs[other])
             keys = sorted(k for k in one.keys() | two.keys() if one.get(k) != two.get(k))
             if wrong := [key for key in keys if key not in allowed]:
-                told = ", ".join(f"{key} {one.get(key)} and {two.get(key)}" for key in wrong)
-                raise InputError(f"{first} and {other} differ in more than the norm: {told}")
+                values = ", ".join(f"{key} {one.get(key)} and {two.get(key)}" for key in wrong)
+                raise InputError(f"{first} and {other} differ in more than the norm: {values}")

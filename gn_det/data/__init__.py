@@ -1,7 +1,8 @@
-"""Importing this registers `shapes_train` and `shapes_val` in Detectron2's catalogs.
+"""Datasets: COCO-format files, image folders, and the embedded dataset `shapes`.
 
-Like Detectron2's built-in data sets they are looked for below `$DETECTRON2_DATASETS` (default
-`./datasets`), and nothing is read before they are used.
+Importing this package registers `shapes_train` and `shapes_val` in Detectron2's catalogs. Like
+Detectron2's built-in datasets, they are expected in `$DETECTRON2_DATASETS` (default
+`./datasets`), and no file is read until they are used.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A COCO instances file, looked at entry by entry, and brought to what training relies on."""
+"""Check and clean the annotations of a COCO instances file."""
 
 import reprlib
 from collections import Counter
@@ -11,21 +11,25 @@ from .findings import Findings
 from .json_files import read_json
 from .masks import Mask, area_of, bounds_of, clean_mask, is_number, length_of
 
-# COCO's evaluation counts no more detections in a picture
-CAP = 100
-LEFT_OUT = "they are left out"
-WITHOUT_OBJECTS = {"train": "they are not learned", "val": "their AP is not measured"}
-# Of all objects, that may look as if boxes were meant in another way before a training is stopped
-TOLERATED = 0.05
-# Of a mask's length in sides of its box: pycocotools takes 1 GB to draw it 28 pixels wide
-MAX_ENLARGED = 200_000
+# COCO's evaluation uses at most this many detections per image
+MAX_DETECTIONS = 100
+SKIPPED = "they are skipped"
+UNUSED_CATEGORY = {"train": "they are not learned", "val": "their AP is not measured"}
+# If more than this share of the boxes look wrong, their format is probably not x, y, width, height
+MAX_SUSPICIOUS = 0.05
+# Maximum outline length of a mask, in sides of its box. Detectron2 draws masks 28 pixels wide, and
+# at this length pycocotools takes 1 GB for that
+MAX_RELATIVE_LENGTH = 200_000
 
 
 def read_instances(path: Path) -> dict[str, Any]:
-    """The content of a COCO instances file.
+    """Read a COCO instances file.
+
+    Returns:
+        the JSON content, in which "images", "annotations" and "categories" are lists of dicts.
 
     Raises:
-        InputError: if it cannot be read, or is no such file.
+        InputError: if it cannot be read, or is not a COCO instances file.
     """
     content = read_json(path)
     for key in ("images", "annotations", "categories"):
@@ -35,64 +39,64 @@ def read_instances(path: Path) -> dict[str, Any]:
     return content
 
 
-def inspect_ids(content: Mapping[str, list[dict]], found: Findings) -> None:
-    """Ids and names that are missing, used twice, or point nowhere.
+def inspect_ids(content: Mapping[str, list[dict]], findings: Findings) -> None:
+    """Find missing, duplicate or dangling ids and names.
 
-    The annotations' own ids do not count: `clean_objects` gives them new ones.
+    Annotation ids are not checked, since `clean_objects` renumbers annotations.
 
     Args:
-        content: of a COCO instances file.
-        found: what is noticed goes in here.
+        content: the content of a COCO instances file.
+        findings: collects the findings.
     """
     for key in ("images", "categories"):
         for number, count in Counter(_hashable(entry.get("id")) for entry in content[key]).items():
             if count > 1 or not _is_id(number):
-                then = "give each its own whole number"
-                found.add(f"ids of {key} that are missing, no number or twice", number, then, True)
+                description = f"ids of {key} that are missing, duplicate or not integers"
+                findings.add(description, number, "give each entry its own integer id", True)
     for key, field in (("images", "file_name"), ("categories", "name")):
         names = [e.get(field) if _is_name(e.get(field)) else None for e in content[key]]
         for name, count in Counter(names).items():
             if count > 1 or name is None:
-                then = "give each its own text"
-                found.add(f"{field}s of {key} that are missing, no text or twice", name, then, True)
-    pictures = {_hashable(image.get("id")) for image in content["images"]}
+                description = f"{field}s of {key} that are missing, duplicate or invalid"
+                findings.add(description, name, f"give each entry its own {field}", True)
+    images = {_hashable(image.get("id")) for image in content["images"]}
     categories = {_hashable(category.get("id")) for category in content["categories"]}
     for annotation in content["annotations"]:
         number = annotation.get("id")
-        if _hashable(annotation.get("image_id")) not in pictures:
-            then = "fix image_id, or take them out"
-            found.add("annotations of pictures that are not listed", number, then, True)
+        if _hashable(annotation.get("image_id")) not in images:
+            action = "fix image_id, or remove them"
+            findings.add("annotations whose image_id is not in images", number, action, True)
         if _hashable(annotation.get("category_id")) not in categories:
-            then = "list their category, or take them out"
-            found.add("annotations of unknown categories", number, then, True)
+            action = "add the category, or remove them"
+            findings.add("annotations whose category_id is not in categories", number, action, True)
 
 
-def inspect_annotation_ids(annotations: Sequence[dict], found: Findings) -> None:
-    """Ids that Detectron2 refuses, or that pycocotools takes for "nothing found".
+def inspect_annotation_ids(annotations: Sequence[dict], findings: Findings) -> None:
+    """Find annotation ids that Detectron2 rejects, or that pycocotools reads as "no match".
 
     Args:
-        annotations: that are used with the ids that they have.
-        found: what is noticed goes in here.
+        annotations: the annotations of a file that is used unchanged, with its own ids.
+        findings: collects the findings.
     """
     for number, count in Counter(_hashable(a.get("id")) for a in annotations).items():
         if count > 1 or not _is_id(number) or number < 1:  # type: ignore[operator]
-            what = "ids of annotations that are missing, below 1, no number or twice"
-            then = "number them from 1, or give the file with --train or --val, which does"
-            found.add(what, number, then, True)
+            description = "ids of annotations that are missing, duplicate, below 1 or not integers"
+            action = "number them from 1, or pass the file with --train or --val, which does that"
+            findings.add(description, number, action, True)
 
 
 def _hashable(value: object) -> object:
-    """What an id is counted by; a list may be nested deeper than `repr` can follow."""
+    """A hashable stand-in for an id; `repr` would fail on deeply nested lists."""
     return value if type(value) in (int, str) else reprlib.repr(value)
 
 
 def _is_id(value: object) -> bool:
-    """Whether a value is a whole number of 64 bits; pycocotools sorts ids as such."""
+    """Whether a value is an integer of 64 bits, as which pycocotools sorts ids."""
     return type(value) is int and -(2**63) <= value < 2**63
 
 
 def _is_name(value: object) -> bool:
-    """Whether a value is a text that a file can be called."""
+    """Whether a value is a string that can name a file: not empty, no NUL, valid UTF-8."""
     if not isinstance(value, str) or not value or "\0" in value:
         return False
     try:
@@ -102,26 +106,26 @@ def _is_name(value: object) -> bool:
 
 
 def clean_objects(
-    annotations: Sequence[dict], sizes: Mapping[int, tuple[int, int]], found: Findings
+    annotations: Sequence[dict], sizes: Mapping[int, tuple[int, int]], findings: Findings
 ) -> Iterator[dict[str, Any]]:
-    """The objects that can be trained on, with every key that training and evaluation read.
+    """Clean annotations: keep the usable ones, with all keys that training and evaluation read.
 
     Args:
-        annotations: of a COCO instances file whose ids are in order.
-        sizes: (width, height) in pixels by image id; objects of other images are left out.
-        found: what is noticed goes in here.
+        annotations: the annotations of a COCO instances file that passed `inspect_ids`.
+        sizes: (width, height) in pixels by image id; annotations of other images are skipped.
+        findings: collects the findings.
 
     Yields:
-        annotations, numbered from 1, with `bbox` inside the picture, `area` and `iscrowd`, and
-        `segmentation` if there is one.
+        annotations numbered from 1, with `area`, `iscrowd`, `bbox` clipped to the image, and
+        `segmentation` if the annotation has one.
     """
-    tiny, apart = [], []
+    tiny, mismatched = [], []
     for number, annotation in enumerate(annotations, start=1):
         if annotation["image_id"] not in sizes:
             continue
         width, height = sizes[annotation["image_id"]]
         shown = annotation.get("id", f"the {number}th")
-        box = clean_box(annotation, shown, width, height, found)
+        box = clean_box(annotation, shown, width, height, findings)
         if box is None:
             continue
         crowd = int(annotation.get("iscrowd") in (1, True) or annotation.get("ignore") in (1, True))
@@ -130,69 +134,82 @@ def clean_objects(
         if min(box[2:]) < 1:
             tiny.append(shown)
         if mask := annotation.get("segmentation"):
-            mask = clean_mask(shown, mask, (height, width), found)
-            if mask is None or not (crowd or _can_be_cropped(shown, mask, box, found)):
+            mask = clean_mask(shown, mask, (height, width), findings)
+            if mask is None or not (crowd or _can_be_cropped(shown, mask, box, findings)):
                 continue
             if not crowd and _overlap(annotation["bbox"], bounds_of(mask)) < 0.5:
-                apart.append(shown)
+                mismatched.append(shown)
             area: Any = annotation.get("area")
             known = is_number(area) and area > 0
             cleaned["area"] = area if known else area_of(mask, height, width)
             cleaned["segmentation"] = mask
         yield cleaned
-    then = "boxes are x, y, width and height in pixels"
-    for what, numbers in (
-        ("boxes of less than one pixel", tiny),
-        ("boxes that are not around their masks", apart),
+    action = "boxes must be x, y, width and height in pixels"
+    for description, numbers in (
+        ("boxes smaller than one pixel", tiny),
+        ("boxes that do not match their masks", mismatched),
     ):
         for shown in numbers:
-            found.add(what, shown, then, stops=len(numbers) > TOLERATED * len(annotations))
+            fatal = len(numbers) > MAX_SUSPICIOUS * len(annotations)
+            findings.add(description, shown, action, fatal)
 
 
 def clean_box(
-    annotation: dict, shown: object, width: int, height: int, found: Findings
+    annotation: dict, shown: object, width: int, height: int, findings: Findings
 ) -> tuple[float, float, float, float] | None:
-    """x, y, width and height in pixels, cut at the picture's border; None if nothing is left."""
+    """Clip an annotation's box to the image.
+
+    Args:
+        annotation: a COCO annotation.
+        shown: id of the annotation, for findings.
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+        findings: collects the findings.
+
+    Returns:
+        x, y, width and height in pixels, or None if the box is unusable.
+    """
     box = annotation.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-        then = "give x, y, width and height in pixels"
-        found.add("annotations without a box of four numbers", shown, then, stops=True)
+        action = "set bbox to x, y, width and height in pixels"
+        findings.add("annotations whose bbox is not four numbers", shown, action, fatal=True)
         return None
     x, y, w, h = box
     if w <= 0 or h <= 0:
-        found.add("empty boxes", shown, LEFT_OUT)
+        findings.add("empty boxes", shown, SKIPPED)
         return None
     if x >= width or y >= height or x + w <= 0 or y + h <= 0:
-        then = "fix them: boxes are x, y, width and height in pixels of the picture"
-        found.add("boxes outside their picture", shown, then, stops=True)
+        action = "set bbox to x, y, width and height in pixels of the image"
+        findings.add("boxes outside their image", shown, action, fatal=True)
         return None
     left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
-    # Many tools count the last pixel in or out
+    # Overhangs of one pixel are common, since tools differ in whether they include the last pixel
     if max(left - x, top - y, x + w - right, y + h - bottom) > 1:
-        found.add("boxes that leave their picture", shown, "they are cut at its border")
+        action = "they are clipped to the image"
+        findings.add("boxes that extend beyond their image", shown, action)
     if right <= left or bottom <= top:
-        # Less wide than the numbers there are at its place
-        found.add("empty boxes", shown, LEFT_OUT)
+        # The width or height is lost in rounding
+        findings.add("empty boxes", shown, SKIPPED)
         return None
     return left, top, right - left, bottom - top
 
 
 def _can_be_cropped(
-    shown: object, mask: Mask, box: tuple[float, float, float, float], found: Findings
+    shown: object, mask: Mask, box: tuple[float, float, float, float], findings: Findings
 ) -> bool:
-    """Whether Detectron2 can draw a mask's polygons at the scale that its box has in training.
+    """Whether a mask's outline is short enough to be drawn at the scale that training uses.
 
-    There boxes of any size become 28 pixels wide and high, those below 0.1 counting as 0.1.
+    Detectron2 scales each box to 28 x 28 pixels, and takes sides below 0.1 as 0.1.
     """
-    if length_of(mask) <= MAX_ENLARGED * max(min(box[2:]), 0.1):
+    if length_of(mask) <= MAX_RELATIVE_LENGTH * max(min(box[2:]), 0.1):
         return True
-    then = "fix their boxes, which are far too small, or the masks"
-    found.add("masks that are long beside their boxes", shown, then, stops=True)
+    action = "fix the boxes, which are far too small, or the masks"
+    findings.add("masks that are far too long for their boxes", shown, action, fatal=True)
     return False
 
 
 def _overlap(one: Sequence[float], two: Sequence[float]) -> float:
-    """Intersection over union of two boxes, x, y, width and height."""
+    """Intersection over union of two boxes given as x, y, width and height."""
     width = min(one[0] + one[2], two[0] + two[2]) - max(one[0], two[0])
     height = min(one[1] + one[3], two[1] + two[3]) - max(one[1], two[1])
     common = max(width, 0) * max(height, 0)
@@ -200,25 +217,27 @@ def _overlap(one: Sequence[float], two: Sequence[float]) -> float:
     return common / union if union > 0 else 0
 
 
-def inspect_counts(content: Mapping[str, list[dict]], found: Findings, split: str = "") -> None:
-    """Report images with no objects or too many, and categories without any.
+def inspect_counts(content: Mapping[str, list[dict]], findings: Findings, split: str = "") -> None:
+    """Find images with no objects or too many, and categories without objects.
 
     Args:
-        content: of a COCO instances file, its objects cleaned.
-        split: "train" or "val" where the file is used for one of them alone.
+        content: the content of a COCO instances file, with cleaned annotations.
+        findings: collects the findings.
+        split: "train" or "val" if the file is used for only one of them.
     """
     real = [a for a in content["annotations"] if not a["iscrowd"]]
     objects = Counter(annotation["image_id"] for annotation in real)
     for image in content["images"]:
-        if objects[image["id"]] > CAP:
-            then = f"COCO's numbers count {CAP} detections a picture: AP cannot reach 100"
-            found.add(f"pictures with more than {CAP} objects", image["file_name"], then)
+        if objects[image["id"]] > MAX_DETECTIONS:
+            description = f"images with more than {MAX_DETECTIONS} objects"
+            action = f"COCO uses {MAX_DETECTIONS} detections per image, so AP cannot reach 100"
+            findings.add(description, image["file_name"], action)
         if not objects[image["id"]]:
-            then = "they count when AP is measured; in training they are left out, unless "
-            then += "DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
-            found.add("pictures without objects", image["file_name"], then)
+            action = "they count in evaluation and are skipped in training unless "
+            action += "DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
+            findings.add("images without objects", image["file_name"], action)
     used = {annotation["category_id"] for annotation in real}
     for category in content["categories"]:
         if category["id"] not in used:
-            then = WITHOUT_OBJECTS.get(split, "they are neither learned nor measured here")
-            found.add("categories without objects", category["name"], then)
+            action = UNUSED_CATEGORY.get(split, "they are neither learned nor measured here")
+            findings.add("categories without objects", category["name"], action)

@@ -1,4 +1,4 @@
-"""A COCO-format data set of one's own, looked at, and mended where that can be done."""
+"""Check custom datasets in COCO format, and fix what can be fixed automatically."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from .split import split
 
 @dataclass(frozen=True)
 class Source:
-    """A COCO instances file, and the folder that its file names are meant in."""
+    """A custom dataset: a COCO instances file, and the folder that its file names refer to."""
 
     annotations: Path
     images: Path
@@ -30,7 +30,15 @@ class Source:
 
 @dataclass
 class Cleaned:
-    """One data set, ready to be written: its content, and the copies of pictures it needs."""
+    """A cleaned dataset, ready to be written.
+
+    Args:
+        images: the image folder.
+        content: the content of the cleaned COCO instances file.
+        findings: the findings of the checks.
+        digests: SHA-256 of each image file, in the order of `content["images"]`.
+        copies: for each image, how it must be copied, as `inspect_images` returns it.
+    """
 
     images: Path
     content: dict[str, Any]
@@ -40,63 +48,69 @@ class Cleaned:
 
 
 def clean(source: Source) -> Cleaned:
-    """Look at a data set, and bring its annotations to what training relies on.
+    """Check a dataset, reading all its images, and clean its annotations.
+
+    If ids are missing, duplicate or dangling, the remaining checks are skipped.
 
     Raises:
-        InputError: if the annotation file cannot be read, or is no such file.
+        InputError: if the annotation file cannot be read, or is not a COCO instances file.
     """
-    content, found = read_instances(source.annotations), Findings()
-    inspect_ids(content, found)
-    if any(finding.stops for finding in found):
-        # Nothing that follows could be counted
-        return Cleaned(source.images, content, list(found))
-    pictures = list(inspect_images(content["images"], source.images, found))
-    entries = [entry for entry, *_ in pictures]
+    content, findings = read_instances(source.annotations), Findings()
+    inspect_ids(content, findings)
+    if any(finding.fatal for finding in findings):
+        # The other checks rely on ids
+        return Cleaned(source.images, content, list(findings))
+    images = list(inspect_images(content["images"], source.images, findings))
+    entries = [entry for entry, *_ in images]
     sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in entries}
-    objects = list(clean_objects(content["annotations"], sizes, found))
+    objects = list(clean_objects(content["annotations"], sizes, findings))
     content = {"categories": content["categories"], "images": entries, "annotations": objects}
-    digests, copies = [digest for _, digest, _ in pictures], [copy for *_, copy in pictures]
-    return Cleaned(source.images, content, list(found), digests, copies)
+    digests, copies = [digest for _, digest, _ in images], [copy for *_, copy in images]
+    return Cleaned(source.images, content, list(findings), digests, copies)
 
 
-def survey(source: Source, split: str = "") -> list[Finding]:
-    """What there is to notice in a data set that is used as it is; of images the start is read.
+def inspect_source(source: Source, split: str = "") -> list[Finding]:
+    """Check a dataset that is used without cleaning; only the start of each image file is read.
+
+    Args:
+        source: the dataset.
+        split: "train" or "val" if the dataset is used for only one of them.
 
     Raises:
-        InputError: if the annotation file cannot be read, or is no such file.
+        InputError: if the annotation file cannot be read, or is not a COCO instances file.
     """
-    content, found = read_instances(source.annotations), Findings()
-    inspect_ids(content, found)
-    if any(finding.stops for finding in found):
-        return list(found)
-    inspect_annotation_ids(content["annotations"], found)
-    missing_images(content["images"], source.images, found)
+    content, findings = read_instances(source.annotations), Findings()
+    inspect_ids(content, findings)
+    if any(finding.fatal for finding in findings):
+        return list(findings)
+    inspect_annotation_ids(content["annotations"], findings)
+    missing_images(content["images"], source.images, findings)
     sizes = {}
     for image in content["images"]:
         width, height = sides = image.get("width"), image.get("height")
         if not all(type(side) is int for side in sides):
-            then = "give them, in pixels"
-            found.add("pictures without width and height", image["file_name"], then, stops=True)
-        elif why := size_error(width, height):
-            told, then = f"{image['file_name']}: {why}", "fix width and height, or the image"
-            found.add("images of a size that cannot be used", told, then, stops=True)
+            action = "add them to images, in pixels"
+            findings.add("images without width and height", image["file_name"], action, fatal=True)
+        elif reason := size_error(width, height):
+            example, action = f"{image['file_name']}: {reason}", "fix width and height, or the file"
+            findings.add("images of an unsupported size", example, action, fatal=True)
         else:
             sizes[image["id"]] = sides
-    objects = list(clean_objects(content["annotations"], sizes, found))
-    _inspect_as_given(content["annotations"], sizes, found)
-    inspect_counts({**content, "annotations": objects}, found, split)
-    return list(found)
+    objects = list(clean_objects(content["annotations"], sizes, findings))
+    _inspect_raw_masks(content["annotations"], sizes, findings)
+    inspect_counts({**content, "annotations": objects}, findings, split)
+    return list(findings)
 
 
-def _inspect_as_given(
-    annotations: Sequence[dict], sizes: Mapping[int, tuple[int, int]], found: Findings
+def _inspect_raw_masks(
+    annotations: Sequence[dict], sizes: Mapping[int, tuple[int, int]], findings: Findings
 ) -> None:
-    """Masks that `clean_objects` changes or leaves out, but that are read if the file is used.
+    """Check masks that cleaning would fix or skip, but that are read if the file is used as it is.
 
     Args:
-        annotations: of a COCO instances file whose ids are in order.
-        sizes: (width, height) in pixels by image id; objects of other images are left out.
-        found: what is noticed goes in here.
+        annotations: the annotations of a COCO instances file that passed `inspect_ids`.
+        sizes: (width, height) in pixels by image id; annotations of other images are skipped.
+        findings: collects the findings.
     """
     for number, annotation in enumerate(annotations, start=1):
         mask = annotation.get("segmentation")
@@ -105,69 +119,78 @@ def _inspect_as_given(
         width, height = sizes[annotation["image_id"]]
         shown = annotation.get("id", f"the {number}th")
         if not is_read_as_given(mask):
-            then = "give the file with --train or --val, which writes them again"
-            found.add("masks that Detectron2 cannot read as they are", shown, then, stops=True)
+            action = "pass the file with --train or --val, which rewrites them"
+            findings.add("masks that Detectron2 cannot read", shown, action, fatal=True)
         if clean_box(annotation, shown, width, height, Findings()) is None:
-            # Evaluation reads the masks of objects without a box, too
-            clean_mask(shown, mask, (height, width), found)
+            # Cleaning skips the object, but evaluation reads its mask
+            clean_mask(shown, mask, (height, width), findings)
 
 
-def divide(data: Cleaned, val_fraction: float, group_by: str | None) -> tuple[Cleaned, Cleaned]:
-    """Training and validation set of one data set; see `split`."""
+def split_dataset(
+    data: Cleaned, val_fraction: float, group_by: str | None
+) -> tuple[Cleaned, Cleaned]:
+    """Divide a dataset into a training and a validation set; see `split` for the arguments.
+
+    The training set gets the findings of the dataset, the validation set gets none.
+    """
     chosen = split(data.content["images"], data.digests, val_fraction, group_by)
     halves = []
     for wanted in (False, True):
-        mine = [i for i, validates in enumerate(chosen) if validates == wanted]
-        entries = [data.content["images"][i] for i in mine]
+        members = [i for i, is_val in enumerate(chosen) if is_val == wanted]
+        entries = [data.content["images"][i] for i in members]
         ids = {entry["id"] for entry in entries}
         objects = [a for a in data.content["annotations"] if a["image_id"] in ids]
         content = {**data.content, "images": entries, "annotations": objects}
-        digests, copies = [data.digests[i] for i in mine], [data.copies[i] for i in mine]
+        digests, copies = [data.digests[i] for i in members], [data.copies[i] for i in members]
         halves.append(Cleaned(data.images, content, [], digests, copies))
     halves[0].findings = data.findings
     return halves[0], halves[1]
 
 
 def compare_splits(train: Cleaned, val: Cleaned, masks: bool) -> list[Finding]:
-    """What is wrong between the two, each of them being right in itself.
+    """Check a training and a validation set for errors that only show when they are compared.
 
     Args:
-        masks: whether masks are wanted, if there are any.
+        train: the training set.
+        val: the validation set.
+        masks: whether the model has a mask head (`MODEL.MASK_ON`).
     """
-    found = Findings()
+    findings = Findings()
     names = dict(zip(train.digests, (e["file_name"] for e in train.content["images"]), strict=True))
     for digest, entry in zip(val.digests, val.content["images"], strict=True):
         if digest in names:
             one, two = names[digest], entry["file_name"]
-            told = one if one == two else f"{one} is {two}"
-            found.add("pictures in both sets", told, "take them out of one", stops=True)
+            example = one if one == two else f"{one} = {two}"
+            findings.add("images in both sets", example, "remove them from one set", fatal=True)
     one, two = (
         {c["id"]: c.get("name") for c in data.content["categories"]} for data in (train, val)
     )
     for number in sorted(one.keys() | two.keys()):
         if one.get(number) != two.get(number):
-            told = f"{number} is {one.get(number)} and {two.get(number)}"
-            found.add("categories that differ", told, "give both sets the same list", stops=True)
+            example = f"id {number}: {one.get(number)} in train, {two.get(number)} in val"
+            action = "use the same categories in both sets"
+            findings.add("categories that differ between the sets", example, action, fatal=True)
     real = [a for data in (train, val) for a in data.content["annotations"] if not a["iscrowd"]]
-    learnt, measured = (
+    learned, measured = (
         {a["category_id"] for a in data.content["annotations"] if not a["iscrowd"]}
         for data in (train, val)
     )
-    for number in sorted(measured - learnt):
-        then = "their AP will be 0, and count in the mean"
-        found.add("categories with objects in validation alone", one.get(number), then)
+    for number in sorted(measured - learned):
+        action = "their AP will be 0, which lowers the mean"
+        findings.add("categories with objects in validation only", one.get(number), action)
     if masks and any("segmentation" in a for a in real):
         for annotation in real:
             if "segmentation" not in annotation:
-                then = "give them one, or train boxes alone with MODEL.MASK_ON False"
-                found.add("objects without a mask, others having one", annotation["id"], then, True)
+                description = "objects without a mask, although other objects have one"
+                action = "add the masks, or train on boxes only with MODEL.MASK_ON False"
+                findings.add(description, annotation["id"], action, fatal=True)
     for name, data in (("training", train), ("validation", val)):
         if all(a["iscrowd"] for a in data.content["annotations"]):
-            found.add("sets without any object", name, "annotate some", stops=True)
-    return list(found)
+            findings.add("sets without any object", name, "annotate some objects", fatal=True)
+    return list(findings)
 
 
-def look(
+def clean_splits(
     train: Source,
     val: Source | None,
     *,
@@ -175,22 +198,29 @@ def look(
     group_by: str | None = None,
     masks: bool = True,
 ) -> tuple[Cleaned, Cleaned, dict[str, list[Finding]]]:
-    """Look at training and validation set, without writing anything.
+    """Check and clean a training and a validation set, without writing anything.
 
     Args:
-        val: None to take `val_fraction` of the training set, as `split` does.
-        masks: whether masks are wanted, if there are any.
+        train: the training set.
+        val: the validation set, or None to split it off the training set.
+        val_fraction: share of the training set to split off, as `split` takes it.
+        group_by: keeps images of a group together in the split, as `split` takes it.
+        masks: whether the model has a mask head (`MODEL.MASK_ON`).
+
+    Returns:
+        the training set, the validation set, and the findings by "train", "val" and "both". If
+        fatal findings prevent the split, both sets are the training set.
 
     Raises:
-        InputError: for files that cannot be read, and splits that cannot be made.
+        InputError: if a file cannot be read, or the split is impossible.
     """
     first = clean(train)
     second = clean(val) if val else first
     both = {"train": first.findings} | ({"val": second.findings} if val else {})
-    if any(finding.stops for findings in both.values() for finding in findings):
+    if any(finding.fatal for findings in both.values() for finding in findings):
         return first, second, both
     if val is None:
-        first, second = divide(first, val_fraction, group_by)
+        first, second = split_dataset(first, val_fraction, group_by)
     findings = {}
     for name, data in (("train", first), ("val", second)):
         counted = Findings()

@@ -1,4 +1,4 @@
-"""What a COCO-format annotation file must hold before a run may start."""
+"""Checks of registered COCO-format datasets before a run starts."""
 
 from pathlib import Path
 
@@ -7,11 +7,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..errors import InputError
 from .json_files import read_json
 
-ENCODING = "utf-8"  # Detectron2 reads no byte order mark
+ENCODING = "utf-8"  # Detectron2 cannot read a byte order mark
 
 
 def count_categories(name: str) -> int | None:
-    """Number of categories of a registered data set, None if nothing on this machine tells it."""
+    """Number of categories of a registered dataset, or None if it is not known on this machine.
+
+    The metadata's `thing_classes` take precedence over the annotation file.
+    """
     if name not in DatasetCatalog.list():
         return None
     metadata = MetadataCatalog.get(name)
@@ -24,21 +27,22 @@ def count_categories(name: str) -> int | None:
 
 
 def check_dataset(name: str, num_classes: int | None = None, annotated: bool = True) -> None:
-    """Check that a registered data set's annotation file can be used by a model.
+    """Check that a registered dataset's annotation file fits the model.
 
-    Data sets that are not registered from a COCO JSON file pass unread.
+    Datasets that were not registered from a COCO JSON file are not checked.
 
     Args:
-        num_classes: number of categories that the model tells apart, None to leave it unchecked.
-        annotated: whether annotations are needed; COCO's test-dev has none.
+        name: name in Detectron2's catalogs.
+        num_classes: number of categories of the model, or None to skip that check.
+        annotated: whether annotations are required; COCO's test-dev has none.
 
     Raises:
-        InputError: if no data set has that name, or its file is missing, is not JSON, holds no
-            images or no annotations, or has another number of categories than `num_classes`.
+        InputError: if no dataset has that name, or its file is missing, is not JSON, has no
+            images, categories or annotations, or not `num_classes` categories.
     """
     if name not in DatasetCatalog.list():
         raise InputError(
-            f"no data set is registered as {name}; change DATASETS.TRAIN or DATASETS.TEST"
+            f"no dataset is registered as {name}: change DATASETS.TRAIN or DATASETS.TEST"
         )
     path = MetadataCatalog.get(name).get("json_file")
     if path is None:
@@ -46,16 +50,16 @@ def check_dataset(name: str, num_classes: int | None = None, annotated: bool = T
     try:
         content = read_json(Path(path), ENCODING)
     except InputError as error:
-        hint = "is DETECTRON2_DATASETS the folder that holds your data sets?"
-        raise InputError(f"data set {name}: {error}; {hint}") from None
+        hint = "check that DETECTRON2_DATASETS is the folder of your datasets"
+        raise InputError(f"dataset {name}: {error}; {hint}") from None
     for key in ("images", "categories", *(("annotations",) if annotated else ())):
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not entries:
             raise InputError(
-                f"data set {name}: {path} holds no {key}: it must be a COCO instances file"
+                f"dataset {name}: {path} has no {key}; it must be a COCO instances file"
             )
     if num_classes is not None and len(content["categories"]) != num_classes:
         raise InputError(
-            f"data set {name} has {len(content['categories'])} categories, but "
+            f"dataset {name} has {len(content['categories'])} categories, but "
             f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}: make them equal"
         )

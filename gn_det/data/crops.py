@@ -1,4 +1,4 @@
-"""Objects of a COCO-format data set as square pictures, in one folder a class."""
+"""Crop the objects of a COCO-format dataset into one folder of square images per class."""
 
 from pathlib import Path
 
@@ -10,15 +10,18 @@ from .json_files import read_json
 
 
 def write_crops(annotations: Path, images: Path, folder: Path, side: int = 56) -> None:
-    """Write every object but crowds to `folder/<category>/<annotation id>.png`.
+    """Write each object except crowds to `folder/<category>/<annotation id>.png`.
 
-    A crop is 1.2 to 2 times as large as its object, black outside the picture, and the same each
-    time. Categories without objects get their folder too.
+    A crop is 1.2 to 2 times as large as the longer side of its object, and black outside the
+    image. The factor is random, but determined by the annotation id. Categories without objects
+    get an empty folder.
 
     Args:
-        annotations: file of instances, in COCO's format.
-        images: folder of its pictures.
-        side: of the crops, in pixels; the default is what a 48 px classifier is tested on.
+        annotations: a COCO instances file.
+        images: its image folder.
+        folder: the output folder; it must not contain the class folders yet.
+        side: width and height of a crop in pixels. The default suits a classifier with 48 px
+            inputs, which resizes test images to 55 px.
 
     Raises:
         InputError: if the annotation file or an image cannot be read.
@@ -32,15 +35,15 @@ def write_crops(annotations: Path, images: Path, folder: Path, side: int = 56) -
         if not annotation.get("iscrowd"):
             objects[annotation["image_id"]].append(annotation)
     for image in content["images"]:
-        picture = Image.fromarray(read_image(images / image["file_name"]))
-        for found in objects[image["id"]]:
-            x, y, width, height = found["bbox"]
-            half = np.random.default_rng(found["id"]).uniform(0.6, 1.0) * max(width, height)
+        pixels = Image.fromarray(read_image(images / image["file_name"]))
+        for annotation in objects[image["id"]]:
+            x, y, width, height = annotation["bbox"]
+            half = np.random.default_rng(annotation["id"]).uniform(0.6, 1.0) * max(width, height)
             x, y = x + width / 2, y + height / 2
-            crop = picture.transform(
+            crop = pixels.transform(
                 (side, side),
                 Image.Transform.EXTENT,
                 (x - half, y - half, x + half, y + half),
                 Image.Resampling.BILINEAR,
             )
-            crop.save(folder / names[found["category_id"]] / f"{found['id']:06d}.png")
+            crop.save(folder / names[annotation["category_id"]] / f"{annotation['id']:06d}.png")

@@ -1,4 +1,4 @@
-"""The pictures of a data set, looked at file by file, and what Detectron2 would misread copied."""
+"""Check image files one by one, and copy those that Detectron2 would misread."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,27 +16,27 @@ from ..files import write_whole
 from .findings import Findings
 from .image_reader import TURNS, decode_image, read_image_bytes, starts_as_image
 
-# Of a picture's values, that black and white are set to when more than 8 bits become 8
+# Percentiles of an image's values that become 0 and 255 when it is converted to 8 bits
 PERCENTILES = (0.1, 99.9)
-# Of the files that are only opened; one by one their threads would wait for each other
-PART = 500
-MISSING, UNREADABLE = "pictures missing", "pictures that cannot be read"
-REPLACE = "replace them, or take them out of the annotation file"
+# Files per task of a thread that only reads their first bytes; smaller tasks are slower
+CHUNK = 500
+MISSING, UNREADABLE = "missing images", "unreadable images"
+REPLACE = "replace them, or remove them from the annotation file"
 MAX_VALUE = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What a file turned out to be.
+    """Properties of an image file.
 
     Args:
-        stored: (width, height) in pixels without EXIF's rotation.
-        turned: (width, height) with it.
-        digest: of the file's bytes, "" if there is none.
-        orientation: EXIF's, 1 for none.
-        deep: "grey" or "colour" if it has more than 8 bits a value, else "".
-        format: as Pillow calls it.
-        error: why it cannot be used, or "".
+        stored: (width, height) in pixels before EXIF's orientation is applied.
+        turned: (width, height) in pixels after EXIF's orientation is applied.
+        digest: SHA-256 of the file, "" if it cannot be opened.
+        orientation: EXIF's orientation, 1 to 8; 1 means upright.
+        deep: "grey" or "colour" for more than 8 bits per channel, else "".
+        format: Pillow's name of the format.
+        error: the reason why the file is unusable, or "".
     """
 
     stored: tuple[int, int] = (0, 0)
@@ -49,7 +49,7 @@ class ImageInfo:
 
 
 def examine(path: Path) -> ImageInfo:
-    """Read a file whole, and decode it."""
+    """Read and decode an image file; problems are reported in `ImageInfo.error`."""
     try:
         content = read_image_bytes(path)
     except (OSError, ValueError) as error:
@@ -65,21 +65,24 @@ def examine(path: Path) -> ImageInfo:
     return ImageInfo(stored, turned, digest, image.orientation, image.deep, image.format)
 
 
-def missing_images(entries: Sequence[dict[str, Any]], folder: Path, found: Findings) -> None:
-    """Find files that are missing, or no images by their first bytes; see `inspect_images`."""
-    parts = [entries[i : i + PART] for i in range(0, len(entries), PART)]
+def missing_images(entries: Sequence[dict[str, Any]], folder: Path, findings: Findings) -> None:
+    """Find files that are missing, or whose first bytes are not those of an image.
+
+    This is a fast substitute for `inspect_images`, and takes the same arguments.
+    """
+    chunks = [entries[i : i + CHUNK] for i in range(0, len(entries), CHUNK)]
     with ThreadPoolExecutor() as pool:
-        problems = pool.map(lambda part: [_problem_at_start(folder, e) for e in part], parts)
+        problems = pool.map(lambda chunk: [_problem_at_start(folder, e) for e in chunk], chunks)
         for entry, problem in zip(entries, chain.from_iterable(problems), strict=True):
             if problem:
-                then = _put_into(folder) if problem == MISSING else REPLACE
-                found.add(problem, entry["file_name"], then, stops=True)
+                action = _put_into(folder) if problem == MISSING else REPLACE
+                findings.add(problem, entry["file_name"], action, fatal=True)
 
 
 def _problem_at_start(folder: Path, entry: dict[str, Any]) -> str:
-    """What `missing_images` finds about an entry's file, or ""."""
+    """`MISSING`, `UNREADABLE`, or "" for a file that starts like an image."""
     try:
-        # Detectron2 would open any format, EPS with the help of another program
+        # Only known formats: Pillow, which Detectron2 calls, starts Ghostscript for EPS
         known = starts_as_image(folder / entry["file_name"])
     except (OSError, ValueError):
         return MISSING
@@ -87,95 +90,108 @@ def _problem_at_start(folder: Path, entry: dict[str, Any]) -> str:
 
 
 def _put_into(folder: Path) -> str:
-    return f"put them into {folder}, or take them out of the annotation file"
+    return f"put them into {folder}, or remove them from the annotation file"
 
 
 def inspect_images(
-    entries: Sequence[dict[str, Any]], folder: Path, found: Findings
+    entries: Sequence[dict[str, Any]], folder: Path, findings: Findings
 ) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """Find files that are missing, damaged, of another size than is listed, or of too many bits.
+    """Find files that are missing, damaged, differ from the listed size, or exceed 8 bits.
 
     Args:
         entries: the `images` of a COCO instances file.
-        folder: that `file_name`s are meant in.
-        found: what is noticed goes in here.
+        folder: the folder that `file_name`s are relative to.
+        findings: collects the findings.
 
     Yields:
-        for each readable picture its entry with `width` and `height`, the digest of its file, and
-        how it has to be copied: "" not at all, "turned" as EXIF has it, or "as stored".
+        for each readable image its entry with `width` and `height`, the SHA-256 of its file, and
+        how it must be copied: "" for no copy, "turned" for a copy with EXIF's orientation
+        applied, or "as stored" for a copy without it.
     """
     with ThreadPoolExecutor() as pool:
         paths = [folder / entry["file_name"] for entry in entries]
         for entry, file in zip(entries, pool.map(examine, paths), strict=True):
             name = entry["file_name"]
             if file.error and not file.digest:
-                found.add(MISSING, name, _put_into(folder), stops=True)
+                findings.add(MISSING, name, _put_into(folder), fatal=True)
             elif file.error:
-                found.add(UNREADABLE, f"{name}: {file.error}", REPLACE, stops=True)
+                findings.add(UNREADABLE, f"{name}: {file.error}", REPLACE, fatal=True)
             else:
-                size, copy = _read_as(entry, file, found)
+                size, copy = _frame_of(entry, file, findings)
                 yield {**entry, "width": size[0], "height": size[1]}, file.digest, copy
 
 
-def _read_as(
-    entry: dict[str, Any], file: ImageInfo, found: Findings
+def _frame_of(
+    entry: dict[str, Any], file: ImageInfo, findings: Findings
 ) -> tuple[tuple[int, int], str]:
-    """The size that a picture's annotations are meant in, and how it has to be copied."""
+    """Determine the (width, height) that an image's annotations refer to, and its kind of copy.
+
+    The kinds of copy are those of `inspect_images`.
+    """
     name, listed = entry["file_name"], (entry.get("width"), entry.get("height"))
     copy = ""
     if file.deep == "colour":
-        then = "bring them to 8 bits a channel"
-        found.add("pictures of more than 8 bits in colour", name, then, stops=True)
+        action = "convert them to 8 bits per channel"
+        findings.add("colour images with more than 8 bits per channel", name, action, fatal=True)
     elif file.deep:
-        then = f"copies of 8 bits are made, black and white at {PERCENTILES} percent"
-        found.add("pictures of more than 8 bits", name, then)
+        low, high = PERCENTILES
+        action = f"8-bit copies are used, with percentile {low} as black and {high} as white"
+        findings.add("grey images with more than 8 bits", name, action)
         copy = "turned"
     if listed == file.stored != file.turned:
-        then = "their annotations are not: copies without that rotation are made"
-        found.add("pictures that EXIF rotates", name, then)
+        action = "copies without that rotation are used, which match the annotations"
+        findings.add("images whose listed size ignores their EXIF rotation", name, action)
         return file.stored, "as stored"
     if file.orientation != 1:
-        then = "they are read as turned; if annotated otherwise, take that tag out of them"
-        found.add("pictures that EXIF turns", name, then)
+        action = "it is applied; if the annotations ignore it, remove the tag from the files"
+        findings.add("images with an EXIF orientation", name, action)
         if file.format == "TIFF":
-            # Detectron2 would turn what Pillow has turned
+            # Pillow applies the orientation of TIFF files itself, and Detectron2 would repeat it
             copy = "turned"
     if listed not in (file.turned, (None, None)):
         shown = "x".join(printable(side) for side in listed)
-        told = f"{name}: {file.turned[0]}x{file.turned[1]}, listed as {shown}"
-        then = "fix width and height, or the boxes would be somewhere else"
-        found.add("pictures of another size than listed", told, then, stops=True)
+        example = f"{name}: {file.turned[0]}x{file.turned[1]}, listed as {shown}"
+        action = "fix width and height, since boxes may be misplaced"
+        findings.add("images whose size differs from the listed size", example, action, fatal=True)
     return file.turned, copy
 
 
 def copy_image(source: Path, target: Path, how: str) -> None:
-    """Write a lossless copy of 8 bits without EXIF's tags, "turned" by them or "as stored".
+    """Write an 8-bit PNG copy of an image, without EXIF tags.
+
+    Args:
+        source: the image file.
+        target: the path of the copy; missing folders are created.
+        how: "turned" to apply EXIF's orientation, "as stored" to ignore it.
 
     Raises:
-        OSError: if one cannot be read, or the other not be written.
+        OSError: if the source cannot be read, or the target cannot be written.
         InputError: if the source cannot be decoded.
     """
     decoded = decode_image(read_image_bytes(source))
     image = to_eight_bits(decoded.upright)
-    # Quarters are undone by the opposite ones, mirroring and halves by themselves
+    # Orientations 6 and 8 invert each other, all others are their own inverses
     undo = {6: 8, 8: 6}.get(decoded.orientation, decoded.orientation)
     if how == "as stored" and undo in TURNS:
         image = image.transpose(TURNS[undo])
     target.parent.mkdir(parents=True, exist_ok=True)
     with write_whole(target, "wb") as file:
-        # A new image has none of the old one's tags
+        # Via an array, which drops all tags
         Image.fromarray(np.asarray(image)).save(file, format="PNG")
 
 
-def to_eight_bits(picture: Image.Image) -> Image.Image:
-    """A picture of 16 or 32 bits a value as 8, stretched between two of its own percentiles.
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """Convert an image to 8 bits per channel.
 
-    Every picture by itself, so that one that comes alone later is treated alike. Others come back
-    as they are, in RGB.
+    Grey images of 16 or 32 bits are scaled between `PERCENTILES` of their own values. Statistics
+    of the dataset are not used, so that prediction on a single image gives the same result.
+
+    Returns:
+        a greyscale image for modes I and F, else an RGB image.
     """
-    if not picture.mode.startswith(("I", "F")):
-        return picture.convert("RGB")
-    values = np.nan_to_num(np.asarray(picture), posinf=MAX_VALUE, neginf=-MAX_VALUE)
+    if not image.mode.startswith(("I", "F")):
+        return image.convert("RGB")
+    values = np.nan_to_num(np.asarray(image), posinf=MAX_VALUE, neginf=-MAX_VALUE)
     values = values.astype(np.float64)
     low, high = np.percentile(values, PERCENTILES)
     stretched = (values - low) / max(high - low, 1e-12)
@@ -183,7 +199,7 @@ def to_eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """A picture as it was trained on: turned as EXIF has it, and of 8 bits.
+    """Read an image as for training: EXIF's orientation applied, and converted to 8 bits.
 
     Returns:
         uint8 of shape (H, W, 3), RGB.
@@ -197,4 +213,4 @@ def read_image(path: Path) -> np.ndarray:
         )
     except (OSError, ValueError) as error:
         shown = printable(str(path), 1000)
-        raise InputError(f"{shown} cannot be read as a picture: {error}") from None
+        raise InputError(f"{shown} cannot be read as an image: {error}") from None

@@ -1,7 +1,8 @@
-"""Folders of pictures, one sub-folder a class (torchvision's ImageFolder), as Detectron2's loaders.
+"""Data loaders for image classification, on image folders with one sub-folder per class.
 
-In the place of a registered name, `DATASETS.TRAIN` and `DATASETS.TEST` have the path of a folder,
-as it stands or below `$DETECTRON2_DATASETS` (default `./datasets`).
+Instead of a registered name, `DATASETS.TRAIN` and `DATASETS.TEST` give the path of a folder, either
+as it is or relative to `$DETECTRON2_DATASETS` (default `./datasets`). The layout is that of
+torchvision's `ImageFolder`.
 """
 
 import functools
@@ -24,21 +25,24 @@ from .loader import TrainLoader
 
 
 class UnreadableImageError(InputError):
-    """A picture that cannot be decoded, told in one sentence."""
+    """An image file that cannot be decoded; the message is one sentence, also from a worker."""
 
     def __init__(self, text: str) -> None:
-        # PyTorch hands an error of a loader's process over as the text of its whole traceback,
-        # which ends with the name of this class and the sentence
+        # DataLoader re-raises a worker's error with its whole traceback as the text, which ends
+        # with the name of this class and the message
         super().__init__(text.strip().rpartition(f"{type(self).__name__}: ")[2])
 
 
-# Detectron2's trainer asks for its loaders by config alone, and listing ImageNet takes a while
+# Cached, since each loader calls this, and listing ImageNet takes a while
 @functools.cache
 def read_folder(name: str) -> ImageFolder:
-    """The pictures and classes of a folder; a class may be without pictures.
+    """List the images and classes of an image folder; class folders may be empty.
+
+    Args:
+        name: path of the folder, as it is or relative to `$DETECTRON2_DATASETS`.
 
     Raises:
-        InputError: if there is no such folder, or it holds no class folders, or no pictures.
+        InputError: if the folder does not exist, or has no class folders or no images.
     """
     root = Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()
     paths = [Path(name).expanduser(), root / name]
@@ -46,25 +50,29 @@ def read_folder(name: str) -> ImageFolder:
     if path is None:
         raise InputError(
             f"there is no folder {' or '.join(map(str, dict.fromkeys(paths)))}: DATASETS.TRAIN and "
-            "DATASETS.TEST name folders of pictures, with one sub-folder for each class"
+            "DATASETS.TEST must name image folders with one sub-folder per class"
         )
     try:
         folder = ImageFolder(str(path), allow_empty=True)
     except OSError as error:
         raise InputError(
-            f"{path} cannot be used ({error}): it must hold a folder of pictures for each class"
+            f"{path} cannot be used ({error}): it must have one folder of images per class"
         ) from None
     if not folder.samples:
-        raise InputError(f"the class folders of {path} hold no pictures")
+        raise InputError(f"the class folders of {path} have no images")
     return folder
 
 
 class ImageMapper:
-    """From a sample of `ImageFolder` to Detectron2's record of a picture.
+    """Map a sample of torchvision's `ImageFolder` to a dict in Detectron2's format.
 
-    Training pictures are a random part, of `PRETRAIN.MIN_CROP_AREA` to all of the area, flipped
-    half of the time, with brightness, contrast and saturation changed by up to 40%. Test pictures
-    are scaled to a shorter side of 256/224 times the size, of which they keep the centre.
+    Training images get a random resized crop of `PRETRAIN.MIN_CROP_AREA` to all of the area, a
+    random horizontal flip, and random brightness, contrast and saturation within 40%.
+    Test images are resized to a shorter side of 256/224 `PRETRAIN.IMAGE_SIZE` and center-cropped.
+
+    Args:
+        cfg: gives `INPUT.FORMAT`, `PRETRAIN.IMAGE_SIZE` and `PRETRAIN.MIN_CROP_AREA`.
+        is_train: whether to augment.
     """
 
     def __init__(self, cfg: CfgNode, is_train: bool) -> None:
@@ -72,28 +80,39 @@ class ImageMapper:
         side = cfg.PRETRAIN.IMAGE_SIZE
         steps = [T.Resize(round(side * 256 / 224)), T.CenterCrop(side)]
         if is_train:
-            colours = T.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4)
-            part = T.RandomResizedCrop(side, scale=(cfg.PRETRAIN.MIN_CROP_AREA, 1.0))
-            steps = [part, T.RandomHorizontalFlip(), colours]
+            jitter = T.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4)
+            crop = T.RandomResizedCrop(side, scale=(cfg.PRETRAIN.MIN_CROP_AREA, 1.0))
+            steps = [crop, T.RandomHorizontalFlip(), jitter]
         self._transform = T.Compose([*steps, T.PILToTensor()])
 
     def __call__(self, sample: tuple[str, int]) -> dict[str, Any]:
-        """A record: "file_name", "label", and "image", uint8 (3, side, side) in `INPUT.FORMAT`.
+        """Load and transform an image.
+
+        Args:
+            sample: path and class index.
+
+        Returns:
+            "file_name", "label", and "image", a uint8 tensor (3, side, side) in `INPUT.FORMAT`.
 
         Raises:
-            UnreadableImageError: for a file that is no picture.
+            UnreadableImageError: if the file cannot be read as an image.
         """
         path, label = sample
         try:
-            picture = Image.fromarray(read_image(Path(path)))
+            pixels = read_image(Path(path))
         except InputError as error:
             raise UnreadableImageError(str(error)) from None
-        image = self._transform(picture)
+        image = self._transform(Image.fromarray(pixels))
         return {"file_name": path, "label": label, "image": image.flip(0) if self._bgr else image}
 
 
 def build_train_loader(cfg: CfgNode) -> TrainLoader:
-    """Endless shuffled batches of `SOLVER.IMS_PER_BATCH` pictures in all, as lists of records."""
+    """Build the training loader for `DATASETS.TRAIN[0]`.
+
+    Returns:
+        endless shuffled batches, lists of the dicts of `ImageMapper`. A batch has
+        `SOLVER.IMS_PER_BATCH` images over all processes.
+    """
     return TrainLoader(
         read_folder(cfg.DATASETS.TRAIN[0]).samples,
         ImageMapper(cfg, is_train=True),
@@ -105,9 +124,17 @@ def build_train_loader(cfg: CfgNode) -> TrainLoader:
 
 
 def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
-    """Every picture of a folder once, dealt out to the processes, as lists of records."""
+    """Build a test loader, which divides the images of a folder among the processes.
+
+    Args:
+        cfg: gives the batch size over all processes, `SOLVER.IMS_PER_BATCH`.
+        name: path of the folder, as `read_folder` takes it.
+
+    Returns:
+        each image once, as batches that are lists of the dicts of `ImageMapper`.
+    """
     samples = read_folder(name).samples
-    # Detectron2's own test loader takes one picture at a time in its release 0.6
+    # Detectron2 0.6's own test loader only supports batches of one image
     return DataLoader(
         MapDataset(samples, ImageMapper(cfg, is_train=False)),
         batch_size=max(cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), 1),

@@ -1,4 +1,4 @@
-"""The one way in which gn_det reads image files: few formats, and one sentence if it cannot."""
+"""Decode image files safely: a few formats only, with a one-sentence error otherwise."""
 
 import struct
 import zlib
@@ -11,22 +11,23 @@ from PIL import Image, UnidentifiedImageError
 from ..errors import InputError, printable
 from ..files import open_regular, read_regular
 
-# Of photographs, scans and screenshots, as Pillow calls them; MPO, of many phones, comes with JPEG.
-# Pillow goes by the content, whatever a file is called, and starts Ghostscript for EPS
+# Pillow's names of the formats of photographs, scans and screenshots. JPEG includes MPO, which many
+# phones write. Other formats are excluded, since Pillow selects the decoder by content, not by file
+# name, and starts Ghostscript for EPS
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-# An image of as many pixels as Pillow allows, in four channels, uncompressed, has less
+# Enough for an uncompressed image of MAX_PIXELS with four channels
 MAX_BYTES = 1 << 30
-# Pillow's own limit; below 2**29 the run lengths of masks fit into pycocotools' 32 bits
+# Pillow's own limit. It is below 2**29, so that run lengths of masks fit into pycocotools' 32 bits
 MAX_PIXELS = 178_956_970
-# A longer one would be resized to nothing on its shorter side, or to a huge longer one
+# Resizing longer images would give an empty shorter side or a huge longer side
 MAX_ASPECT = 500
-# What Pillow raises on damaged files
+# Exceptions that Pillow raises on damaged files
 READ_ERRORS = (
     *(OSError, ValueError, SyntaxError, EOFError, OverflowError, struct.error, zlib.error),
     Image.DecompressionBombError,
 )
-ORIENTATION = 0x0112  # EXIF's tag
-# What EXIF's orientations want done, to see the image upright
+ORIENTATION = 0x0112  # EXIF tag
+# Operation that makes an image upright, by EXIF orientation
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,13 +41,13 @@ TURNS = {
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image file's content.
+    """A decoded image file.
 
     Args:
-        upright: the image, turned as EXIF has it.
-        orientation: EXIF's, 1 for none.
-        deep: "grey" or "colour" if it has more than 8 bits a value, else "".
-        format: as Pillow calls it.
+        upright: the image, with EXIF's orientation applied.
+        orientation: EXIF's orientation in the file, 1 to 8; 1 means upright.
+        deep: "grey" or "colour" for more than 8 bits per channel, else "".
+        format: Pillow's name of the format.
     """
 
     upright: Image.Image
@@ -56,41 +57,41 @@ class Decoded:
 
 
 def read_image_bytes(path: Path) -> bytes:
-    """The bytes of an image file.
+    """Read the bytes of an image file.
 
     Raises:
-        OSError: if it cannot be read, is no regular file, or larger than images are.
+        OSError: if it cannot be read, is not a regular file, or is larger than `MAX_BYTES`.
     """
     return read_regular(path, MAX_BYTES)
 
 
 def decode_image(content: bytes) -> Decoded:
-    """An image from the bytes of its file.
+    """Decode the bytes of an image file.
 
     Raises:
-        InputError: if it cannot be decoded; why, without the file's name.
+        InputError: if it cannot be decoded; the message is the reason, without a file name.
     """
     try:
         with Image.open(BytesIO(content), formats=FORMATS) as file:
-            if why := size_error(*file.size):
-                raise InputError(why)
-            # First, because Pillow turns a TIFF when it loads it, and drops the tag
+            if reason := size_error(*file.size):
+                raise InputError(reason)
+            # Before load(), in which Pillow rotates TIFF images and drops the tag
             deep, orientation = _depth(file), _orientation(file)
             file.load()
-            left = _orientation(file)
-            upright = file.transpose(TURNS[left]) if left in TURNS else file.copy()
+            remaining = _orientation(file)
+            upright = file.transpose(TURNS[remaining]) if remaining in TURNS else file.copy()
             return Decoded(upright, orientation, deep, file.format or "")
     except UnidentifiedImageError:
-        # Pillow's own words name the place in memory that it was in
+        # Pillow's own message is only the address of the BytesIO object
         formats = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-        raise InputError(f"no picture in the format {formats}") from None
+        raise InputError(f"not an image in the format {formats}") from None
     except Exception as error:
-        # Damage may lead Pillow's decoders to raise anything
+        # On damaged files, Pillow's decoders may raise any exception
         raise InputError(printable(str(error) or type(error).__name__)) from None
 
 
 def size_error(width: int, height: int) -> str:
-    """Why nothing can be done with images of a size, or ""."""
+    """The reason why images of a size are unsupported, or "" if they are supported."""
     if min(width, height) < 1:
         return "it has no pixels"
     if width * height > MAX_PIXELS:
@@ -101,21 +102,21 @@ def size_error(width: int, height: int) -> str:
 
 
 def _orientation(file: Image.Image) -> int:
-    """EXIF's orientation; 1 where it is missing or damaged, as Detectron2 has it."""
+    """EXIF's orientation; 1 if it is missing or damaged, as in Detectron2."""
     try:
-        found = file.getexif().get(ORIENTATION)
-        return found if found in TURNS else 1
+        value = file.getexif().get(ORIENTATION)
+        return value if value in TURNS else 1
     except Exception:
         return 1
 
 
 def _depth(file: Image.Image) -> str:
-    """Whether an image has more than 8 bits, as `Decoded.deep`."""
+    """The value of `Decoded.deep` for an image that is not loaded yet."""
     if file.mode.startswith(("I", "F")):
         return "grey"
     deep = False
     if file.format == "PNG":
-        # Pillow drops the lower half of colours of 16
+        # Pillow silently drops the lower 8 bits of 16-bit colour channels
         deep = any(str(tile[3]).endswith(";16B") for tile in file.tile)  # type: ignore[attr-defined]
     elif file.format == "TIFF":
         bits = file.tag_v2.get(258, 8)  # type: ignore[attr-defined]
@@ -124,7 +125,7 @@ def _depth(file: Image.Image) -> str:
 
 
 def starts_as_image(path: Path) -> bool:
-    """Whether a file's first bytes are those of a format that is read; the rest is not looked at.
+    """Whether a file starts with the signature of one of `FORMATS`; the rest is not read.
 
     Raises:
         OSError: as `read_image_bytes`.

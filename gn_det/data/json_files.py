@@ -1,4 +1,4 @@
-"""JSON files that come from others."""
+"""Read untrusted JSON files."""
 
 import json
 from pathlib import Path
@@ -7,18 +7,19 @@ from typing import Any
 from ..errors import InputError, printable
 from ..files import read_regular
 
-# A few times as large as the largest public sets of masks
+# A few times the size of the largest public instance segmentation datasets
 MAX_BYTES = 8 << 30
 
 
 def read_json(path: Path, encoding: str = "utf-8-sig") -> Any:
-    """The content of a JSON file.
+    """Read a JSON file of at most `MAX_BYTES`.
 
     Args:
+        path: the file.
         encoding: the default reads UTF-8 with or without a byte order mark.
 
     Raises:
-        InputError: if it cannot be read, or is no JSON.
+        InputError: if it cannot be read, or is not JSON.
     """
     try:
         return json.loads(read_regular(path, MAX_BYTES).decode(encoding))
@@ -27,6 +28,6 @@ def read_json(path: Path, encoding: str = "utf-8-sig") -> Any:
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {printable(str(error))}") from None
     except RecursionError:
-        raise InputError(f"{path} is not JSON that can be read: it is nested too deeply") from None
+        raise InputError(f"{path} cannot be read: its JSON is nested too deeply") from None
     except MemoryError:
-        raise InputError(f"{path} is larger than this machine's memory: divide it") from None
+        raise InputError(f"{path} does not fit into memory: divide it into smaller files") from None

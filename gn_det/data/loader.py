@@ -1,4 +1,4 @@
-"""A loader of training batches that can be gone on with at any batch, bit by bit."""
+"""A training data loader that can resume at any batch with bit-identical data."""
 
 import random
 import signal
@@ -18,34 +18,34 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..errors import printable
 from .image_reader import READ_ERRORS
 
-# (index of a record, how many samples came before it)
+# (index of a record, position of the sample in the order)
 Place = tuple[int, int]
-# Seconds that a loading process has left once it was told to end
+# Seconds that a worker process stays alive after SIGTERM
 GRACE = 60
 
 
 @dataclass(frozen=True)
 class UnreadableSample:
-    """What stands in a batch for a sample that could not be loaded."""
+    """A placeholder in a batch for a sample that could not be loaded."""
 
     file_name: str
-    why: str
+    reason: str
 
 
 class TrainLoader:
-    """Batches of samples, as Detectron2's training loader gives them, wherever they are begun.
+    """A training data loader like Detectron2's, which can start at any batch.
 
-    The order follows from the seed, and what the mapper draws at random from the seed and the
-    sample's place in that order, so the number of loading processes changes nothing.
+    The order depends on the seed only. The mapper's random numbers depend on the seed, the process
+    rank and the sample's position in the order. The number of workers therefore has no effect.
 
     Args:
-        records: Detectron2's dataset dicts, or what else the mapper takes.
-        mapper: from a record to a sample.
-        make_sampler: from the records to a sampler of indices without an end, which is seeded from
-            NumPy's generator.
-        batch_size: samples of this process in a batch.
-        group_by_shape: whether wide and high pictures come into batches of their own.
-        num_workers: processes that load; 0 to load in this one.
+        records: Detectron2's dataset dicts, or other inputs of the mapper.
+        mapper: maps a record to a sample.
+        make_sampler: maps the records to an infinite sampler of indices, which must be seeded from
+            NumPy's global generator.
+        batch_size: batch size of this process.
+        group_by_shape: whether to put wide and tall images into separate batches.
+        num_workers: number of worker processes; 0 loads in the main process.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TrainLoader:
         num_workers: int,
     ) -> None:
         self._wide = [r["width"] > r["height"] for r in records] if group_by_shape else None
-        # Shared by the loading processes, rather than copied into each
+        # Serialized in one array, which worker processes share instead of copying it
         self._records = DatasetFromList(list(records), copy=False)
         self._mapper, self._make_sampler = mapper, make_sampler
         self._batch_size, self._num_workers = batch_size, num_workers
@@ -67,15 +67,17 @@ class TrainLoader:
         self._first = 0
 
     def start_at(self, seed: int, batch: int) -> None:
-        """Begin with a batch of the order that follows from a seed, the same in all processes.
+        """Set the seed and the first batch; to be called before iteration starts.
 
-        Those before it are not loaded. To be called before iteration begins.
+        Args:
+            seed: the seed, equal in all processes.
+            batch: number of batches to skip, without loading them.
         """
         self._seed, self._first = seed, batch
 
     def __iter__(self) -> Iterator[list[Any]]:
-        """Lists of samples without an end, some of them `UnreadableSample`."""
-        # A generator, so that nothing is decided before the first batch is asked for
+        """Endless batches, as lists of samples or `UnreadableSample`s."""
+        # A generator, so that `start_at` still has an effect until the first batch is requested
         seed = comm.shared_random_seed() if self._seed is None else self._seed
         with seeded(seed):
             sampler = self._make_sampler(self._records)
@@ -84,39 +86,41 @@ class TrainLoader:
             batch_sampler=_PlacedBatches(sampler, self._batch_size, self._wide, self._first),
             num_workers=self._num_workers,
             collate_fn=list,
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=_delay_signals,
         )
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None) -> TrainLoader:
-    """The loader that `cfg` asks Detectron2 for: its records, filter, mapper and sampler.
+    """Build a `TrainLoader` with the records, filter, mapper and sampler that `cfg` selects.
 
     Args:
-        mapper: in the place of Detectron2's `DatasetMapper`.
+        cfg: a Detectron2 config.
+        mapper: replaces Detectron2's `DatasetMapper`.
     """
-    choose = build_detection_train_loader.from_config
-    parts = choose(cfg, mapper=mapper, sampler=())
+    from_config = build_detection_train_loader.from_config
+    parts = from_config(cfg, mapper=mapper, sampler=())
     return TrainLoader(
         parts["dataset"],
         parts["mapper"],
-        lambda records: choose(cfg, mapper=parts["mapper"], dataset=records)["sampler"],
+        lambda records: from_config(cfg, mapper=parts["mapper"], dataset=records)["sampler"],
         batch_size=parts["total_batch_size"] // comm.get_world_size(),
         group_by_shape=parts["aspect_ratio_grouping"],
         num_workers=parts["num_workers"],
     )
 
 
-def _outlive_signals(worker: int) -> None:
-    """Let a loading process go on for a while, so that the training can finish its iteration.
+def _delay_signals(worker: int) -> None:
+    """Keep a worker process alive for `GRACE` seconds after SIGTERM, and ignore Ctrl-C.
 
-    Signals are often given to all processes of a group or job at once.
+    Signals often reach all processes of a group or job at once. The training process still needs
+    its workers to finish the iteration.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
 
 
 class _MappedRecords(Dataset):
-    """Records as a mapper makes samples of them, each at a place of its own."""
+    """A dataset of mapped records, whose random numbers depend on the seed and the position."""
 
     def __init__(
         self, records: Dataset, mapper: Callable[[Any], Any], seed: tuple[int, ...]
@@ -131,12 +135,15 @@ class _MappedRecords(Dataset):
                 return self._mapper(record)
         except READ_ERRORS as error:
             name = record["file_name"] if isinstance(record, dict) else record[0]
-            why = printable(str(error) or type(error).__name__)
-            return UnreadableSample(printable(name, 1000), why)
+            reason = printable(str(error) or type(error).__name__)
+            return UnreadableSample(printable(name, 1000), reason)
 
 
 class _PlacedBatches(Sampler):
-    """Batches of places, in the order of a sampler, from one of them on."""
+    """A batch sampler in the order of another sampler, starting at batch `first`.
+
+    With `wide`, the batches are those of Detectron2's `AspectRatioGroupedDataset`.
+    """
 
     def __init__(
         self, sampler: Iterable[int], size: int, wide: Sequence[bool] | None, first: int
@@ -147,9 +154,9 @@ class _PlacedBatches(Sampler):
         return islice(self._all(), self._first, None)
 
     def _all(self) -> Iterator[list[Place]]:
-        waiting: dict[bool, list[Place]] = {False: [], True: []}
+        batches: dict[bool, list[Place]] = {False: [], True: []}
         for number, index in enumerate(self._sampler):
-            batch = waiting[self._wide[index] if self._wide else False]
+            batch = batches[self._wide[index] if self._wide else False]
             batch.append((index, number))
             if len(batch) == self._size:
                 yield batch[:]
@@ -158,7 +165,11 @@ class _PlacedBatches(Sampler):
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Let Python's, NumPy's and the CPU's PyTorch generator follow from numbers, for a while."""
+    """Seed Python, NumPy and PyTorch inside the block, and restore their CPU generators after it.
+
+    Args:
+        numbers: non-negative integers, which determine the seed together.
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed_from(*numbers)
     try:
@@ -170,10 +181,10 @@ def seeded(*numbers: int) -> Iterator[None]:
 
 
 def seed_from(*numbers: int) -> None:
-    """Seed the generators of Python, NumPy and PyTorch, those of GPUs too, from all numbers.
+    """Seed the generators of Python, NumPy and PyTorch, including those of GPUs.
 
     Args:
-        numbers: not negative.
+        numbers: non-negative integers, which determine the seed together.
     """
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)

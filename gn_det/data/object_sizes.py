@@ -1,4 +1,4 @@
-"""Sizes of the images and objects in a training set."""
+"""Image and object sizes of a training set."""
 
 import json
 from dataclasses import dataclass
@@ -9,21 +9,21 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ObjectSizes:
-    """Sizes in a training set, in pixels.
+    """Image and object sizes of a training set, in pixels.
 
     Args:
-        pictures: (N, 2), width and height of the pictures that have objects.
-        objects: (M, 2), width and height of the objects' boxes.
-        owners: (M,), the row of `pictures` that each object is in.
+        images: float (N, 2), width and height of the images that have objects.
+        objects: float (M, 2), width and height of the objects' boxes.
+        owners: int (M,), for each object the row of its image in `images`.
     """
 
-    pictures: np.ndarray
+    images: np.ndarray
     objects: np.ndarray
     owners: np.ndarray
 
     @classmethod
     def of(cls, annotations: Path) -> "ObjectSizes":
-        """The sizes in a COCO instances file, crowds and empty boxes left out."""
+        """Read the sizes from a COCO instances file, without crowds and empty boxes."""
         content = json.loads(annotations.read_text())
         objects = content["annotations"]
         real = [a for a in objects if not a.get("iscrowd") and min(a["bbox"][2:]) > 0]
@@ -37,13 +37,17 @@ class ObjectSizes:
         )
 
     def resized(self, side: int, longest: int) -> np.ndarray:
-        """The objects' widths and heights, (M, 2), once Detectron2 has resized their pictures.
+        """Object sizes after Detectron2's `ResizeShortestEdge`.
 
         Args:
-            side: what the shorter side is brought to.
-            longest: the longer side is made no longer than this.
+            side: target length of the images' shorter side in pixels; 0 disables resizing, as for
+                `INPUT.MIN_SIZE_TEST`.
+            longest: maximum length of the longer side in pixels.
+
+        Returns:
+            float (M, 2), width and height in pixels.
         """
-        short, long = self.pictures.min(1), self.pictures.max(1)
+        short, long = self.images.min(1), self.images.max(1)
         if side == 0:
-            return self.objects  # Detectron2 leaves the pictures as they are
+            return self.objects
         return self.objects * np.minimum(side / short, longest / long)[self.owners, None]

@@ -1,8 +1,8 @@
-"""A COCO-format data set of one's own, made ready to be trained on.
+"""Prepare a custom COCO-format dataset for training.
 
-What is trained on is a cleaned copy of the annotation file. Pictures stay where they are, but for
-those that Detectron2 would misread. A copy is registered by its own path, so that a config which
-names it in DATASETS is complete.
+Training uses a cleaned copy of the annotation file. Images are not copied, except those that
+Detectron2 would misread. The cleaned file is registered as a dataset under its own path, so that a
+config only needs that path in `DATASETS`.
 """
 
 import json
@@ -20,8 +20,8 @@ from detectron2.data.datasets import register_coco_instances
 from ..errors import InputError
 from ..files import open_regular, write_whole
 from .annotations import read_instances
-from .clean import Cleaned, Source, look
-from .findings import refuse
+from .clean import Cleaned, Source, clean_splits
+from .findings import raise_if_fatal
 from .image_files import copy_image
 from .json_files import MAX_BYTES
 from .masks import box_mask
@@ -29,12 +29,12 @@ from .masks import box_mask
 
 @dataclass(frozen=True)
 class Prepared:
-    """Two data sets that were looked at and written.
+    """A prepared training and validation set.
 
     Args:
-        train: the path of an annotation file, which is also the name of its data set.
-        val: the same, for validation.
-        findings: what was noticed, in words, by "train", "val" and "both".
+        train: path of the training annotations, which is also the name of the dataset.
+        val: the same for validation.
+        findings: the printed findings by "train", "val" and "both".
     """
 
     train: str
@@ -43,60 +43,69 @@ class Prepared:
 
 
 def prepare(
-    train: Source, val: Source | None, folder: Path, *, going_on: bool = False, **options: Any
+    train: Source, val: Source | None, folder: Path, *, resume: bool = False, **options: Any
 ) -> Prepared:
-    """Look at training and validation set, and write what training needs into `folder`.
+    """Check a training and a validation set, and write their cleaned copies to `folder`.
 
-    What was written from the same files by the same options is taken as it is.
+    If `folder` already has the copies of the same files, made with the same options, they are kept.
 
     Args:
-        going_on: whether something has been trained on what `folder` holds.
-        options: those of `look`.
+        train: the training set.
+        val: the validation set, or None to split it off the training set.
+        folder: the output folder.
+        resume: whether a model was already trained on the data in `folder`; replacing them is then
+            an error.
+        options: keyword arguments of `clean_splits`.
 
     Raises:
-        InputError: for files that cannot be read, findings that stop, and a `folder` that is gone
-            on from and holds other data.
+        InputError: if a file cannot be read or written, a finding is fatal, or `resume` is set and
+            `folder` has copies of other data.
     """
     record = folder / "prepared.json"
-    mark = fingerprint([source for source in (train, val) if source], folder, options)
+    current = fingerprint([source for source in (train, val) if source], folder, options)
     names = {split: str((folder / f"{split}.json").resolve()) for split in ("train", "val")}
-    whole = all(map(is_prepared, names.values()))
-    if record.is_file() and whole:
+    complete = all(map(is_prepared, names.values()))
+    if record.is_file() and complete:
         before = json.loads(record.read_text())
-        if before["fingerprint"] == mark:
+        if before["fingerprint"] == current:
             return Prepared(**names, findings=before["findings"])
-        if going_on:
+        if resume:
             raise InputError(
-                f"{folder} was made from other annotations, pictures or options: name another "
+                f"{folder} was prepared from other annotations, images or options: use another "
                 "output folder, or remove it"
             )
-    first, second, found = look(train, val, **options)
-    refuse(found)
-    told = {name: [str(finding) for finding in findings] for name, findings in found.items()}
+    first, second, findings = clean_splits(train, val, **options)
+    raise_if_fatal(findings)
+    lines = {name: [str(finding) for finding in listed] for name, listed in findings.items()}
     masks = options.get("masks", True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         record.unlink(missing_ok=True)
         for data, path in ((first, names["train"]), (second, names["val"])):
             write(data, Path(path), masks)
-        # Last, since it says that the others are there
+        # Written last, since it marks the folder as complete
         with write_whole(record) as file:
-            file.write(json.dumps({"fingerprint": mark, "findings": told}, indent=1) + "\n")
+            file.write(json.dumps({"fingerprint": current, "findings": lines}, indent=1) + "\n")
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
-    return Prepared(**names, findings=told)
+    return Prepared(**names, findings=lines)
 
 
 def fingerprint(sources: Iterable[Source], folder: Path, options: dict[str, Any]) -> str:
-    """Tells whether annotations, pictures and options are those of an earlier time.
+    """Compute a hash that changes with the annotations, the images, the options and the folder.
 
-    Pictures are compared by name and size.
+    Images enter by name and file size only.
 
     Args:
-        folder: that copies of pictures lie in, by their whole paths.
+        sources: the datasets.
+        folder: the output folder, whose absolute path the copies contain.
+        options: keyword arguments of `clean_splits`.
+
+    Returns:
+        SHA-256 in hexadecimal.
 
     Raises:
-        InputError: for files that cannot be read.
+        InputError: if an annotation file cannot be read.
     """
     digest = sha256(json.dumps([str(folder.resolve()), options], sort_keys=True).encode())
     for source in sources:
@@ -104,46 +113,51 @@ def fingerprint(sources: Iterable[Source], folder: Path, options: dict[str, Any]
         try:
             text = json.dumps(content)
         except RecursionError:
-            why = "lists within lists are nested too deeply"
-            raise InputError(f"{source.annotations} is no COCO instances file: {why}") from None
-        # A folder may have a name that UTF-8 has no bytes for
+            reason = "it is nested too deeply"
+            raise InputError(
+                f"{source.annotations} is not a COCO instances file: {reason}"
+            ) from None
+        # Folder names may contain bytes that are not UTF-8
         images = os.path.realpath(source.images).encode(errors="surrogateescape")
         digest.update(images + f"\n{text}\n".encode())
         for entry in content["images"]:
             try:
                 size = os.path.getsize(source.images / str(entry.get("file_name")))
             except (OSError, ValueError):
-                size = -1  # is found out later
+                size = -1  # the checks of `clean_splits` report it
             digest.update(f"{size}\n".encode())
     return digest.hexdigest()
 
 
-# What the files of `write` start with
+# First bytes of the files that `write` creates
 MARK = '{"info": {"description": "prepared by gn_det"'
 
 
 def write(data: Cleaned, path: Path, masks: bool) -> None:
-    """Write a data set's annotation file, and the copies of pictures that it needs beside it.
+    """Write a dataset's annotation file, and the necessary copies of images next to it.
 
     Args:
-        masks: whether masks are wanted, if there are any.
+        data: the cleaned dataset.
+        path: path of the annotation file; image copies go to the folder `pictures` next to it.
+        masks: whether to write masks, if the dataset has any.
 
     Raises:
-        InputError: for a file in its place that is not of this function.
+        InputError: if another file, not created by this function, exists at `path`.
+        OSError: if a file cannot be written.
     """
     if path.exists() and not is_prepared(path):
-        raise InputError(f"{path} is yours, and would be overwritten: name another output folder")
+        raise InputError(f"{path} was not written by gn_det: use another output folder, to keep it")
     entries = []
     for entry, digest, how in zip(data.content["images"], data.digests, data.copies, strict=True):
-        picture = (data.images / entry["file_name"]).resolve()
+        image = (data.images / entry["file_name"]).resolve()
         if how:
-            source, picture = picture, path.parent.resolve() / "pictures" / f"{digest[:32]}.png"
-            if not picture.is_file():
-                copy_image(source, picture, how)
-        entries.append({**entry, "file_name": str(picture), "listed_as": entry["file_name"]})
+            source, image = image, path.parent.resolve() / "pictures" / f"{digest[:32]}.png"
+            if not image.is_file():
+                copy_image(source, image, how)
+        entries.append({**entry, "file_name": str(image), "listed_as": entry["file_name"]})
     objects = data.content["annotations"]
     if masks and any("segmentation" in a and not a["iscrowd"] for a in objects):
-        # Detectron2's evaluation of masks wants one of crowds, too
+        # Detectron2's mask evaluation needs masks of crowds, too
         objects = [{"segmentation": box_mask(a["bbox"]), **a} for a in objects]
     else:
         objects = [{k: v for k, v in a.items() if k != "segmentation"} for a in objects]
@@ -153,7 +167,7 @@ def write(data: Cleaned, path: Path, masks: bool) -> None:
 
 
 def is_prepared(path: str | Path) -> bool:
-    """Whether a file was written by `write`."""
+    """Whether a file was created by `write`, judged by its first bytes."""
     try:
         with open_regular(path, MAX_BYTES) as file:
             return file.read(len(MARK)) == MARK.encode()
@@ -162,37 +176,45 @@ def is_prepared(path: str | Path) -> bool:
 
 
 def register(names: Sequence[str]) -> None:
-    """Register the data sets among `names` that are paths of files written by `prepare`.
+    """Register datasets whose names are paths of annotation files written by `prepare`.
+
+    Args:
+        names: names from `DATASETS`; names that are not paths of JSON files are ignored.
 
     Raises:
-        InputError: for another annotation file.
+        InputError: if a name is the path of another annotation file.
     """
     for name in names:
         if not name.endswith(".json") or name in DatasetCatalog.list() or not Path(name).is_file():
             continue
         if not is_prepared(name):
             raise InputError(
-                f"DATASETS names {name}, which has not been looked at: give it with --train or "
-                "--val and the folder of its pictures"
+                f"DATASETS names {name}, which gn_det has not checked: pass it with --train or "
+                "--val, together with its image folder"
             )
-        # The pictures' own paths are whole
+        # No image root, since the file has absolute paths
         register_coco_instances(name, {}, name, "")
 
 
 def keys_of(prepared: Prepared, cfg: CfgNode) -> dict[str, Any]:
-    """The config keys that follow from a data set, whatever the recipe.
+    """Derive the config keys that a prepared dataset determines.
 
     Args:
-        cfg: tells whether masks are wanted.
+        prepared: the dataset.
+        cfg: the config of the model; `MODEL.MASK_ON` stays False where it is False.
+
+    Returns:
+        values of `DATASETS.TRAIN`, `DATASETS.TEST`, `MODEL.ROI_HEADS.NUM_CLASSES`, `MODEL.MASK_ON`
+        and, for RLE masks, `INPUT.MASK_FORMAT`.
 
     Raises:
-        InputError: for a model that a set of boxes and masks cannot be given to by these keys.
+        InputError: if the model is not a Faster or Mask R-CNN.
     """
     if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN" or cfg.MODEL.KEYPOINT_ON:
-        what = "keypoints" if cfg.MODEL.KEYPOINT_ON else cfg.MODEL.META_ARCHITECTURE
+        model = "keypoints" if cfg.MODEL.KEYPOINT_ON else cfg.MODEL.META_ARCHITECTURE
         raise InputError(
-            f"--train is for Faster and Mask R-CNN, and this config is for {what}: "
-            "register the data set in Detectron2's catalog, and name it in DATASETS"
+            f"--train is for Faster and Mask R-CNN, and this config is for {model}: "
+            "register the dataset in Detectron2's catalog, and name it in DATASETS"
         )
     content = json.loads(Path(prepared.train).read_text())
     real = [a for a in content["annotations"] if not a["iscrowd"]]
@@ -204,6 +226,6 @@ def keys_of(prepared: Prepared, cfg: CfgNode) -> dict[str, Any]:
         "MODEL.MASK_ON": cfg.MODEL.MASK_ON and bool(masks),
     }
     if any(isinstance(mask, dict) for mask in masks):
-        # Detectron2's polygons cannot hold RLE
+        # Detectron2's default format, polygons, cannot represent RLE
         keys["INPUT.MASK_FORMAT"] = "bitmask"
     return keys

@@ -1,4 +1,4 @@
-"""Run lengths as COCO writes them, read here before pycocotools, which trusts what it is given."""
+"""Check COCO's run-length encoding (RLE), since pycocotools does not validate it."""
 
 from typing import Any
 
@@ -6,48 +6,55 @@ import pycocotools.mask as coco_mask
 
 from .findings import Findings
 
-# Of five bits each; pycocotools moves them in 32 bits, and more would be lost
+# Maximum number of characters per run, of five bits each; more would overflow pycocotools' 32 bits
 MAX_LETTERS = 6
 
 
 def clean_rle(
-    shown: object, mask: dict, size: tuple[int, int], found: Findings
+    shown: object, mask: dict, size: tuple[int, int], findings: Findings
 ) -> dict[str, Any] | None:
-    """Compressed RLE of an image's size; None if the object has to be left out.
+    """Check and clean a mask in RLE.
 
     Args:
-        shown: what the object is known by.
-        mask: a `segmentation`.
+        shown: id of the annotation, for findings.
+        mask: the `segmentation`, with compressed or plain `counts`.
         size: (height, width) of the image in pixels.
-        found: what is noticed goes in here.
+        findings: collects the findings.
+
+    Returns:
+        compressed RLE of the given size, or None if the mask is unusable.
     """
     given, counts = mask.get("size"), mask.get("counts")
     if not isinstance(given, list) or given != list(size):
-        then = "RLE has to be of the picture's height and width"
-        found.add("masks of another size than their picture", shown, then, stops=True)
+        action = "size must be the image's height and width"
+        findings.add("RLE masks whose size differs from their image", shown, action, fatal=True)
         return None
     runs = runs_of(counts, size[0] * size[1])
     if runs is None:
-        then = "write them again with pycocotools.mask.encode"
-        found.add("masks that are no RLE of their picture", shown, then, stops=True)
+        action = "encode them again with pycocotools.mask.encode"
+        findings.add("RLE masks whose counts are invalid", shown, action, fatal=True)
         return None
     if not sum(runs[1::2]):
-        found.add("masks without area", shown, "they are left out")
+        findings.add("masks without area", shown, "their objects are skipped")
         return None
     joined = join_runs(runs)
     if joined != runs or not isinstance(counts, str):
         mask = coco_mask.frPyObjects({"size": list(size), "counts": joined}, *size)
         counts = mask["counts"].decode("ascii")
-    # The image's own numbers: True and 1.0 are equal to 1, but pycocotools refuses them
+    # Not `given`, which may have True or 1.0 for 1; pycocotools rejects both
     return {"size": list(size), "counts": counts}
 
 
 def runs_of(counts: object, pixels: int) -> list[int] | None:
-    """Lengths of the runs of 0 and 1 in turn, or None if pycocotools could not read them safely.
+    """Check and decode `counts` of RLE.
 
     Args:
-        counts: COCO's compressed text, or a list of the lengths.
-        pixels: of the image, that the runs have to cover, fewer than 2**29.
+        counts: COCO's compressed string, or a list of run lengths.
+        pixels: number of pixels of the image, below 2**29; the runs must cover all of them.
+
+    Returns:
+        the lengths of alternating runs of 0 and 1, or None if pycocotools cannot read `counts`
+        safely.
     """
     runs = decode_runs(counts) if isinstance(counts, str) else counts
     if not isinstance(runs, list) or not all(type(run) is int for run in runs):
@@ -58,7 +65,7 @@ def runs_of(counts: object, pixels: int) -> list[int] | None:
 
 
 def decode_runs(counts: str) -> list[int] | None:
-    """The numbers in COCO's compressed text, None if it is malformed."""
+    """Decode COCO's compressed string to run lengths; None if it is malformed."""
     runs: list[int] = []
     value = letters = 0
     for letter in counts:
@@ -71,7 +78,7 @@ def decode_runs(counts: str) -> list[int] | None:
             continue
         if code & 16:
             value -= 1 << 5 * letters
-        # From the fourth on a run is written as its difference to the one before the last
+        # From the fourth run on, the difference to the run two places before is stored
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
         if runs[-1] < 0:
             return None
@@ -80,7 +87,7 @@ def decode_runs(counts: str) -> list[int] | None:
 
 
 def join_runs(runs: list[int]) -> list[int]:
-    """The same pixels without runs of length 0, but for the first, which is part of the format."""
+    """Merge runs around runs of length 0; only the first run may be 0, as the format requires."""
     joined = runs[:1]
     continues = False
     for run in runs[1:]:

@@ -1,7 +1,7 @@
-"""`shapes`: an embedded instance-segmentation data set, drawn from a seed, in COCO format.
+"""`shapes`: a synthetic instance segmentation dataset in COCO format, generated from a seed.
 
-Six categories that differ in outline and texture, never in colour, on textured backgrounds, with
-occlusion, holes, objects cut by the border, crowds and pictures without any object.
+It has six categories, which differ in outline and texture but not in colour, on textured
+backgrounds. There are occlusions, holes, truncated objects, crowds and images without objects.
 """
 
 import json
@@ -23,13 +23,14 @@ from .textures import paint_background, paint_object
 CATEGORIES = ("disc", "square", "triangle", "star", "cross", "ring")
 SPLITS = ("train", "val")
 
-SIDES = (160, 225)  # pixels, half open
-RADII = (14.0, 90.0)  # pixels, drawn log-uniformly: small, medium and large by COCO's areas
-TURN = np.pi / 6  # objects are turned by up to this angle, in radians
-EMPTY, CROWDED = 0.04, 0.05  # shares of pictures without objects, and with a crowd region
+SIDES = (160, 225)  # width and height of images in pixels, upper limit excluded
+RADII = (14.0, 90.0)  # in pixels, log-uniform: includes COCO's small, medium and large objects
+MAX_ANGLE = np.pi / 6  # objects are rotated by up to this angle, in radians
+EMPTY, CROWDED = 0.04, 0.05  # shares of images without objects, and with a crowd region
 
 
 def _star(points: int, inner: float) -> Polygon:
+    """A star with outer radius 1 and the given inner radius."""
     turn = np.arange(2 * points) * np.pi / points
     radius = np.where(np.arange(2 * points) % 2, inner, 1.0)
     return Polygon(np.stack([radius * np.sin(turn), -radius * np.cos(turn)], axis=1))
@@ -37,7 +38,7 @@ def _star(points: int, inner: float) -> Polygon:
 
 _DISC = Point(0, 0).buffer(1.0, quad_segs=12)
 _SQUARE = box(-0.8, -0.8, 0.8, 0.8)
-# One outline a category, inside the unit circle
+# One outline per category, inside the unit circle except for the corners of the square
 _OUTLINES: dict[str, BaseGeometry] = {
     "disc": _DISC,
     "square": _SQUARE,
@@ -49,31 +50,33 @@ _OUTLINES: dict[str, BaseGeometry] = {
 
 
 class _Object:
-    """An outline at a place of the picture; `(u, v)` are pixel coordinates in its own frame."""
+    """An object: category, outline in pixels, and frame (x, y, radius, angle in radians)."""
 
-    def __init__(self, category: int, x: float, y: float, radius: float, turn: float) -> None:
+    def __init__(self, category: int, x: float, y: float, radius: float, angle: float) -> None:
         self.category = category
-        self.frame = (x, y, radius, turn)
-        outline = affinity.rotate(_OUTLINES[CATEGORIES[category]], turn, (0, 0), use_radians=True)
+        self.frame = (x, y, radius, angle)
+        outline = affinity.rotate(_OUTLINES[CATEGORIES[category]], angle, (0, 0), use_radians=True)
         self.outline = affinity.translate(
             affinity.scale(outline, radius, radius, origin=(0, 0)), x, y
         )
 
     @classmethod
     def draw(cls, rng: Generator, width: int, height: int) -> "_Object":
+        """Draw an object with random category, centre, radius and angle."""
         radius = float(np.exp(rng.uniform(*np.log(RADII))))
         x, y = rng.uniform(0, width), rng.uniform(0, height)
-        return cls(int(rng.integers(len(CATEGORIES))), x, y, radius, rng.uniform(-TURN, TURN))
+        angle = (-MAX_ANGLE, MAX_ANGLE)
+        return cls(int(rng.integers(len(CATEGORIES))), x, y, radius, rng.uniform(*angle))
 
 
 def _place_objects(rng: Generator, frame: Polygon, count: int) -> list[_Object]:
-    """Up to `count` objects, later ones on top, each at least 60% seen in the end."""
+    """Place up to `count` objects, later ones on top, each of them at least 60% visible."""
     placed: list[_Object] = []
     for _ in range(20 * count):
         new = _Object.draw(rng, int(frame.bounds[2]), int(frame.bounds[3]))
         scene = [*placed, new]
-        seen = (visible(scene, i, frame).area / scene[i].outline.area for i in range(len(scene)))
-        if all(share >= 0.6 for share in seen):
+        shares = (visible(scene, i, frame).area / scene[i].outline.area for i in range(len(scene)))
+        if all(share >= 0.6 for share in shares):
             placed = scene
         if len(placed) == count:
             break
@@ -81,34 +84,36 @@ def _place_objects(rng: Generator, frame: Polygon, count: int) -> list[_Object]:
 
 
 def _place_crowd(rng: Generator, frame: Polygon) -> list[_Object]:
-    """A heap of small objects of one category, annotated as one `iscrowd` region."""
+    """Place a crowd: small objects of one category, annotated as one `iscrowd` region."""
     width, height = frame.bounds[2:]
     category, radius = int(rng.integers(len(CATEGORIES))), rng.uniform(7, 10)
     x, y = rng.uniform(0.2, 0.8) * width, rng.uniform(0.2, 0.8) * height
     spots = rng.normal((x, y), 2 * radius, size=(int(rng.integers(8, 15)), 2))
-    return [_Object(category, x, y, radius, rng.uniform(-TURN, TURN)) for x, y in spots]
+    angle = (-MAX_ANGLE, MAX_ANGLE)
+    return [_Object(category, x, y, radius, rng.uniform(*angle)) for x, y in spots]
 
 
 def visible(scene: list[_Object], index: int, frame: Polygon) -> BaseGeometry:
-    """The part of an object inside the picture that no later object covers."""
-    seen = scene[index].outline & frame
+    """The part of an object that is inside the image and not covered by later objects."""
+    part = scene[index].outline & frame
     for above in scene[index + 1 :]:
-        seen = seen - above.outline
-    return seen
+        part = part - above.outline
+    return part
 
 
 def _polygons(geometry: BaseGeometry) -> list[Polygon]:
-    """The polygons of a geometry, without slivers below one pixel."""
+    """The polygons of a geometry that have an area of at least one pixel."""
     parts = getattr(geometry, "geoms", [geometry])
     return [part for part in parts if isinstance(part, Polygon) and part.area >= 1]
 
 
 def _flat(ring: Any) -> list[float]:
+    """A closed ring as COCO's list x1, y1, x2, y2, ..., rounded to 0.01 pixels."""
     return np.round(np.asarray(ring.coords)[:-1], 2).ravel().tolist()
 
 
 def _rasterize(geometry: BaseGeometry, height: int, width: int) -> np.ndarray:
-    """Boolean (height, width) mask, by the rule that COCO's evaluation fills polygons with."""
+    """Rasterize a geometry to a bool (height, width) mask, with pycocotools' polygon filling."""
     mask = np.zeros((height, width), dtype=bool)
     for part in _polygons(geometry):
         for i, ring in enumerate([part.exterior, *part.interiors]):
@@ -117,9 +122,9 @@ def _rasterize(geometry: BaseGeometry, height: int, width: int) -> np.ndarray:
     return mask
 
 
-def _annotation(seen: BaseGeometry, mask: np.ndarray, category: int, crowd: bool) -> dict[str, Any]:
-    """COCO annotation: polygons where the visible part has no hole and is no crowd, else RLE."""
-    parts = _polygons(seen)
+def _annotation(part: BaseGeometry, mask: np.ndarray, category: int, crowd: bool) -> dict[str, Any]:
+    """A COCO annotation, with RLE for crowds and visible parts with holes, polygons otherwise."""
+    parts = _polygons(part)
     if crowd or any(part.interiors for part in parts):
         rle = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
         segmentation: Any = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
@@ -136,10 +141,10 @@ def _annotation(seen: BaseGeometry, mask: np.ndarray, category: int, crowd: bool
 
 
 def draw_image(rng: Generator) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """One picture and its annotations.
+    """Draw an image and its annotations.
 
     Returns:
-        RGB uint8 array of shape (H, W, 3), and annotations without `id` and `image_id`.
+        uint8 (H, W, 3), RGB, and COCO annotations without `id` and `image_id`.
     """
     width, height = (int(side) for side in rng.integers(*SIDES, size=2))
     frame = box(0, 0, width, height)
@@ -148,51 +153,57 @@ def draw_image(rng: Generator) -> tuple[np.ndarray, list[dict[str, Any]]]:
     if rng.random() >= EMPTY:
         crowd = _place_crowd(rng, frame) if rng.random() < CROWDED else []
         objects = _place_objects(rng, frame, int(rng.integers(1, 7)))
-    picture = paint_background(rng, height, width)
+    image = paint_background(rng, height, width)
     scene = [*crowd, *objects]
     owner = np.full((height, width), -1)
-    for i, thing in enumerate(scene):
-        mask = _rasterize(thing.outline & frame, height, width)
+    for i, item in enumerate(scene):
+        mask = _rasterize(item.outline & frame, height, width)
         owner[mask] = i
-        paint_object(rng, picture, mask, CATEGORIES[thing.category], thing.frame)
+        paint_object(rng, image, mask, CATEGORIES[item.category], item.frame)
     annotations = []
     for i in range(len(crowd), len(scene)):
-        seen = visible(scene, i, frame)
-        annotations.append(_annotation(seen, owner == i, scene[i].category, crowd=False))
-    heap = (owner >= 0) & (owner < len(crowd))
-    if heap.any():
-        annotations.append(_annotation(Polygon(), heap, crowd[0].category, crowd=True))
-    noise = rng.normal(0, 5, picture.shape)
-    return np.clip(np.rint(picture + noise), 0, 255).astype(np.uint8), annotations
+        part = visible(scene, i, frame)
+        annotations.append(_annotation(part, owner == i, scene[i].category, crowd=False))
+    crowd_mask = (owner >= 0) & (owner < len(crowd))
+    if crowd_mask.any():
+        annotations.append(_annotation(Polygon(), crowd_mask, crowd[0].category, crowd=True))
+    noise = rng.normal(0, 5, image.shape)
+    return np.clip(np.rint(image + noise), 0, 255).astype(np.uint8), annotations
 
 
 def make_shapes(root: Path, num_train: int = 600, num_val: int = 100, seed: int = 0) -> None:
-    """Write `images/*.png`, `instances_{train,val}.json` and `crops/{train,val}/` below `root`.
+    """Generate `images/*.png`, `instances_{train,val}.json` and `crops/{train,val}/` in `root`.
 
-    The same seed gives the same bytes, and a larger split begins with the pictures of a smaller
-    one. Everything is written beside `root` first and moved there when it is whole.
+    The same seed gives the same bytes. A larger split starts with the images of a smaller split.
+    `root` is created only when the dataset is complete.
+
+    Args:
+        root: the folder to create.
+        num_train: number of training images.
+        num_val: number of validation images.
+        seed: of the random generators.
 
     Raises:
-        InputError: if `root` exists already, or cannot be written.
+        InputError: if `root` exists already, or cannot be created.
     """
     if root.exists():
-        raise InputError(f"{root} exists already: remove it or name another folder")
+        raise InputError(f"{root} exists already: remove it, or choose another folder")
     partial = root.with_name(f".{root.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "images").mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"cannot write the data set to {root}: {error.strerror}") from None
+        raise InputError(f"cannot write the dataset to {root}: {error.strerror}") from None
     for index, (split, count) in enumerate(zip(SPLITS, (num_train, num_val), strict=True)):
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for i in range(count):
-            picture, found = draw_image(np.random.default_rng([seed, index, i]))
+            pixels, objects = draw_image(np.random.default_rng([seed, index, i]))
             name = f"{split}_{i:06d}.png"
-            Image.fromarray(picture).save(partial / "images" / name)
-            height, width = picture.shape[:2]
+            Image.fromarray(pixels).save(partial / "images" / name)
+            height, width = pixels.shape[:2]
             images.append({"id": i + 1, "file_name": name, "height": height, "width": width})
-            for annotation in found:
+            for annotation in objects:
                 ids = {"id": len(annotations) + 1, "image_id": i + 1}
                 annotations.append({**ids, **annotation})
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(CATEGORIES)]

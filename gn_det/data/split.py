@@ -1,4 +1,4 @@
-"""Training and validation pictures, told apart for good."""
+"""A reproducible split of images into training and validation."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,63 +14,67 @@ def split(
     val_fraction: float,
     group_by: str | None = None,
 ) -> list[bool]:
-    """Which pictures are for validation.
+    """Assign each image to training or validation.
 
-    A hash decides, so that a picture stays where it is when others are added. Pictures whose files
-    are the same are never separated, nor are those that `group_by` gives one key.
+    A hash decides, so that an image keeps its assignment when other images are added. Images with
+    identical files always stay together, and so do images with the same group key.
 
     Args:
         entries: the `images` of a COCO instances file.
-        digests: of the pictures' files, in the same order.
-        val_fraction: share of all groups, between 0 and 1, that goes to validation on average.
-        group_by: a field of `images`, or a regular expression that is searched in `file_name`; its
-            first bracket, or else all that it matches, is the key.
+        digests: SHA-256 of the image files, in the same order.
+        val_fraction: expected share of the groups that goes to validation, between 0 and 1.
+        group_by: a field of `images`, or a regular expression that is searched in `file_name`. The
+            group key is its first capturing group, or the whole match if it has none. None splits
+            by image file.
+
+    Returns:
+        for each entry whether it belongs to validation.
 
     Raises:
-        InputError: for a fraction out of range, a key that pictures lack, and if nothing would be
-            left on one side.
+        InputError: if the fraction is out of range, an image has no group key, or one of the two
+            sets would be empty.
     """
     if not 0 < val_fraction < 1:
-        raise InputError(f"--val-fraction {val_fraction} must be between 0 and 1, as 0.2")
+        raise InputError(f"--val-fraction {val_fraction} must be between 0 and 1, such as 0.2")
     keys = list(digests)
     if group_by is not None:
-        # A file that two groups share joins them
+        # Groups that share a file are merged
         keys = _join([group_key(entry, group_by) for entry in entries], digests)
-    # A group may have a name that UTF-8 has no bytes for
+    # Group keys may contain lone surrogates, which UTF-8 cannot encode
     hashes = [sha256(key.encode(errors="surrogatepass")).hexdigest() for key in keys]
     chosen = [int(digest, 16) / 16**64 < val_fraction for digest in hashes]
     if all(chosen) or not any(chosen):
         side = "training" if all(chosen) else "validation"
         raise InputError(
             f"--val-fraction {val_fraction} of {len(set(keys))} groups leaves none for {side}: "
-            "give another fraction, or a validation set with --val"
+            "use another fraction, or pass a validation set with --val"
         )
     return chosen
 
 
 def group_key(entry: Mapping[str, Any], group_by: str) -> str:
-    """What a picture shares with all of its group."""
+    """The group key of an image; see `split`."""
     if group_by in entry:
         return str(entry[group_by])
     try:
-        found = re.search(group_by, str(entry["file_name"]))
+        match = re.search(group_by, str(entry["file_name"]))
     except re.error as error:
-        raise InputError(f"--group-by {group_by} is no regular expression: {error}") from None
-    if not found:
+        raise InputError(f"--group-by {group_by} is not a regular expression: {error}") from None
+    if not match:
         raise InputError(
-            f"--group-by {group_by} is neither a field of {printable(entry['file_name'])}'s entry, "
-            "nor found in that name"
+            f"--group-by {group_by} is neither a field of images in the annotation file, nor a "
+            f"regular expression that matches {printable(entry['file_name'])}"
         )
-    return found[1] if found.groups() and found[1] is not None else found[0]
+    return match[1] if match.groups() and match[1] is not None else match[0]
 
 
 def _join(keys: Sequence[str], digests: Sequence[str]) -> list[str]:
-    """One key for all groups that are linked by equal files: the least of theirs."""
+    """Merge groups that share a file (union-find); a merged group gets its smallest key."""
     parent = {key: key for key in keys}
 
     def root(key: str) -> str:
         while parent[key] != key:
-            # Halved each time, or long chains would take a time that grows with their square
+            # Path halving, since long chains would take quadratic time
             parent[key] = parent[parent[key]]
             key = parent[key]
         return key

@@ -1,4 +1,4 @@
-"""Textures of the `shapes` data set, all of them functions of a point's own coordinates."""
+"""Procedural textures of the `shapes` dataset."""
 
 import numpy as np
 from numpy.random import Generator
@@ -9,7 +9,8 @@ def _wave(t: np.ndarray) -> np.ndarray:
     return 0.5 + 0.5 * np.sin(np.pi * t)
 
 
-# One pattern a category: (u, v), 1 at the object's radius -> 0..1, the mix of its two colours
+# One pattern per category. u and v are coordinates in units of the object's radius; the result, in
+# 0..1, is the share of the first of two colours
 _PATTERNS = {
     "disc": lambda u, v: _wave(4 * v) > 0.5,  # stripes
     "square": lambda u, v: (_wave(3.5 * u) > 0.5) ^ (_wave(3.5 * v) > 0.5),  # checks
@@ -21,7 +22,7 @@ _PATTERNS = {
 
 
 def _two_colours(rng: Generator, contrast: float) -> np.ndarray:
-    """Two RGB colours, as a (2, 3) array, at least `contrast` apart in brightness."""
+    """Draw two RGB colours, (2, 3), whose brightness differs by at least `contrast` of 255."""
     while True:
         colours = rng.uniform(20, 235, size=(2, 3))
         if abs(np.subtract(*colours.mean(axis=1))) >= contrast:
@@ -34,15 +35,19 @@ def _mix(share: np.ndarray, colours: np.ndarray) -> np.ndarray:
 
 def paint_object(
     rng: Generator,
-    picture: np.ndarray,
+    image: np.ndarray,
     mask: np.ndarray,
     category: str,
     frame: tuple[float, float, float, float],
 ) -> None:
-    """Paint `category`'s texture into the masked pixels of a float (H, W, 3) picture, in place.
+    """Paint the texture of a category into the masked pixels of an image, in place.
 
     Args:
-        frame: x, y and radius in pixels, and turn in radians, of the object.
+        rng: draws the colours.
+        image: float (H, W, 3), RGB, 0 to 255.
+        mask: bool (H, W).
+        category: one of `shapes.CATEGORIES`.
+        frame: x, y and radius of the object in pixels, and its rotation in radians.
     """
     x, y, radius, turn = frame
     rows, columns = np.nonzero(mask)
@@ -50,11 +55,15 @@ def paint_object(
     u = np.cos(turn) * dx + np.sin(turn) * dy
     v = np.cos(turn) * dy - np.sin(turn) * dx
     share = np.asarray(_PATTERNS[category](u, v), dtype=float)
-    picture[rows, columns] = _mix(share, _two_colours(rng, contrast=70))
+    image[rows, columns] = _mix(share, _two_colours(rng, contrast=70))
 
 
 def paint_background(rng: Generator, height: int, width: int) -> np.ndarray:
-    """A float (H, W, 3) picture of smooth noise over two scales, in two random colours."""
+    """Draw an image of smooth noise at two scales, as a mix of two random colours.
+
+    Returns:
+        float (H, W, 3), RGB, 0 to 255.
+    """
     share = np.zeros((height, width))
     for cells, weight in ((5, 0.65), (24, 0.35)):
         noise = Image.fromarray(rng.random((cells, cells)).astype(np.float32))

@@ -1,4 +1,4 @@
-"""Unlabelled pictures from a folder, for measuring what a network makes of them."""
+"""Load unlabelled images from a folder, to measure activations of a network on them."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,45 +11,51 @@ from torch import Tensor
 from ..errors import InputError
 from .image_files import read_image
 
-# Of the formats that are read; GIF, of graphics rather than photographs, is left out
+# GIF can be read, but is excluded, since it stores graphics rather than photographs
 SUFFIXES = frozenset(
     (".bmp", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 )
 
 
 def choose_images(folder: Path, count: int, seed: int = 0) -> list[Path]:
-    """A random choice of the pictures below a folder; all of them, where there are fewer.
+    """Choose images at random from a folder and its sub-folders.
+
+    Args:
+        folder: the folder.
+        count: number of images; if the folder has fewer, all are returned.
+        seed: of the random choice.
 
     Raises:
-        InputError: if the folder is none or holds no pictures.
+        InputError: if the folder does not exist or has no images.
     """
     paths = sorted(path for path in folder.rglob("*") if is_image(path))
     if not paths:
-        raise InputError(f"{folder} holds no pictures: name a folder of about 100, of any names")
+        raise InputError(f"{folder} has no images: pass a folder with about 100 of them")
     return [paths[i] for i in np.random.default_rng(seed).permutation(len(paths))[:count]]
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file is a picture by its name; hidden ones are notes of an operating system."""
+    """Whether a path is a file with an image suffix, and not hidden, as macOS's `._*` files are."""
     return path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()
 
 
 def load_images(paths: Iterable[Path], side: int, image_format: str) -> Tensor:
-    """Pictures of any sizes as one batch, of 8 bits, their middles cut square.
+    """Load images of any size as one batch, resized and center-cropped to squares.
 
     Args:
-        side: length in pixels that the shorter side is brought to, and of the square.
+        paths: the image files.
+        side: width and height of the squares in pixels.
         image_format: "RGB" or "BGR".
 
     Returns:
         uint8 of shape (N, 3, side, side).
 
     Raises:
-        InputError: if one cannot be read.
+        InputError: if an image cannot be read.
     """
-    pictures = []
+    squares = []
     for path in paths:
-        picture = Image.fromarray(read_image(path))
-        square = np.asarray(ImageOps.fit(picture, (side, side), Image.Resampling.BILINEAR))
-        pictures.append(square[..., ::-1] if image_format == "BGR" else square)
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+        image = Image.fromarray(read_image(path))
+        square = np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR))
+        squares.append(square[..., ::-1] if image_format == "BGR" else square)
+    return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()

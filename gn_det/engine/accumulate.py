@@ -1,4 +1,4 @@
-"""Gradient accumulation: the step of a large batch in the memory of a small one."""
+"""Gradient accumulation: the step of a large batch with the memory of a small one."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,27 +11,30 @@ from torch.utils.checkpoint import checkpoint
 
 Batch = Sequence[dict[str, Any]]
 Losses = dict[str, Tensor]
-# How many images, RoIs and foreground RoIs the losses of a part are averages over
+# Numbers of images, RoIs and foreground RoIs that the losses of a part are averaged over
 Counts = tuple[float, float, float]
 
 
 def accumulate_gradients(model: nn.Module, parts: int) -> None:
-    """Make `model` take each training batch in `parts` parts, one after the other.
+    """Make `model` process each training batch in `parts` parts, one after the other.
 
-    Forward keeps nothing of a part but its losses. Backward runs the parts again, one by one, and
-    adds up their gradients: the memory of one part, for the time of one more forward pass.
+    The forward pass keeps only the losses of a part. The backward pass recomputes the parts one by
+    one and accumulates their gradients. This needs the memory of one part, and the time of one more
+    forward pass.
 
-    The losses of all parts are known before backward starts, so they can be averaged as Detectron2
-    averages those of one batch: the box head's over all RoIs, the mask head's over all foreground
-    RoIs, the others over images. And the images of a part are padded to the size of the batch, for
-    GN's statistics see the padding. So with GN and BN* the gradients are those of the batch in one
-    piece, given the same sampled RoIs. BN's and SyncBN's statistics are those of a part.
+    The losses of all parts are known before the backward pass starts. So they can be averaged as
+    Detectron2 does for one batch: those of the box head over all RoIs, those of the mask head over
+    all foreground RoIs, the others over images. The images of a part are padded to the size of the
+    batch, since the statistics of GN include the padding. So with GN and frozen BN the gradients
+    equal those of the undivided batch, given the same sampled RoIs. BN and SyncBN compute their
+    statistics on one part.
 
-    The parameters and their names, and the model's behaviour outside training, stay as they are.
+    Parameters, their names, and inference do not change.
 
     Args:
-        model: takes a list of Detectron2's image records, and returns a dict of losses.
-        parts: how many, of equal size; the length of every batch must be a multiple.
+        model: changed in place; in training it maps a list of Detectron2's dataset dicts to a dict
+            of losses.
+        parts: number of parts of equal size; the length of every batch must be a multiple of it.
     """
     runner = _PartByPart(model, parts)
     if isinstance(backbone := getattr(model, "backbone", None), nn.Module):
@@ -40,7 +43,7 @@ def accumulate_gradients(model: nn.Module, parts: int) -> None:
 
 
 class _PartByPart:
-    """The forward pass of a model in parts."""
+    """Runs the forward pass of a model in parts."""
 
     def __init__(self, model: nn.Module, parts: int) -> None:
         self._model = model
@@ -49,7 +52,7 @@ class _PartByPart:
         self._padded = (0, 0)
 
     def forward(self, batch: Batch) -> Any:
-        """The losses of `batch` in training, else whatever the model itself returns."""
+        """Return the losses of `batch` in training, else the outputs of the model."""
         if not self._model.training:
             return self._forward(batch)
         self._padded = self._padded_size(batch)
@@ -58,7 +61,7 @@ class _PartByPart:
         return _average([losses for losses, _ in results], [counts for _, counts in results])
 
     def pad(self, backbone: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
-        """Pad images (N, C, H, W) with zeros below and on the right, as Detectron2 does."""
+        """Pad images (N, C, H, W) with zeros at the bottom and right, as Detectron2 does."""
         (images,) = inputs
         if not self._model.training:
             return None
@@ -68,21 +71,23 @@ class _PartByPart:
         return F.pad(images, (0, width, 0, height))
 
     def _padded_size(self, batch: Batch) -> tuple[int, int]:
-        """Height and width in pixels that Detectron2 pads the images of a batch to."""
+        """Height and width, in pixels, to which Detectron2 pads the images of a batch."""
         backbone = getattr(self._model, "backbone", None)
         stride = max(getattr(backbone, "size_divisibility", 1), 1)
         height, width = (max(r["image"].shape[axis] for r in batch) for axis in (-2, -1))
         return -(-height // stride) * stride, -(-width // stride) * stride
 
     def _run(self, part: Batch) -> tuple[Losses, Counts]:
+        """Compute the losses of a part, and what they are averaged over."""
         storage = get_event_storage()
         losses = checkpoint(
             lambda batch, _: self._forward(batch),
             part,
-            # For `checkpoint` to find the device whose random state it has to bring back
+            # `checkpoint` restores the random state of the device that it finds in its arguments
             next(self._model.parameters()),
             use_reentrant=False,
-            # The metrics are written once, and on a GPU backward runs in a thread of its own
+            # Recomputation must not log metrics again; on a GPU, it runs in another thread, which
+            # has no event storage
             context_fn=lambda: (nullcontext(), EventStorage(storage.iter)),
         )
         latest = storage.latest()
@@ -94,18 +99,18 @@ class _PartByPart:
 
 
 def _average(losses: Sequence[Losses], counts: Sequence[Counts]) -> Losses:
-    """Averages over the whole batch from those over its parts."""
+    """Combine the averages over the parts into averages over the batch."""
     images, rois, foreground = ([count[i] for count in counts] for i in range(3))
 
     def weights(name: str) -> list[float]:
-        of = images
+        count = images
         if name.startswith("loss_mask"):
-            of = foreground
+            count = foreground
         elif name.startswith(("loss_cls", "loss_box_reg")):
-            of = rois
-        if not sum(of):  # no RoIs in all of the batch, or a model without RoIs
-            of = images
-        return [n / sum(of) for n in of]
+            count = rois
+        if not sum(count):  # a batch without RoIs, or a model without RoI heads
+            count = images
+        return [n / sum(count) for n in count]
 
     return {
         name: sum(w * part[name] for w, part in zip(weights(name), losses, strict=True))  # type: ignore[misc]

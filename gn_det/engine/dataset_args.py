@@ -1,4 +1,4 @@
-"""`--train` and `--val`: a COCO-format data set of one's own, for the tools that train on one."""
+"""The flags `--train` and `--val`, which name a custom dataset in COCO format."""
 
 import argparse
 from collections.abc import Iterator
@@ -10,41 +10,49 @@ from detectron2.data import MetadataCatalog
 
 from ..check.anchors import objects_out_of_reach
 from ..config import as_opts
-from ..data.clean import Source, survey
-from ..data.findings import refuse
+from ..data.clean import Source, inspect_source
+from ..data.findings import raise_if_fatal
 from ..data.object_sizes import ObjectSizes
 from ..data.prepare import Prepared, keys_of, prepare
 from ..errors import InputError
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that name training and validation data."""
+    """Add `--train`, `--val`, `--val-fraction` and `--group-by` to a parser."""
     add = parser.add_argument
     pair: dict[str, Any] = {"nargs": 2, "metavar": ("JSON", "IMAGES"), "type": Path}
-    add("--train", help="COCO-format annotations to train on, and their folder of pictures", **pair)
-    add("--val", help="the same to measure on; a part of --train by default", **pair)
-    help_ = "share of --train that is measured on, without --val (default 0.2)"
+    help_ = "training set: COCO-format annotations and the folder of the images (default: the "
+    help_ += "DATASETS of the config)"
+    add("--train", help=help_, **pair)
+    help_ = "validation set, in the same form (default: a part of --train)"
+    add("--val", help=help_, **pair)
+    help_ = "fraction of --train that is used for validation, without --val (default: 0.2)"
     add("--val-fraction", type=float, metavar="F", help=help_)
-    help_ = "what must not be divided by that: a field of the JSON's images, or a regular "
-    help_ += "expression that finds the group in file_name"
+    help_ = "keep images of the same group in the same set: a field of the JSON's images, or a "
+    help_ += "regular expression that is searched in file_name (default: no groups)"
     add("--group-by", metavar="KEY", help=help_)
 
 
 def prepare_data(
-    args: argparse.Namespace, cfg: CfgNode, folder: Path, going_on: bool = False
+    args: argparse.Namespace, cfg: CfgNode, folder: Path, resume: bool = False
 ) -> Prepared:
-    """Look at the data that the flags name, say what was noticed, and write it to `folder`.
+    """Check the custom dataset, print the findings, and write cleaned copies to `folder`.
 
     Args:
         args: with the flags of `add_data_arguments`.
-        cfg: tells whether masks are wanted.
-        going_on: whether something has been trained on what `folder` holds.
+        cfg: `MODEL.MASK_ON` decides whether masks are needed.
+        folder: the folder for the copies.
+        resume: whether a run has already used the data in `folder`.
+
+    Returns:
+        the paths of the copies, and the findings.
 
     Raises:
-        InputError: for data that would train wrongly, and flags that do not go together.
+        InputError: for errors that would corrupt training or evaluation, and for flags that
+            exclude each other.
     """
     if args.val and (args.val_fraction is not None or args.group_by is not None):
-        raise InputError("--val-fraction and --group-by divide --train: leave out them, or --val")
+        raise InputError("--val-fraction and --group-by split --train: remove them or --val")
     options: dict[str, Any] = {"masks": cfg.MODEL.MASK_ON}
     if not args.val:
         options |= {
@@ -52,7 +60,7 @@ def prepare_data(
             "group_by": args.group_by,
         }
     val = Source(*args.val) if args.val else None
-    prepared = prepare(Source(*args.train), val, folder, going_on=going_on, **options)
+    prepared = prepare(Source(*args.train), val, folder, resume=resume, **options)
     for name, findings in prepared.findings.items():
         for finding in findings:
             print(f"{name}: {finding}", flush=True)
@@ -60,21 +68,24 @@ def prepare_data(
 
 
 def describe_data(cfg: CfgNode) -> Iterator[str]:
-    """What there is to notice in a config's data sets, as far as they are on this machine.
+    """Describe the findings in a config's datasets; datasets that are not found are skipped.
+
+    Yields:
+        one line per finding.
 
     Raises:
-        InputError: for what would train or measure wrongly.
+        InputError: for errors that would corrupt training or evaluation.
     """
     splits = {"train": cfg.DATASETS.TRAIN, "val": cfg.DATASETS.TEST}
     for name in dict.fromkeys((*splits["train"], *splits["val"])):
         metadata = MetadataCatalog.get(name)
         path = Path(metadata.get("json_file") or "")
         used_for = [split for split, names in splits.items() if name in names]
-        # What was prepared has been looked at
+        # Prepared datasets, whose name is their path, have been checked already
         if path.is_file() and str(path) != name:
             source = Source(path, Path(metadata.image_root))
-            findings = survey(source, used_for[0] if len(used_for) == 1 else "")
-            refuse({name: findings})
+            findings = inspect_source(source, used_for[0] if len(used_for) == 1 else "")
+            raise_if_fatal({name: findings})
             yield from (f"{name}: {finding}" for finding in findings)
         if path.is_file() and "train" in used_for:
             yield from (
@@ -83,16 +94,22 @@ def describe_data(cfg: CfgNode) -> Iterator[str]:
 
 
 def data_opts(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
-    """`KEY VALUE` pairs that take the data of the flags; nothing without `--train`.
+    """Prepare the custom dataset, and return the `KEY VALUE` overrides that select it.
+
+    Args:
+        args: with the flags of `add_data_arguments`, `--resume` and `--eval-only`.
+        cfg: `OUTPUT_DIR` is where copies are written.
+
+    Returns:
+        alternating keys and values; none without `--train`.
 
     Raises:
-        InputError: as `prepare_data`, and for flags without `--train`.
+        InputError: as `prepare_data`, and for `--val` and the like without `--train`.
     """
     if not args.train:
         if args.val or args.val_fraction is not None or args.group_by is not None:
             raise InputError("--val, --val-fraction and --group-by need --train JSON IMAGES")
         return []
     folder = Path(cfg.OUTPUT_DIR) / "data"
-    going_on = args.resume or args.eval_only
-    keys = keys_of(prepare_data(args, cfg, folder, going_on), cfg)
-    return as_opts(keys)
+    prepared = prepare_data(args, cfg, folder, resume=args.resume or args.eval_only)
+    return as_opts(keys_of(prepared, cfg))

@@ -1,4 +1,4 @@
-"""A recipe as a person reads it: what `--check` prints."""
+"""A readable summary of a training recipe, which `--check` prints."""
 
 import logging
 import os
@@ -17,30 +17,33 @@ from detectron2.solver import build_lr_scheduler
 from torch import nn
 from torch.optim import Optimizer
 
-from ..check.weights import group_mismatch
+from ..check.weights import grouping_mismatch
 from ..checkpoint.checkpointer import StrictCheckpointer
 from ..checkpoint.facts import describe
 from ..config import is_pretraining
 from ..data.image_folder import read_folder
 from ..errors import InputError
-from ..modeling import build_without_memory
-from ..modeling.parts import TRUNK, count_parts, part_of, weight_names
+from ..modeling import build_on_meta_device
+from ..modeling.parts import BACKBONE_PARTS, count_parts, part_of, weight_names
 from ..solver import build_optimizer, describe_groups, images_per_pass, is_norm
 from .pretrain_schedule import resolve_config
 from .run_record import count_parameters
 
 
 def describe_recipe(cfg: CfgNode, num_gpus: int = 1) -> str:
-    """What training by `cfg` would do, in lines of text; nothing is trained and nothing downloaded.
+    """Describe how a config would be trained, without training or downloading anything.
 
     Args:
         cfg: a config that passes `check_config`.
-        num_gpus: how many it would be trained on, in all; batch and schedule are those that
-            Detectron2 scales to.
+        num_gpus: total number of GPUs; Detectron2 scales batch and schedule to it if
+            `SOLVER.REFERENCE_WORLD_SIZE` is set.
+
+    Returns:
+        lines of text, in sections such as "norm layers" and "optimizer".
     """
     cfg = DefaultTrainer.auto_scale_workers(_resolved(cfg), num_gpus)
-    model = build_without_memory(cfg)
-    with _in_silence():
+    model = build_on_meta_device(cfg)
+    with _logging_disabled():
         optimizer = build_optimizer(cfg, model)
     sections = {
         "norm layers": _norm_layers(cfg, model),
@@ -59,7 +62,10 @@ def describe_recipe(cfg: CfgNode, num_gpus: int = 1) -> str:
 
 
 def _resolved(cfg: CfgNode) -> CfgNode:
-    """The config that the trainer would use; without the folder, one of 1000 steps an epoch."""
+    """The config that the trainer would use.
+
+    In pretraining, an epoch has 1000 iterations if the training folder is not found.
+    """
     if not is_pretraining(cfg):
         return cfg
     try:
@@ -74,6 +80,7 @@ def _resolved(cfg: CfgNode) -> CfgNode:
 
 
 def _norm_layers(cfg: CfgNode, model: nn.Module) -> Iterator[str]:
+    """Kinds and numbers of norm layers in each part of the model."""
     kinds: dict[str, Counter[str]] = {part: Counter() for part in count_parts(weight_names(model))}
     frozen: Counter[str] = Counter()
     for name, module in model.named_modules():
@@ -81,26 +88,27 @@ def _norm_layers(cfg: CfgNode, model: nn.Module) -> Iterator[str]:
             part = part_of(f"{name}.")
             kinds[part][_kind(cfg, module)] += 1
             frozen[part] += any(not p.requires_grad for p in module.parameters())
-    for part, found in kinds.items():
-        told = ", ".join(f"{count} {kind}" for kind, count in found.items()) or "none"
-        yield f"{part}: {told}{f'; {frozen[part]} with gamma and beta frozen' * (frozen[part] > 0)}"
+    for part, counts in kinds.items():
+        text = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "none"
+        yield f"{part}: {text}{f'; {frozen[part]} with gamma and beta frozen' * (frozen[part] > 0)}"
 
 
 def _kind(cfg: CfgNode, norm: nn.Module) -> str:
-    """A norm layer in words, as `GN (32 groups)`."""
+    """The kind of a norm layer, as "GN (32 groups)"."""
     if isinstance(norm, nn.GroupNorm):
         keys, width = cfg.MODEL.GROUP_NORM, norm.num_channels // norm.num_groups
         if width == keys.DIM_PER_GP:
-            return f"GN ({width} channels a group)"
-        asked = keys.NUM_GROUPS, keys.HEADS_NUM_GROUPS
-        if norm.num_groups in asked or norm.num_groups > 1 < width:
+            return f"GN ({width} channels per group)"
+        configured = keys.NUM_GROUPS, keys.HEADS_NUM_GROUPS
+        if norm.num_groups in configured or norm.num_groups > 1 < width:
             return f"GN ({norm.num_groups} groups)"
-        return "LN (one group)" if norm.num_groups == 1 else "IN (one channel a group)"
+        return "LN (one group)" if norm.num_groups == 1 else "IN (one channel per group)"
     name = type(norm).__name__
     return name.removesuffix("2d").replace("BatchNorm", "BN")
 
 
 def _frozen(cfg: CfgNode, model: nn.Module) -> Iterator[str]:
+    """Frozen stages of the backbone, and numbers of trained and frozen parameters."""
     stages = {
         re.sub(r"^backbone\.(bottom_up\.)?", "", name).partition(".")[0]
         for name, parameter in model.named_parameters()
@@ -109,10 +117,11 @@ def _frozen(cfg: CfgNode, model: nn.Module) -> Iterator[str]:
     key = f"MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}"
     yield f"stages: {', '.join(sorted(stages, key='stem'.__ne__)) or 'none'} ({key})"
     numbers = count_parameters(model)
-    yield f"values: {numbers['trainable']:,} trained, {numbers['frozen']:,} frozen"
+    yield f"parameters: {numbers['trainable']:,} trained, {numbers['frozen']:,} frozen"
 
 
 def _optimizer(cfg: CfgNode, optimizer: Optimizer, model: nn.Module) -> Iterator[str]:
+    """Settings of the optimizer, and one line for each parameter group."""
     clip = cfg.SOLVER.CLIP_GRADIENTS
     clipped = f", gradients clipped by {clip.CLIP_TYPE} at {clip.CLIP_VALUE:g}"
     momentum = f"momentum {cfg.SOLVER.MOMENTUM:g}"
@@ -122,52 +131,53 @@ def _optimizer(cfg: CfgNode, optimizer: Optimizer, model: nn.Module) -> Iterator
 
 
 def _batch(cfg: CfgNode, num_gpus: int) -> Iterator[str]:
+    """Images per step and per forward pass."""
     images = cfg.SOLVER.IMS_PER_BATCH
     gpus = f"{num_gpus} GPU{'s' * (num_gpus > 1)}"
-    each = f"{images_per_pass(cfg, num_gpus):g} a pass on {gpus}"
+    each = f"{images_per_pass(cfg, num_gpus):g} per pass on {gpus}"
     parts = cfg.SOLVER.ACCUMULATE_ITERS
-    yield f"{images} images a step: {each}{f', {parts} passes' if parts > 1 else ''}"
+    yield f"{images} images per step: {each}{f', {parts} passes' if parts > 1 else ''}"
 
 
 def _data(cfg: CfgNode) -> Iterator[str]:
-    """The training set and its epochs, or where it was looked for."""
+    """Size of the training set and number of epochs, or the path where it was not found."""
     names = list(cfg.DATASETS.TRAIN)
     if is_pretraining(cfg):
         epochs = f"{cfg.PRETRAIN.EPOCHS} epochs"
         try:
             folder = read_folder(names[0])
         except InputError:
-            yield f"{names[0]} IS NOT HERE: training would stop; {epochs}"
+            yield f"{names[0]} NOT FOUND: training would abort; {epochs}"
             return
-        pictures = f"{len(folder):,} pictures of {len(folder.classes):,} classes"
-        yield f"{names[0]}: {pictures}, {epochs} in {cfg.SOLVER.MAX_ITER:,} steps"
+        size = f"{len(folder):,} images in {len(folder.classes):,} classes"
+        yield f"{names[0]}: {size}, {epochs} in {cfg.SOLVER.MAX_ITER:,} steps"
         return
     seen = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH
     for name in names:
         path = MetadataCatalog.get(name).get("json_file")
         if path is not None and not os.path.isfile(path):
-            yield f"{seen:,} images; {name} IS NOT HERE ({path}): training would stop"
+            yield f"{seen:,} images; {name} NOT FOUND ({path}): training would abort"
             return
     empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     images = len(get_detection_dataset_dicts(names, filter_empty=empty))
-    what = "images with annotations" if empty else "images"
-    yield f"{', '.join(names)}: {images:,} {what}, {seen / images:.1f} epochs"
+    kind = "images with annotations" if empty else "images"
+    yield f"{', '.join(names)}: {images:,} {kind}, {seen / images:.1f} epochs"
 
 
 def _learning_rates(cfg: CfgNode) -> Iterator[str]:
-    """The learning rate at the points where it turns, of what has no factor of its own."""
-    alone = torch.optim.SGD([torch.zeros(1)], lr=cfg.SOLVER.BASE_LR)
-    scheduler = build_lr_scheduler(cfg, alone)
+    """The base learning rate at the iterations where the schedule changes it."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=cfg.SOLVER.BASE_LR)
+    scheduler = build_lr_scheduler(cfg, optimizer)
     end = cfg.SOLVER.MAX_ITER
-    turns = {0, min(cfg.SOLVER.WARMUP_ITERS, end), end // 2, end}
+    changes = {0, min(cfg.SOLVER.WARMUP_ITERS, end), end // 2, end}
     if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
-        turns = {
+        changes = {
             0,
             min(cfg.SOLVER.WARMUP_ITERS, end),
             *(s for s in cfg.SOLVER.STEPS if s < end),
             end,
         }
-    for step in sorted(turns):
+    for step in sorted(changes):
         scheduler.last_epoch = step
         when = f"step {step:,}"
         if is_pretraining(cfg):
@@ -176,38 +186,38 @@ def _learning_rates(cfg: CfgNode) -> Iterator[str]:
 
 
 def _initial_weights(cfg: CfgNode, model: nn.Module) -> Iterator[str]:
-    """Which tensors the file of `MODEL.WEIGHTS` fills, part by part."""
+    """Numbers of tensors in each part that `MODEL.WEIGHTS` fills."""
     weights = cfg.MODEL.WEIGHTS
     tensors = set(weight_names(model))
     if not weights:
-        yield "none: everything starts at random"
+        yield "none: all tensors are randomly initialized"
         return
     if os.path.isfile(weights):
         yield weights
         filled, unused = _matched(model, weights)
     elif "://" not in weights:
-        yield f"{weights} IS NOT HERE: training would stop"
+        yield f"{weights} NOT FOUND: training would abort"
         return
     elif describe(weights):
-        yield f"{weights}, a published backbone that is loaded when training starts"
-        filled, unused = {n for n in tensors if part_of(n) in TRUNK}, set()
+        yield f"{weights}, a published backbone that is downloaded when training starts"
+        filled, unused = {n for n in tensors if part_of(n) in BACKBONE_PARTS}, set()
     else:
-        yield f"{weights}: unknown before it is loaded"
+        yield f"{weights}: content unknown until it is downloaded"
         return
     for title, names in (("filled", filled), ("random", tensors - filled)):
-        told = ", ".join(f"{part} {count}" for part, count in count_parts(names).items())
-        yield f"{title}: {len(names)} of {len(tensors)} tensors ({told or 'none'})"
-    if warning := group_mismatch(cfg):
+        parts = ", ".join(f"{part} {count}" for part, count in count_parts(names).items())
+        yield f"{title}: {len(names)} of {len(tensors)} tensors ({parts or 'none'})"
+    if warning := grouping_mismatch(cfg):
         yield warning
     if unused:
-        yield f"in the file, but not used: {len(unused)} tensors, {min(unused)} the first"
+        yield f"unused: {len(unused)} tensors of the file, such as {min(unused)}"
 
 
 def _matched(model: nn.Module, weights: str) -> tuple[set[str], set[str]]:
-    """Names of the model's tensors that a file fills, and of the file's that fill nothing."""
+    """Names of tensors of the model that a file fills, and of unused tensors in the file."""
     checkpointer = StrictCheckpointer(model)
-    with _in_silence(), warnings.catch_warnings():
-        # A model without memory keeps nothing of the file, and need not
+    with _logging_disabled(), warnings.catch_warnings():
+        # PyTorch warns that copying to the meta device does nothing, which is intended here
         warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
         checkpointer.load(weights, checkpointables=[])
     assert checkpointer.loaded is not None
@@ -215,8 +225,8 @@ def _matched(model: nn.Module, weights: str) -> tuple[set[str], set[str]]:
 
 
 @contextmanager
-def _in_silence() -> Iterator[None]:
-    """Without log lines, of what is printed in another form."""
+def _logging_disabled() -> Iterator[None]:
+    """Suppress log lines whose content `describe_recipe` prints in another form."""
     logging.disable(logging.WARNING)
     try:
         yield

@@ -1,4 +1,4 @@
-"""One process a GPU: those that torchrun has started, or Detectron2's own."""
+"""Training with one process per GPU, started by torchrun or by Detectron2's launcher."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from ..errors import InputError, exit_on_input_error
 
-# What torchrun tells each of the processes that it starts
+# Environment variables that torchrun sets in each process
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
@@ -26,36 +26,36 @@ def started_by_torchrun() -> bool:
     return all(name in os.environ for name in TORCHRUN)
 
 
-def restarted() -> bool:
-    """Whether torchrun started this process anew, after a failure."""
+def restarted_by_torchrun() -> bool:
+    """Whether torchrun restarted this process after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def count_processes(args: Namespace) -> int:
-    """How many processes train, on all machines together.
+    """The total number of training processes on all machines.
 
     Args:
-        args: Detectron2's flags.
+        args: Detectron2's command-line flags.
 
     Raises:
-        InputError: for flags that start processes, where torchrun has started them.
+        InputError: if both torchrun and Detectron2's flags ask for several processes.
     """
     if not started_by_torchrun():
         return max(args.num_gpus * args.num_machines, 1)
     if args.num_gpus > 1 or args.num_machines > 1:
         raise InputError(
-            "torchrun has started the processes: leave --num-gpus and --num-machines out, and give "
-            "torchrun --nproc-per-node and --nnodes"
+            "--num-gpus and --num-machines cannot be used under torchrun: use its flags "
+            "--nproc-per-node and --nnodes instead"
         )
     return int(os.environ["WORLD_SIZE"])
 
 
 @contextmanager
-def joined(device: str) -> Iterator[None]:
-    """Let the processes that torchrun started know each other; nothing without torchrun.
+def torchrun_process_group(device: str) -> Iterator[None]:
+    """Initialize torch.distributed if torchrun started this process, else do nothing.
 
     Args:
-        device: as in `MODEL.DEVICE`.
+        device: the value of `MODEL.DEVICE`; the backend is NCCL on GPUs and Gloo on CPUs.
 
     Raises:
         InputError: if there are fewer GPUs than processes.
@@ -68,13 +68,13 @@ def joined(device: str) -> Iterator[None]:
     if on_gpu:
         if size > torch.cuda.device_count():
             raise InputError(
-                f"torchrun has started {size} processes for {torch.cuda.device_count()} GPUs: give "
-                "it --nproc-per-node gpu"
+                f"torchrun has started {size} processes for {torch.cuda.device_count()} GPUs: "
+                "start it with --nproc-per-node gpu"
             )
         torch.cuda.set_device(local)
     backend = "nccl" if on_gpu else "gloo"
-    distributed.init_process_group(backend, **places_after_restart())
-    # Detectron2's main asks for it; its release 0.6 has no such function, and no need here
+    distributed.init_process_group(backend, **restart_arguments())
+    # Detectron2's main branch requires this; its release 0.6 does not have this function
     if create := getattr(comm, "create_local_process_group", None):
         create(size)
     try:
@@ -83,61 +83,70 @@ def joined(device: str) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def places_after_restart() -> dict[str, Any]:
-    """Arguments by which restarted processes find each other, and not those before them.
+def restart_arguments() -> dict[str, Any]:
+    """Arguments of `init_process_group` that separate a restart from the attempt before it.
 
-    torchrun gives all lives of a training one store, in which PyTorch's keys of the last life still
-    stand (pytorch/pytorch#167288). On one machine a prefix keeps them apart; on several the lives
-    are not counted alike, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the way.
+    torchrun uses the same store for all attempts, and it still holds PyTorch's keys of the failed
+    attempt (pytorch/pytorch#167288). On one machine, a prefix for each attempt solves this. On
+    several machines the attempts may be counted differently, so the prefix cannot be used: set
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
+
+    Returns:
+        keyword arguments; none in the first attempt or on several machines.
     """
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if not (restarted() and shared and os.environ.get("GROUP_WORLD_SIZE") == "1"):
+    if not (restarted_by_torchrun() and shared and os.environ.get("GROUP_WORLD_SIZE") == "1"):
         return {}
     size = int(os.environ["WORLD_SIZE"])
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = distributed.TCPStore(*address, world_size=size, is_master=False)
-    life = f"life_{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    own = distributed.PrefixStore(life, store)
-    return {"store": own, "rank": int(os.environ["RANK"]), "world_size": size}
+    attempt = f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    prefixed = distributed.PrefixStore(attempt, store)
+    return {"store": prefixed, "rank": int(os.environ["RANK"]), "world_size": size}
 
 
 def launch(main: Callable[..., Any], args: Namespace, *passed: Any) -> None:
-    """Call `main(args, *passed)` in each process, to the end of all.
+    """Call `main(args, *passed)` in each process, and wait for all of them.
+
+    Under torchrun, or with a single process, call it directly.
 
     Args:
-        args: Detectron2's flags.
+        main: a function that can be pickled.
+        args: Detectron2's command-line flags.
+        passed: more arguments of `main`, which can be pickled.
 
     Raises:
-        InputError: for more GPUs than there are.
+        InputError: if `--num-gpus` is larger than the number of GPUs.
         SystemExit: with the exit code of a process that failed.
     """
     if started_by_torchrun() or args.num_gpus * args.num_machines <= 1:
         main(args, *passed)
         return
-    found = torch.cuda.device_count()
-    if args.num_gpus > found:
+    available = torch.cuda.device_count()
+    if args.num_gpus > available:
         raise InputError(
-            f"--num-gpus {args.num_gpus}, but PyTorch sees {found}; several processes on CPUs are "
-            f"started by torchrun --nproc-per-node {args.num_gpus} tools/train_net.py ..."
+            f"--num-gpus {args.num_gpus}, but PyTorch sees {available} GPUs: to train on CPUs, use "
+            f"torchrun --nproc-per-node {args.num_gpus} tools/train_net.py ..."
         )
-    places = {key: getattr(args, key) for key in ("num_machines", "machine_rank", "dist_url")}
+    options = {key: getattr(args, key) for key in ("num_machines", "machine_rank", "dist_url")}
     with forwarded_signals():
         try:
-            spawn(_run, args.num_gpus, **places, args=(main, args, *passed))
+            spawn(_run, args.num_gpus, **options, args=(main, args, *passed))
         except ProcessExitedException as error:
             raise SystemExit(error.exit_code) from None
 
 
 def _run(main: Callable[..., Any], *args: Any) -> None:
+    """Call `main` in a spawned process, where an `InputError` must become an exit code."""
     with exit_on_input_error():
         main(*args)
 
 
 @contextmanager
 def forwarded_signals() -> Iterator[None]:
-    """Hand SIGTERM on to the processes that this one has started, and wait for them.
+    """Forward SIGTERM to the child processes instead of exiting on it.
 
-    SIGINT needs no hand: a terminal gives it to all.
+    SIGINT is ignored, since a terminal sends it to the child processes too.
     """
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -145,8 +154,8 @@ def forwarded_signals() -> Iterator[None]:
             if process.pid is not None:
                 os.kill(process.pid, number)
 
-    ignore = {signal.SIGTERM: forward, signal.SIGINT: lambda *_: None}
-    before = {number: signal.signal(number, handler) for number, handler in ignore.items()}
+    handlers = {signal.SIGTERM: forward, signal.SIGINT: lambda *_: None}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:

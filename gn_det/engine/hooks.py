@@ -1,4 +1,4 @@
-"""Hooks: stopping on a signal, evaluation that survives a stop, and records of the run."""
+"""Hooks that stop on a signal, repeat an interrupted evaluation, and record the run."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
 from ..files import write_whole
-from .metrics_file import cut_metrics, read_metrics
+from .metrics_file import drop_metrics_from, read_metrics
 from .run_record import (
     RECORD,
     categories_of,
@@ -27,25 +27,26 @@ from .run_record import (
     peak_memory_mib,
     versions,
 )
-from .train_step import anywhere
+from .train_step import any_process
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Seconds in which a second signal is the first one, handed on by another process as well
+# Seconds in which a second signal counts as the first one, forwarded by a parent process
 ECHO = 1.0
 
 
 class StopOnSignal(HookBase):
-    """On SIGINT or SIGTERM finishes the iteration, saves, and leaves with the usual exit code.
+    """On SIGINT or SIGTERM, finish the iteration, save a checkpoint and exit.
 
-    An evaluation is cut off, and a second signal stops at once, without saving. The place of this
-    hook is after those that belong to the iteration, and before the evaluation; what fails from
-    there on does not cost the iteration either.
+    An evaluation is aborted at once. A second signal exits at once, without a checkpoint. Register
+    this hook after the hooks that belong to the iteration, and before the evaluation hook: then a
+    failure in a later hook also leads to a checkpoint of the iteration.
 
     Args:
-        writers: Detectron2's, which what was measured is written by before it is saved.
+        checkpointer: saves the checkpoint, `model_<iteration>.pth`.
+        writers: Detectron2's writers, which write pending metrics before the checkpoint.
 
     Raises:
-        SystemExit: with 128 and the signal's number.
+        SystemExit: with exit code 128 plus the number of the signal.
     """
 
     def __init__(self, checkpointer: Checkpointer, writers: Sequence[EventWriter]) -> None:
@@ -53,13 +54,13 @@ class StopOnSignal(HookBase):
         self._signal = 0
         self._received = 0.0
         self._agreed = False
-        # Whether a signal has to wait, and the iteration that has ended if none has begun since
+        # Whether a signal must wait, and the finished iteration if the next one has not started
         self._busy = False
         self._ended: int | None = None
         self._before: dict[int, Any] = {}
 
     def before_train(self) -> None:
-        # Python lets no other thread set them
+        # Python allows signal handlers to be set in the main thread only
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
@@ -69,14 +70,14 @@ class StopOnSignal(HookBase):
     def after_step(self) -> None:
         self._ended = self.trainer.iter
         at_end = self._ended + 1 >= self.trainer.max_iter
-        # At the end metrics and the last checkpoint are still to be written
+        # After the last iteration, metrics and the final checkpoint are still to be written
         self._busy = at_end
-        self._agreed = anywhere(bool(self._signal))
+        self._agreed = any_process(bool(self._signal))
         if self._agreed:
-            # Of several processes perhaps another one was told
+            # Perhaps only another process received the signal
             self._signal = self._signal or signal.SIGTERM
             if not at_end:
-                self._leave()
+                self._exit()
 
     def after_train(self) -> None:
         for number in self._before:
@@ -85,7 +86,7 @@ class StopOnSignal(HookBase):
             if self._ended is not None and self._ended + 1 < self.trainer.max_iter:
                 self._save(self._ended)
             elif self._signal:
-                self._leave()  # the last checkpoint is there, and the evaluation is left out
+                self._exit()  # the final checkpoint exists; skip the evaluation
         finally:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
@@ -96,38 +97,38 @@ class StopOnSignal(HookBase):
             writer.write()
         self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
         if self._agreed:
-            # Whoever leaves first takes the others along, and the main process has to write
+            # The first process to exit ends the others, so wait until the main process has saved
             comm.synchronize()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        again = self._signal and now - self._received > ECHO
+        second = self._signal and now - self._received > ECHO
         if not self._signal:
             self._signal, self._received = number, now
-        if again:
+        if second:
             self._ended = None
-        if again or not self._busy:
-            self._leave()
-        logging.getLogger(__name__).warning("Asked to stop: at the end of this iteration")
+        if second or not self._busy:
+            self._exit()
+        logging.getLogger(__name__).warning("Stopping at the end of this iteration")
 
-    def _leave(self) -> None:
+    def _exit(self) -> None:
         raise SystemExit(128 + self._signal)
 
 
-# The scalar that tells that an evaluation has come to its end
+# The metric that shows that an evaluation has finished
 EVALUATED = "eval_seconds"
 
 
 class Evaluation(HookBase):
-    """Detectron2's evaluation, which is made up for if a stop has cut it off.
+    """Detectron2's evaluation, repeated after resuming if it was interrupted.
 
-    Its numbers are written before the next iteration, since no checkpoint holds them.
+    Its metrics are written before the next iteration, since checkpoints do not contain them.
 
     Args:
-        hook: Detectron2's.
-        period: iterations from one evaluation to the next, 0 for one at the end alone.
-        folder: the `OUTPUT_DIR`.
-        writers: Detectron2's, of `metrics.json`; none but in the main process.
+        hook: Detectron2's `EvalHook`.
+        period: iterations between evaluations; 0 evaluates only after training.
+        folder: `OUTPUT_DIR`.
+        writers: the writers of `metrics.json`, in the main process; else empty.
     """
 
     def __init__(
@@ -139,15 +140,15 @@ class Evaluation(HookBase):
     def before_train(self) -> None:
         self._hook.trainer = self.trainer
         trainer, last = self.trainer, self.trainer.start_iter - 1
-        if not self._due(last) or comm.all_gather(EVALUATED in self._measured(last))[0]:
+        if not self._due(last) or comm.all_gather(EVALUATED in self._metrics_of(last))[0]:
             return
-        # As at the end of that iteration, whose checkpoint was written before its evaluation
+        # The checkpoint of an iteration is written before its evaluation, so repeat that now
         trainer.iter = trainer.storage.iter = last
         self.after_step()
         self.before_step()
         trainer.iter = trainer.storage.iter = last + 1
         if comm.is_main_process():
-            cut_metrics(self._folder, last, self._measured(last))
+            drop_metrics_from(self._folder, last, self._metrics_of(last))
 
     def before_step(self) -> None:
         if self._unwritten:
@@ -164,28 +165,28 @@ class Evaluation(HookBase):
             self._unwritten = True
 
     def after_train(self) -> None:
-        # Detectron2's would evaluate a training that its last iteration has failed, too
+        # Detectron2's hook would also evaluate if the last iteration failed
         if self.trainer.iter >= self.trainer.max_iter:
             self._hook.after_train()
 
     def _due(self, iteration: int) -> bool:
-        """Whether an evaluation follows on an iteration, other than the one after training."""
+        """Whether an evaluation follows an iteration, except for the last one."""
         if self._period <= 0 or not 0 <= iteration < self.trainer.max_iter - 1:
             return False
         return (iteration + 1) % self._period == 0
 
-    def _measured(self, iteration: int) -> dict[str, Any]:
-        """All that `metrics.json` holds of an iteration."""
-        found = [content for _, content in read_metrics(self._folder)]
-        of_it = [content for content in found if content.get("iteration") == iteration]
-        return {key: value for content in of_it for key, value in content.items()}
+    def _metrics_of(self, iteration: int) -> dict[str, Any]:
+        """The metrics of an iteration in `metrics.json`, from all of its lines."""
+        lines = [content for _, content in read_metrics(self._folder)]
+        matching = [content for content in lines if content.get("iteration") == iteration]
+        return {key: value for content in matching for key, value in content.items()}
 
 
 class MemoryRecorder(HookBase):
-    """Writes `peak_memory_mib` into the metrics.
+    """Adds `peak_memory_mib` to the metrics of each iteration.
 
     Args:
-        device: as in `MODEL.DEVICE`.
+        device: the value of `MODEL.DEVICE`.
     """
 
     def __init__(self, device: str) -> None:
@@ -198,10 +199,13 @@ class MemoryRecorder(HookBase):
 
 
 class RunRecorder(HookBase):
-    """Writes `run.json` once the run is at its end.
+    """Writes `run.json` after training.
 
-    It holds the seed, device, categories, parameter counts, versions and git commit. It is
-    written after the last evaluation, so that it also says that the other outputs are whole.
+    The file contains the seed, device, categories, parameter counts, versions and git commit. It is
+    written after the last evaluation, so its existence shows that all other outputs are complete.
+
+    Args:
+        cfg: the config of the run.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -213,7 +217,7 @@ class RunRecorder(HookBase):
 
     def after_train(self) -> None:
         if self.trainer.iter < self.trainer.max_iter:
-            return  # stopped before its end
+            return  # training was interrupted
         record = {
             "seed": self._cfg.SEED,
             "device": device_name(self._cfg.MODEL.DEVICE),

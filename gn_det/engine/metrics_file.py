@@ -1,4 +1,4 @@
-"""What a training has measured, in `metrics.json` without gaps and doubles when it goes on."""
+"""Reading and editing of `metrics.json`, so that resuming leaves no gaps or duplicates in it."""
 
 import json
 from pathlib import Path
@@ -8,25 +8,36 @@ METRICS = "metrics.json"
 
 
 def read_metrics(folder: str) -> list[tuple[bytes, dict[str, Any]]]:
-    """The lines of `metrics.json`, and what they hold: nothing, if not written to the end."""
+    """Read the lines of `metrics.json`.
+
+    Args:
+        folder: `OUTPUT_DIR`.
+
+    Returns:
+        each line, and its metrics; these are empty for a damaged or incomplete line.
+    """
     path = Path(folder, METRICS)
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     return [(line, _content(line)) for line in lines]
 
 
-def cut_metrics(folder: str, iteration: int, whole: dict[str, Any] | None = None) -> None:
-    """Take the lines of an iteration, and of those after it, out of `metrics.json`.
+def drop_metrics_from(
+    folder: str, iteration: int, replacement: dict[str, Any] | None = None
+) -> None:
+    """Remove the lines of an iteration and of all later ones from `metrics.json`.
 
     Args:
-        whole: what to write in their place, if anything.
+        folder: `OUTPUT_DIR`.
+        iteration: the first iteration to remove.
+        replacement: metrics to append as a new line, if any.
     """
     lines = read_metrics(folder)
     kept = [line for line, content in lines if content and content["iteration"] < iteration]
-    if len(kept) == len(lines) and not whole:
+    if len(kept) == len(lines) and not replacement:
         return
     same = next((i for i, line in enumerate(kept) if line != lines[i][0]), len(kept))
-    added = json.dumps(whole, sort_keys=True).encode() + b"\n" if whole else b""
-    # In its place, for Detectron2's writer has it open, and no longer than it was
+    added = json.dumps(replacement, sort_keys=True).encode() + b"\n" if replacement else b""
+    # Edit in place, since Detectron2's writer has the file open
     with Path(folder, METRICS).open("r+b") as file:
         file.seek(sum(map(len, kept[:same])))
         file.write(b"".join(kept[same:]) + added)
@@ -34,6 +45,7 @@ def cut_metrics(folder: str, iteration: int, whole: dict[str, Any] | None = None
 
 
 def _content(line: bytes) -> dict[str, Any]:
+    """The metrics of a line; empty if it is not a complete record of an iteration."""
     try:
         content = json.loads(line) if line.endswith(b"\n") else {}
     except ValueError:

@@ -1,7 +1,4 @@
-"""What a trained model finds in pictures: drawn, and as COCO results.
-
-MODEL is the OUTPUT_DIR of a training, or a comparison's `best`. IMAGES are files or folders.
-"""
+"""Inference with a trained model on images: `gn-det predict` and `tools/predict.py`."""
 
 import argparse
 import contextlib
@@ -31,27 +28,27 @@ from ..errors import InputError, exit_on_input_error, printable
 from ..evaluation.figures import MIN_SCORE, draw
 from ..evaluation.markdown import one_line
 from ..files import write_whole
-from ..modeling import build_without_memory
-from ..plain_yaml import CONFIG_ERRORS, in_words
+from ..modeling import build_on_meta_device
+from ..plain_yaml import CONFIG_ERRORS, describe_error
 from .run_record import RECORD
 
 MAX_RECORD = 10 * 2**20  # bytes of run.json
 
 
 class Predictor(DefaultPredictor):
-    """Detectron2's, with strict loading of its weights.
+    """Detectron2's `DefaultPredictor`, with strict loading of the weights.
 
     Args:
-        cfg: `MODEL.WEIGHTS` must fill all of the model.
+        cfg: a config with gn_det's keys.
 
     Raises:
-        InputError: on weights that do not.
+        InputError: if `MODEL.WEIGHTS` does not fill all tensors of the model.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         self.cfg = cfg
         self.model = build_model(cfg).eval()
-        StrictCheckpointer(self.model, whole=True).load(cfg.MODEL.WEIGHTS)
+        StrictCheckpointer(self.model, complete=True).load(cfg.MODEL.WEIGHTS)
         self.aug = ResizeShortestEdge(
             [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
         )
@@ -61,24 +58,28 @@ class Predictor(DefaultPredictor):
 def load_run(
     folder: Path, output: Path, opts: Sequence[str]
 ) -> tuple[CfgNode, list[dict[str, Any]]]:
-    """A finished training's config with its own weights, and its categories.
+    """Load the config and categories of a finished run.
 
     Args:
-        folder: its `OUTPUT_DIR`.
-        output: the `OUTPUT_DIR` of what is done with it.
-        opts: `KEY VALUE` pairs that override the config.
+        folder: `OUTPUT_DIR` of the run.
+        output: `OUTPUT_DIR` of the returned config.
+        opts: `KEY VALUE` overrides.
+
+    Returns:
+        the config, with `MODEL.WEIGHTS` set to the final weights; and the categories, as dicts with
+        `id` and `name`.
 
     Raises:
-        InputError: if the folder is none of a finished training, or a file in it makes no sense.
+        InputError: if the folder is not that of a finished run, or a file in it is invalid.
     """
     for name in ("config.yaml", "model_final.pth", RECORD):
         if not (folder / name).is_file():
             raise InputError(
-                f"{folder} has no {name}: give the OUTPUT_DIR of a training that came to its end"
+                f"{folder} has no {name}: name the OUTPUT_DIR of a finished training run"
             )
     device = default_device()
     keys = ["MODEL.WEIGHTS", str(folder / "model_final.pth"), "MODEL.DEVICE", device]
-    # What the training had may lie on another machine
+    # The datasets of the run may not exist on this machine
     keys += ["OUTPUT_DIR", str(output), "DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
     config = str(folder / "config.yaml")
     cfg = read_config(config, [*keys, *opts])
@@ -87,55 +88,71 @@ def load_run(
 
 
 def check_model(cfg: CfgNode, folder: Path) -> None:
-    """Refuse a config whose model cannot be built, or that the weights beside it cannot fill.
+    """Refuse a config whose model cannot be built or is larger than its weights file.
+
+    Args:
+        cfg: the config.
+        folder: the folder of `config.yaml` and `model_final.pth`.
 
     Raises:
-        InputError: naming the config.
+        InputError: the message names `config.yaml`.
     """
     config = folder / "config.yaml"
-    if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals":
-        raise InputError(f"{config}: MODEL.PROPOSAL_GENERATOR needs proposals, and there are none")
+    if (name := cfg.MODEL.PROPOSAL_GENERATOR.NAME) == "PrecomputedProposals":
+        raise InputError(f"{config}: MODEL.PROPOSAL_GENERATOR.NAME {name} is not supported")
     try:
-        model = build_without_memory(cfg)
+        model = build_on_meta_device(cfg)
     except (*BUILD_ERRORS, *CONFIG_ERRORS) as error:
-        raise InputError(f"{config}: the model cannot be built: {in_words(error)}") from None
-    # Before it takes all the memory that there is
+        raise InputError(f"{config}: the model cannot be built: {describe_error(error)}") from None
+    # A config could ask for more memory than there is
     count = sum(tensor.numel() for tensor in model.state_dict().values())
     count = max(count, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     if count > (folder / "model_final.pth").stat().st_size:
-        raise InputError(f"{config}: the model has {count} values, more than model_final.pth holds")
+        raise InputError(f"{config}: the model has {count} values, more than model_final.pth has")
 
 
 def read_categories(record: Path, cfg: CfgNode) -> list[dict[str, Any]]:
-    """The categories in a training's `run.json`, or numbers for names where it has none.
+    """Read the categories from the `run.json` of a run.
+
+    Args:
+        record: path of the file.
+        cfg: the config of the model.
+
+    Returns:
+        categories as dicts with `id` and `name`; named "class 0", "class 1" and so on if the file
+        has none.
 
     Raises:
-        InputError: for a file that is not such a record, or does not fit the config.
+        InputError: for a file that is invalid or does not match the config.
     """
     try:
         if record.stat().st_size > MAX_RECORD:
             raise ValueError(f"it has more than {MAX_RECORD} bytes")
         content = json.loads(record.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError("it is not an object")
+            raise ValueError("it is not a JSON object")
         count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        found = content.get("categories")
-        if found is None or found == []:
+        categories = content.get("categories")
+        if categories is None or categories == []:
             return [{"id": i, "name": f"class {i}"} for i in range(count)]
-        if not isinstance(found, list) or not all(map(is_category, found)):
-            raise ValueError("its categories are not a list of ids, from 0 on, and names")
-        if len({category["id"] for category in found}) < len(found):
+        if not isinstance(categories, list) or not all(map(is_category, categories)):
+            raise ValueError(
+                "its categories are not a list of objects with id (0 or larger) and name"
+            )
+        if len({category["id"] for category in categories}) < len(categories):
             raise ValueError("two of its categories have the same id")
-        # Other architectures count their classes under keys of their own
-        if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and len(found) != count:
-            raise ValueError(f"it has {len(found)} categories, the model of config.yaml {count}")
+        # Other architectures have their own key for the number of classes
+        if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and len(categories) != count:
+            raise ValueError(
+                f"it has {len(categories)} categories, but the model of config.yaml has {count}"
+            )
     except (OSError, RecursionError, ValueError) as error:
-        raise InputError(f"{record} cannot be used: {in_words(error)}") from None
-    return [{"id": category["id"], "name": one_line(category["name"])} for category in found]
+        raise InputError(f"{record} cannot be used: {describe_error(error)}") from None
+    return [{"id": category["id"], "name": one_line(category["name"])} for category in categories]
 
 
 def is_category(value: object) -> bool:
-    """Whether a value is a category as COCO has them."""
+    """Whether a value is a category in COCO format."""
     return (
         isinstance(value, dict)
         and type(value.get("id")) is int
@@ -145,90 +162,122 @@ def is_category(value: object) -> bool:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The files among `paths`, and the pictures in the folders among them.
+    """Find the images that files and folders stand for.
+
+    Args:
+        paths: files, and folders that are searched recursively.
+
+    Returns:
+        paths of the images, in order.
 
     Raises:
-        InputError: for what does not exist, and if there is no picture at all.
+        InputError: for a path that does not exist, and if there are no images.
     """
-    found: list[Path] = []
+    images: list[Path] = []
     for path in paths:
         if not path.exists():
             raise InputError(f"{path} does not exist")
         if path.is_dir():
-            found += filter(is_image, sorted(path.rglob("*")))
+            images += filter(is_image, sorted(path.rglob("*")))
         else:
-            found.append(path)
-    if not found:
-        raise InputError(f"there are no pictures in {', '.join(map(str, paths))}")
-    return found
+            images.append(path)
+    if not images:
+        raise InputError(f"there are no images in {', '.join(map(str, paths))}")
+    return images
 
 
 def predict(
-    predictor: Predictor, picture: np.ndarray, number: int, categories: list[dict[str, Any]]
+    predictor: Predictor, image: np.ndarray, number: int, categories: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Find the objects in a picture.
+    """Detect the objects in an image.
 
     Args:
-        picture: uint8 of shape (H, W, 3), RGB.
-        number: becomes `image_id`.
-        categories: in the order of the model's outputs.
+        predictor: the model.
+        image: RGB, uint8 of shape (H, W, 3).
+        number: the `image_id` of the results.
+        categories: in the order of the model's class indices.
 
     Returns:
-        COCO results: `image_id`, `category_id`, `bbox`, `score`, and `segmentation` where the model
-        has masks.
+        results in COCO format, with the keys `image_id`, `category_id`, `bbox` (XYWH, in pixels),
+        `score`, and `segmentation` (RLE) if the model predicts masks.
     """
-    # BGR whatever INPUT.FORMAT is, which is applied to it
-    found = predictor(np.ascontiguousarray(picture[..., ::-1]))["instances"].to("cpu")
-    results = instances_to_coco_json(found, number)
+    # DefaultPredictor expects BGR for every INPUT.FORMAT, and converts it
+    instances = predictor(np.ascontiguousarray(image[..., ::-1]))["instances"].to("cpu")
+    results = instances_to_coco_json(instances, number)
     for result in results:
         result["category_id"] = categories[result["category_id"]]["id"]
     return results
 
 
-def as_coco(picture: np.ndarray, number: int, categories: list[dict[str, Any]]) -> COCO:
-    """A single picture and the categories, as pycocotools has them."""
-    listed = COCO()
-    size = {"height": picture.shape[0], "width": picture.shape[1]}
-    listed.dataset = {"images": [{"id": number, **size}], "categories": categories}
+def as_coco(image: np.ndarray, number: int, categories: list[dict[str, Any]]) -> COCO:
+    """A pycocotools dataset with a single image, its categories and no annotations.
+
+    Args:
+        image: array of shape (H, W, 3).
+        number: the `image_id`.
+        categories: dicts with `id` and `name`.
+    """
+    dataset = COCO()
+    size = {"height": image.shape[0], "width": image.shape[1]}
+    dataset.dataset = {"images": [{"id": number, **size}], "categories": categories}
     with contextlib.redirect_stdout(io.StringIO()):
-        listed.createIndex()
-    return listed
+        dataset.createIndex()
+    return dataset
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """The whole of `tools/predict.py`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="MODEL")
-    add("images", type=Path, nargs="+", metavar="IMAGES")
-    add("--output-dir", type=Path, default=Path("output/predictions"), metavar="FOLDER")
-    help_ = f"least score of what is drawn, from 0 to 1 (default {MIN_SCORE})"
-    add("--min-score", type=float, default=MIN_SCORE, metavar="S", help=help_)
-    add("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs")
-    args = parser.parse_args(argv)
+    """Run the command.
+
+    Args:
+        argv: the command-line arguments; defaults to `sys.argv[1:]`.
+
+    Raises:
+        SystemExit: with a message, for an `InputError`.
+    """
+    args = _parse(argv)
     with exit_on_input_error():
         cfg, categories = load_run(args.model, args.output_dir, args.opts)
         check_machine(cfg)
-        pictures, predictor = find_images(args.images), Predictor(cfg)
-        results, unread = [], 0
-        for number, path in enumerate(pictures, start=1):
+        paths, predictor = find_images(args.images), Predictor(cfg)
+        results, unreadable = [], 0
+        for number, path in enumerate(paths, start=1):
             try:
-                picture = read_image(path)
+                image = read_image(path)
             except InputError as error:
                 print(error)
-                unread += 1
+                unreadable += 1
                 continue
-            found = predict(predictor, picture, number, categories)
-            results += [{**result, "file_name": str(path)} for result in found]
-            shown = [result for result in found if result["score"] >= args.min_score]
-            drawn = draw(picture, shown, as_coco(picture, number, categories))
+            detections = predict(predictor, image, number, categories)
+            results += [{**result, "file_name": str(path)} for result in detections]
+            shown = [result for result in detections if result["score"] >= args.min_score]
+            drawn = draw(image, shown, as_coco(image, number, categories))
             target = args.output_dir / f"{number:05}_{path.stem}.jpg"
             Image.fromarray(drawn).save(target, quality=90)
             print(f"{printable(str(target), 1000)}: {len(shown)} objects", flush=True)
         with write_whole(args.output_dir / "coco_instances_results.json") as file:
             file.write(json.dumps(results) + "\n")
-        print(f"{args.output_dir / 'coco_instances_results.json'}: {len(results)} of any score")
-        if unread:
-            raise InputError(f"{unread} of {len(pictures)} files could not be read, see above")
+        path = args.output_dir / "coco_instances_results.json"
+        print(f"{path}: {len(results)} objects of any score")
+        if unreadable:
+            raise InputError(f"{unreadable} of {len(paths)} files could not be read, see above")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description="Detect objects in images with a trained model; draw them and write them in "
+        "COCO format.",
+        epilog="example:\n  %(prog)s --model output/compare/best mine/images",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    help_ = "OUTPUT_DIR of a finished training run, or output/compare/best (required)"
+    add("--model", type=Path, required=True, metavar="FOLDER", help=help_)
+    add("images", type=Path, nargs="+", metavar="IMAGES", help="image files and folders of images")
+    help_ = "folder for the drawn images and coco_instances_results.json (default: %(default)s)"
+    add("--output-dir", type=Path, default=Path("output/predictions"), metavar="FOLDER", help=help_)
+    help_ = "smallest score of drawn objects, from 0 to 1 (default: %(default)s)"
+    add("--min-score", type=float, default=MIN_SCORE, metavar="S", help=help_)
+    help_ = "KEY VALUE overrides of the config, at the end of the command (default: none)"
+    add("--opts", nargs=argparse.REMAINDER, default=[], help=help_)
+    return parser.parse_args(argv)

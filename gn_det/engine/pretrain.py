@@ -1,4 +1,4 @@
-"""Pretraining of a backbone by classifying pictures, as `tools/pretrain_net.py` runs it."""
+"""Pretraining of a backbone as an image classifier: `tools/pretrain_net.py`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,13 +18,19 @@ from .pretrain_schedule import check_folders, resolve_config, with_classes
 from .trainer import Trainer
 
 CHECKPOINT = "backbone.pth"
+DESCRIPTION = "Pretrain a backbone as an image classifier, on folders with one subfolder per class."
+EXAMPLE = "--config-file configs/Shapes/pretrain_R_18_gn.yaml MODEL.DEVICE cpu"
 
 
 class PretrainTrainer(Trainer):
-    """Detectron2's default trainer on folders of pictures; it leaves the backbone behind.
+    """A trainer of image classifiers, which saves the backbone for detectors.
 
-    Schedule, learning rate and number of classes follow from the `PRETRAIN` keys and the training
-    folder. At its end `OUTPUT_DIR/backbone.pth` is what a detector takes as `MODEL.WEIGHTS`.
+    The schedule, learning rate and number of classes are computed from the `PRETRAIN` keys and the
+    training folder. After training, `OUTPUT_DIR/backbone.pth` can be used as `MODEL.WEIGHTS` of a
+    detector.
+
+    Args:
+        cfg: the config of a classifier; `DATASETS` names folders with one subfolder per class.
 
     Raises:
         InputError: for a config or folders that cannot be used.
@@ -39,7 +45,7 @@ class PretrainTrainer(Trainer):
     def train(self) -> Any:
         results = super().train()
         if comm.is_main_process():
-            # The checkpointer's model is the one inside DistributedDataParallel
+            # The checkpointer has unwrapped the model from DistributedDataParallel
             backbone = self.checkpointer.model.backbone.state_dict()
             path = Path(self.cfg.OUTPUT_DIR) / CHECKPOINT
             try:
@@ -52,7 +58,7 @@ class PretrainTrainer(Trainer):
     def check_architecture(cls, cfg: CfgNode) -> None:
         if not is_pretraining(cfg):
             name = cfg.MODEL.META_ARCHITECTURE
-            raise InputError(f"this config trains a {name}: run tools/train_net.py")
+            raise InputError(f"this config trains a {name}: use tools/train_net.py")
 
     @classmethod
     def check_inputs(cls, cfg: CfgNode, eval_only: bool) -> None:
@@ -78,8 +84,12 @@ class PretrainTrainer(Trainer):
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """The whole of `tools/pretrain_net.py`, with the flags of `tools/train_net.py`."""
-    train.run(argv, PretrainTrainer)
+    """Run the command, with the flags of `train.run`.
+
+    Args:
+        argv: the command-line arguments; defaults to `sys.argv[1:]`.
+    """
+    train.run(argv, PretrainTrainer, DESCRIPTION, EXAMPLE)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From the epochs of pretraining to the iterations that Detectron2 counts in."""
+"""Conversion of the pretraining schedule from epochs to Detectron2's iterations."""
 
 from itertools import pairwise
 
@@ -9,44 +9,47 @@ from ..errors import InputError
 
 
 def check_folders(cfg: CfgNode, train: bool = True) -> None:
-    """Check that the folders of `DATASETS` can be trained and tested on.
+    """Check the image folders that `DATASETS` names.
 
     Args:
-        train: whether training is wanted, and not only evaluation.
+        cfg: the config of a classifier.
+        train: whether to check the training folder too; else only the test folders.
 
     Raises:
-        InputError: for a folder that cannot be used, folders of different classes, and a training
-            folder of fewer pictures than a batch.
+        InputError: for a folder that cannot be used, for folders with different classes, and for a
+            training folder with fewer images than a batch.
     """
     if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-        raise InputError(f'INPUT.FORMAT {cfg.INPUT.FORMAT}: pretraining takes "RGB" or "BGR"')
+        raise InputError(f'INPUT.FORMAT {cfg.INPUT.FORMAT}: pretraining supports "RGB" and "BGR"')
     if train and len(cfg.DATASETS.TRAIN) != 1:
-        raise InputError(f"DATASETS.TRAIN {cfg.DATASETS.TRAIN}: pretraining takes one folder")
+        raise InputError(
+            f"DATASETS.TRAIN {cfg.DATASETS.TRAIN}: pretraining needs exactly one folder"
+        )
     if not train and not cfg.DATASETS.TEST:
-        raise InputError("DATASETS.TEST names no folder to evaluate on")
+        raise InputError("DATASETS.TEST is empty: set it to the folder to evaluate on")
     names = [*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]
     for name in names[1:]:
         one, two = (set(read_folder(n).classes) for n in (names[0], name))
         if one != two:
             raise InputError(
                 f"{names[0]} has {len(one)} classes and {name} has {len(two)}, and only one of "
-                f"them has {min(one ^ two)}: their sub-folders must have the same names"
+                f"them has {min(one ^ two)}: their subfolders must have the same names"
             )
     if len(classes := read_folder(names[0]).classes) < 2:
         raise InputError(
-            f"{names[0]} has one class only, {classes[0]}: it must hold a sub-folder for each, and "
-            "not the folder that these are in"
+            f"{names[0]} has only one class, {classes[0]}: name the folder that directly contains "
+            "one subfolder per class"
         )
-    pictures = len(read_folder(names[0]))
-    if train and pictures < cfg.SOLVER.IMS_PER_BATCH:
+    images = len(read_folder(names[0]))
+    if train and images < cfg.SOLVER.IMS_PER_BATCH:
         raise InputError(
-            f"{names[0]} holds {pictures} pictures, fewer than SOLVER.IMS_PER_BATCH "
-            f"{cfg.SOLVER.IMS_PER_BATCH}: take more pictures or a smaller batch"
+            f"{names[0]} has {images} images, fewer than SOLVER.IMS_PER_BATCH "
+            f"{cfg.SOLVER.IMS_PER_BATCH}: use more images or a smaller batch"
         )
 
 
 def with_classes(cfg: CfgNode, classes: int) -> CfgNode:
-    """The config of a classifier of so many classes."""
+    """A copy of a config with another number of classes."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes
@@ -54,26 +57,30 @@ def with_classes(cfg: CfgNode, classes: int) -> CfgNode:
     return cfg
 
 
-def resolve_config(cfg: CfgNode, pictures: int, classes: int) -> CfgNode:
-    """The config for Detectron2's trainer, by the paper's Section 4.1.
+def resolve_config(cfg: CfgNode, images: int, classes: int) -> CfgNode:
+    """Compute the config for Detectron2's trainer from the keys in `PRETRAIN` (Section 4.1).
 
-    The learning rate is linear in the batch, and the schedule is `PRETRAIN`'s in iterations. A
-    `TEST.EVAL_PERIOD` or `SOLVER.CHECKPOINT_PERIOD` of -1 becomes one epoch.
+    The learning rate is scaled linearly to the batch size. The schedule in epochs is converted to
+    iterations. A `TEST.EVAL_PERIOD` or `SOLVER.CHECKPOINT_PERIOD` of -1 becomes one epoch.
 
     Args:
-        pictures: how many the training folder holds.
-        classes: how many sub-folders it has.
+        cfg: the config of a classifier; not changed.
+        images: number of images in the training folder.
+        classes: number of its subfolders.
+
+    Returns:
+        the frozen config.
 
     Raises:
         InputError: if two steps of the learning rate fall on the same iteration.
     """
     keys = cfg.PRETRAIN
     batch = cfg.SOLVER.IMS_PER_BATCH
-    end, *steps = (round(n * pictures / batch) for n in (keys.EPOCHS, *keys.STEPS))
+    end, *steps = (round(n * images / batch) for n in (keys.EPOCHS, *keys.STEPS))
     if any(one >= two for one, two in pairwise([0, *steps, end])):
         raise InputError(
-            f"PRETRAIN.STEPS {keys.STEPS} are the iterations {steps} of {end}, with {pictures} "
-            f"pictures in batches of {batch}: take a smaller batch, or fewer steps"
+            f"PRETRAIN.STEPS {keys.STEPS} are the iterations {steps} of {end}, with {images} "
+            f"images in batches of {batch}: use a smaller batch, or fewer steps"
         )
     cfg = with_classes(cfg, classes)
     cfg.defrost()
@@ -81,6 +88,6 @@ def resolve_config(cfg: CfgNode, pictures: int, classes: int) -> CfgNode:
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = end, tuple(steps)
     for section, key in ((cfg.SOLVER, "CHECKPOINT_PERIOD"), (cfg.TEST, "EVAL_PERIOD")):
         if section[key] == -1:
-            section[key] = round(pictures / batch)
+            section[key] = round(images / batch)
     cfg.freeze()
     return cfg

@@ -1,4 +1,4 @@
-"""What a run was: written beside Detectron2's own outputs, so that a report can tell it."""
+"""Facts about a run, which are recorded beside Detectron2's outputs for later reports."""
 
 import os
 import platform
@@ -25,9 +25,16 @@ RECORD = "run.json"
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Numbers of trainable and of frozen values, buffers (all of FrozenBN) among these.
+    """Count trainable and frozen parameters.
 
-    BN's counters of batches are left out: Detectron2's main keeps them in what it has frozen.
+    Buffers count as frozen, since those of FrozenBN are its parameters. `num_batches_tracked` is
+    not counted: FrozenBN has it in Detectron2's main branch only.
+
+    Args:
+        model: the model.
+
+    Returns:
+        numbers of elements by "trainable" and "frozen".
     """
     counter = "num_batches_tracked"
     buffers = [buffer for name, buffer in model.named_buffers() if not name.endswith(counter)]
@@ -37,7 +44,14 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def categories_of(name: str) -> list[dict[str, Any]]:
-    """A registered data set's categories, in the order of the model's outputs; none if unknown."""
+    """The categories of a registered dataset, as dicts with `id` and `name`.
+
+    Args:
+        name: name of the dataset.
+
+    Returns:
+        the categories in the order of the model's class indices; empty if they are unknown.
+    """
     metadata = MetadataCatalog.get(name)
     names = metadata.get("thing_classes", [])
     ids = metadata.get("thing_dataset_id_to_contiguous_id") or {i: i for i in range(len(names))}
@@ -45,18 +59,23 @@ def categories_of(name: str) -> list[dict[str, Any]]:
 
 
 def peak_memory_mib(device: str) -> float | None:
-    """Peak memory in MiB: allocated by PyTorch on a GPU, or of the whole process on a CPU.
+    """The peak memory since the start of this process.
 
-    None where the system does not report it.
+    Args:
+        device: the value of `MODEL.DEVICE`.
+
+    Returns:
+        MiB allocated by PyTorch on a GPU, or resident MiB of the process on a CPU; None if the
+        system does not report it.
     """
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
-    # Linux's getrusage begins at the peak of the process that started this one
-    if found := re.search(r"VmHWM:\s+(\d+) kB", _status()):
-        return int(found[1]) / 2**10
+    # On Linux, the peak of getrusage is inherited from the parent process
+    if match := re.search(r"VmHWM:\s+(\d+) kB", _status()):
+        return int(match[1]) / 2**10
     if resource is None:
         return None
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
@@ -66,7 +85,7 @@ def _status() -> str:
 
 
 def device_name(device: str) -> str:
-    """A GPU's own name, or the number of cores and the machine type of a CPU."""
+    """The name of the GPU, or the number of threads and the machine type of the CPU."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     count = torch.get_num_threads()
@@ -74,17 +93,21 @@ def device_name(device: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
+    """Versions of Python and of the packages that influence the results of a run."""
     modules: dict[str, Any] = {"detectron2": detectron2, "torch": torch, "torchvision": torchvision}
-    found = {name: module.__version__ for name, module in modules.items()}
-    return {"python": platform.python_version(), **found}
+    packages = {name: module.__version__ for name, module in modules.items()}
+    return {"python": platform.python_version(), **packages}
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that this runs from, `-dirty` if changed, None if installed.
+    """The git commit of the checkout that this package runs from.
 
-    What is installed below somebody's repository is no part of that, so git is asked of a checkout
-    that has `gn_det/` at its top alone, and runs none of the programs that its settings name.
+    A package that is installed inside another repository does not belong to it, so `gn_det/` must
+    be at the top level of the repository. Hooks and other programs that are configured in the
+    repository are not run.
+
+    Returns:
+        the full hash, with the suffix `-dirty` if there are changes; None without a checkout.
     """
     package = Path(__file__).resolve().parents[1]
     root, installed = package.parent, CONFIG_ROOT.resolve().parent == package
@@ -99,7 +122,7 @@ def git_commit() -> str | None:
 
 
 def _git(root: Path, *words: str) -> str:
-    """What git says of the repository at `root`, whatever the environment tells it."""
+    """Run git in the repository at `root`, ignoring git's environment variables."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     environment |= {"GIT_CEILING_DIRECTORIES": str(root.parent), "GIT_OPTIONAL_LOCKS": "0"}
     settings = ("-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")

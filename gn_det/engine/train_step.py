@@ -1,4 +1,4 @@
-"""One step of training, which never lets the weights see numbers or pictures that are no good."""
+"""A training step that skips or refuses batches with unreadable images, Inf or NaN."""
 
 import logging
 import math
@@ -15,26 +15,28 @@ from torch.optim import Optimizer
 from ..data.loader import UnreadableSample, seed_from
 from ..errors import InputError
 
-# Below it, float16's gradients have been infinite or NaN at every scale
+# Smallest loss scale; below it, float16 gradients were Inf or NaN at every scale
 MIN_SCALE = 2.0**-14
 
 
 class BadBatchError(InputError):
-    """A batch that cannot be trained on."""
+    """A batch with unreadable images, Inf or NaN."""
 
 
 class TrainingStep(SimpleTrainer):
-    """Detectron2's step, in mixed precision too, without its blindness to what it trains on.
+    """Detectron2's `SimpleTrainer` and `AMPTrainer` in one, with checks of each batch.
 
-    What the model draws at random follows from the seed, the process and the iteration. A batch is
-    bad if a picture of it cannot be read, or if a loss or gradient is infinite or NaN; the weights
-    never see it, in no process.
+    A batch is bad if one of its images cannot be read, or if a loss or gradient is Inf or NaN. No
+    process updates its weights with a batch that is bad in any process. The random state of the
+    model depends only on the seed, the process and the iteration, so that resuming is exact.
 
     Args:
-        loader: gives lists of samples.
-        precision: what autocast computes in, None for no autocast; float16 with a `GradScaler`.
-        skips: bad batches to pass over, with a warning for each, before one stops the training.
-        seed: not negative, the same in all processes.
+        model: maps a batch to a dict of losses, or to one loss.
+        loader: yields lists of samples.
+        optimizer: of the parameters of `model`.
+        precision: data type of autocast, or None to disable it; float16 uses a `GradScaler`.
+        skips: number of bad batches that are skipped with a warning; the next one raises.
+        seed: 0 or larger, the same in all processes.
     """
 
     def __init__(
@@ -61,78 +63,82 @@ class TrainingStep(SimpleTrainer):
         ]
 
     def run_step(self) -> None:
-        """Train on one batch, or pass over it.
+        """Train on one batch, or skip it if it is bad.
 
         Raises:
-            BadBatchError: for a bad batch, once no more may be passed over.
+            BadBatchError: for a bad batch after `skips` bad batches, and if float16 gradients are
+                Inf or NaN at every loss scale.
         """
         start = time.perf_counter()
         batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
         seed_from(self.seed, comm.get_rank(), self.iter)
-        # BN's running statistics see a batch before anybody knows whether it is a good one
+        # The forward pass updates BN's running statistics before it is known that a batch is bad
         before = [buffer.clone() for buffer in self._statistics] if self._skips else []
-        why = unreadable(batch)
+        reason = describe_unreadable(batch)
         losses: dict[str, Tensor] = {}
-        # Asked before each part in which processes wait for each other
-        if not anywhere(bool(why)):
-            why, losses = self._forward(batch)
-            if not anywhere(bool(why)):
-                why = self._backward(losses)
-        if anywhere(bool(why)):
+        # All processes must agree before forward and backward, which synchronize them
+        if not any_process(bool(reason)):
+            reason, losses = self._forward(batch)
+            if not any_process(bool(reason)):
+                reason = self._backward(losses)
+        if any_process(bool(reason)):
             for buffer, value in zip(self._statistics, before, strict=bool(before)):
                 buffer.copy_(value)
-            self._pass_over(batch, why)
+            self._skip_batch(batch, reason)
             return
         self._write_metrics(losses, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
         if self.grad_scaler.is_enabled() and self.grad_scaler.get_scale() < MIN_SCALE:
             raise BadBatchError(
-                f"iteration {self.iter}: gradients are infinite or NaN in float16, however the "
-                "loss is scaled; SOLVER.AMP.DTYPE bfloat16 has a wider range"
+                f"iteration {self.iter}: float16 gradients are Inf or NaN at every loss scale; "
+                "SOLVER.AMP.DTYPE bfloat16 has a wider range"
             )
 
     def _forward(self, batch: Sequence[Any]) -> tuple[str, dict[str, Tensor]]:
-        """Why there are no losses, else "", and the losses."""
+        """Compute the losses; return why that failed, or "", and the losses."""
         precision = self._precision
         try:
             with torch.autocast(self._device, precision, enabled=precision is not None):
                 losses = self.model(batch)
-        except FloatingPointError as error:  # Detectron2's, from within its proposals
+        except FloatingPointError as error:  # raised by Detectron2's RPN for Inf or NaN
             return str(error), {}
         return "", {"total_loss": losses} if isinstance(losses, Tensor) else losses
 
     def _backward(self, losses: dict[str, Tensor]) -> str:
-        """Set the gradients; why they must not be followed, else ""."""
+        """Compute the gradients; return why they must not be used, or ""."""
         self.optimizer.zero_grad()
         self.grad_scaler.scale(sum(losses.values(), torch.tensor(0.0))).backward()
         numbers = {name: loss.detach().float() for name, loss in losses.items()}
-        # In float16 they are infinite now and then, and the scaler passes over such steps
+        # With float16, Inf gradients are normal now and then, and the scaler skips these steps
         if not self.grad_scaler.is_enabled():
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             gradients = [p.grad for p in parameters if p.grad is not None]
-            numbers["norm of the gradient"] = torch.nn.utils.get_total_norm(gradients)
-        # One transfer from the GPU for all of them
+            numbers["gradient norm"] = torch.nn.utils.get_total_norm(gradients)
+        # A single transfer from the GPU
         values = torch.stack(list(numbers.values())).tolist()
         if all(map(math.isfinite, values)):
             return ""
-        told = ", ".join(f"{k} {v:.4g}" for k, v in zip(numbers, values, strict=True))
-        return f"there are infinite numbers or NaN: {told}"
+        text = ", ".join(f"{k} {v:.4g}" for k, v in zip(numbers, values, strict=True))
+        return f"losses or gradients are Inf or NaN: {text}"
 
-    def _pass_over(self, batch: Sequence[Any], why: str) -> None:
+    def _skip_batch(self, batch: Sequence[Any], reason: str) -> None:
+        """Log a bad batch as skipped, or raise an error if too many have been skipped."""
         self.optimizer.zero_grad()
         files = [getattr(x, "file_name", None) or x["file_name"] for x in batch]
-        told = "; ".join(
-            f"{why}, with {', '.join(files)}" for why, files in comm.all_gather((why, files)) if why
+        # The reasons of all processes with a bad batch
+        gathered = comm.all_gather((reason, files))
+        text = "; ".join(
+            f"{why}, in the batch of {', '.join(names)}" for why, names in gathered if why
         )
         if self.skipped == self._skips:
-            passed = f" after {self.skipped} that were passed over" if self.skipped else ""
-            raise BadBatchError(f"the batch of iteration {self.iter} is bad{passed}: {told}")
+            after = f" after {self.skipped} skipped batches" if self.skipped else ""
+            raise BadBatchError(f"the batch of iteration {self.iter} is bad{after}: {text}")
         self.skipped += 1
         logging.getLogger(__name__).warning(
-            f"Passing over the batch of iteration {self.iter}, {self.skipped} of at most "
-            f"{self._skips}: {told}"
+            f"Skipping the batch of iteration {self.iter}, {self.skipped} of at most "
+            f"{self._skips}: {text}"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -147,13 +153,13 @@ class TrainingStep(SimpleTrainer):
             self.grad_scaler.load_state_dict(scaler)
 
 
-def unreadable(batch: Sequence[Any]) -> str:
-    """Which pictures of a batch could not be read, and why; "" if all were."""
+def describe_unreadable(batch: Sequence[Any]) -> str:
+    """Describe the images of a batch that could not be read; "" if there are none."""
     samples = [sample for sample in batch if isinstance(sample, UnreadableSample)]
-    told = "; ".join(f"{sample.file_name} ({sample.why})" for sample in samples)
-    return f"there are pictures that cannot be read: {told}" if told else ""
+    text = "; ".join(f"{sample.file_name} ({sample.reason})" for sample in samples)
+    return f"images cannot be read: {text}" if text else ""
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether a flag is set in any process of the training."""
+def any_process(flag: bool) -> bool:
+    """Whether a flag is set in any process; all processes must call this."""
     return any(comm.all_gather(flag))

@@ -1,4 +1,4 @@
-"""Detectron2's default trainer, with gn_det's step, loader, checkpoints and hooks."""
+"""Detectron2's default trainer with gn_det's training step, loader, checkpoints and hooks."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ..check import check_config
+from ..check import log_warnings, refuse_problems
 from ..check.machine import check_machine
 from ..check.proposals import check_proposals
 from ..checkpoint.checkpointer import StrictCheckpointer
@@ -31,28 +31,33 @@ from ..errors import InputError
 from ..solver import build_optimizer
 from .accumulate import accumulate_gradients
 from .hooks import Evaluation, MemoryRecorder, RunRecorder, StopOnSignal
-from .metrics_file import cut_metrics
+from .metrics_file import drop_metrics_from
 from .train_step import BadBatchError, TrainingStep
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's default trainer with COCO evaluation and the decay rule of norm parameters.
+    """Detectron2's default trainer with COCO evaluation and separate weight decay of norms.
 
-    A training that was stopped, however, goes on as if it had not been: in float32 on a CPU it
-    ends with the same bits, given as many processes.
+    Resuming is exact: in float32 on a CPU, with the same number of processes, the result equals
+    that of an uninterrupted run bit by bit.
+
+    Args:
+        cfg: a config with gn_det's keys.
 
     Raises:
-        ConfigError: an `InputError`, for a config that `gn_det.check_config` refuses.
+        ConfigError: an `InputError`, if `gn_det.check_config` refuses the config.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         self.check_architecture(cfg)
         self.check_recipe(cfg)
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
-        for name in ("detectron2", "gn_det"):  # as Detectron2 does, where `setup` was not called
+        for name in ("detectron2", "gn_det"):  # if `default_setup` was not called
             if not logging.getLogger(name).isEnabledFor(logging.INFO):
                 setup_logger(name=name)
-        # What DefaultTrainer does here leaves no choice of step and checkpointer
+        if comm.is_main_process():
+            log_warnings(cfg)
+        # DefaultTrainer.__init__ would create its own training step and checkpointer
         TrainerBase.__init__(self)
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         keys = cfg.SOLVER
@@ -73,29 +78,41 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def check_architecture(cls, cfg: CfgNode) -> None:
-        """Refuse a config that another trainer is for.
+        """Refuse a config for another trainer.
 
         Raises:
-            InputError: naming the tool that takes it.
+            InputError: if the config is for another tool, which the message names.
         """
         if is_pretraining(cfg):
-            raise InputError("this config pretrains a classifier: run tools/pretrain_net.py")
+            raise InputError("this config pretrains a classifier: use tools/pretrain_net.py")
 
     @classmethod
     def check_recipe(cls, cfg: CfgNode, num_gpus: int | None = None) -> None:
-        """Refuse a config that would train wrongly, as `gn_det.check_config` does."""
-        check_config(cfg, num_gpus)
+        """Refuse a config that would fail or train wrongly; `__init__` logs the warnings.
+
+        Args:
+            cfg: as in `gn_det.check_config`.
+            num_gpus: as in `gn_det.check_config`.
+
+        Raises:
+            ConfigError: if there is any problem.
+        """
+        refuse_problems(cfg, num_gpus)
 
     @classmethod
     def check_inputs(cls, cfg: CfgNode, eval_only: bool) -> None:
-        """Check what can be checked before anything is written or built.
+        """Check files and the device before training or evaluation starts.
+
+        Args:
+            cfg: the config.
+            eval_only: whether only the test datasets are used.
 
         Raises:
-            InputError: for a device, data set, proposal file, weights file or output folder that
+            InputError: for a device, dataset, proposal file, weights file or output folder that
                 cannot be used.
         """
         for name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
-            # Other architectures count their classes under keys of their own
+            # Other architectures have their own key for the number of classes
             is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
             classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES if is_rcnn else None
             check_dataset(name, classes, annotated=not eval_only)
@@ -104,9 +121,13 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def evaluate(cls, cfg: CfgNode, resume: bool) -> dict:
-        """Test the model of `MODEL.WEIGHTS`, or of the last checkpoint with `resume`."""
+        """Evaluate the model in `MODEL.WEIGHTS`, or the last checkpoint if `resume` is set.
+
+        Returns:
+            results by dataset, task and metric, as `DefaultTrainer.test` does.
+        """
         model = cls.build_model(cfg)
-        StrictCheckpointer(model, cfg.OUTPUT_DIR, whole=True).resume_or_load(
+        StrictCheckpointer(model, cfg.OUTPUT_DIR, complete=True).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=resume
         )
         results = cls.test(cfg, model)
@@ -124,7 +145,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """What `cfg` asks for; a subclass calls `build_train_loader(cfg, its_mapper)`."""
+        """Build the training loader; subclasses can call `build_train_loader(cfg, mapper)`."""
         return build_train_loader(cfg)
 
     @classmethod
@@ -139,9 +160,10 @@ class Trainer(DefaultTrainer):
         return self._writers
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's, so that a checkpoint holds no more than has been written of what it cost.
+        """Detectron2's hooks and gn_det's, with the checkpoint after all others.
 
-        First what belongs to the iteration, then evaluation, writers and the checkpoint.
+        The order is: hooks that belong to the iteration, evaluation, writers, checkpoint. So the
+        metrics of an iteration are on disk before its checkpoint is.
         """
         built = super().build_hooks()
         period, folder = self.cfg.TEST.EVAL_PERIOD, self.cfg.OUTPUT_DIR
@@ -153,70 +175,77 @@ class Trainer(DefaultTrainer):
                 order.append(MemoryRecorder(self.cfg.MODEL.DEVICE))
                 order.append(StopOnSignal(self.checkpointer, metrics))
                 order.append(Evaluation(hook, period, folder, metrics))
-                # After the last evaluation, and before the writers
+                # After the final evaluation, and before the writers
                 order += [RunRecorder(self.cfg)] if comm.is_main_process() else []
             elif hook not in saving:
                 order.append(hook)
         return order + saving
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Load `MODEL.WEIGHTS`, or with `resume` all of the newest whole checkpoint, if any."""
+        """Load the newest intact checkpoint if `resume` is set and there is one.
+
+        Otherwise load `MODEL.WEIGHTS`.
+        """
         main = comm.is_main_process()
-        # Each process might find another one, by a disk that is shared over a network
-        found = comm.all_gather(self.checkpointer.get_checkpoint_file() if main and resume else "")
-        if found[0]:
-            self.checkpointer.load(found[0])
+        # On a network file system, processes could find different checkpoints
+        paths = comm.all_gather(self.checkpointer.get_checkpoint_file() if main and resume else "")
+        if paths[0]:
+            self.checkpointer.load(paths[0])
             self.start_iter, self._trainer.seed = comm.all_gather(
                 (self.iter + 1, self._trainer.seed)
             )[0]
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
         if main and resume:
-            cut_metrics(self.cfg.OUTPUT_DIR, self.start_iter)
+            drop_metrics_from(self.cfg.OUTPUT_DIR, self.start_iter)
 
     def train(self) -> Any:
-        """Train to the end; what stops it on its way leaves the checkpoints as they are.
+        """Train until `SOLVER.MAX_ITER`.
+
+        Returns:
+            the results of the last evaluation, as `DefaultTrainer.train` does.
 
         Raises:
-            InputError: for a bad batch, and for a disk that is full or gone.
-            SystemExit: on SIGINT or SIGTERM, after a checkpoint.
+            InputError: for a bad batch, for a full or unavailable disk, and if a worker process of
+                the data loader is killed. Checkpoints stay intact.
+            SystemExit: on SIGINT or SIGTERM, after a checkpoint has been saved.
         """
         if isinstance(self.data_loader, TrainLoader):
             self.data_loader.start_at(self._trainer.seed, self.start_iter)
         elif self.start_iter:
             logging.getLogger(__name__).warning(
-                "Going on with another order of pictures: build_train_loader gives no TrainLoader"
+                "The order of images is not restored: build_train_loader returns no TrainLoader"
             )
         with without_traceback():
             try:
                 return super().train()
             except OSError as error:
-                what = f"{error.filename or self.cfg.OUTPUT_DIR}: {error.strerror or error}"
+                reason = f"{error.filename or self.cfg.OUTPUT_DIR}: {error.strerror or error}"
             except RuntimeError as error:
                 if not is_dead_loader(error):
                     raise
-                what = (
-                    "a process that loads pictures was killed, perhaps since memory ran out, which "
-                    "a smaller DATALOADER.NUM_WORKERS needs less of"
+                reason = (
+                    "a worker process of the data loader was killed, perhaps because memory ran "
+                    "out: use a smaller DATALOADER.NUM_WORKERS"
                 )
             finally:
                 if isinstance(self.data_loader, TrainLoader):
-                    self._trainer._data_loader_iter.close()  # and the processes that load
-        raise InputError(f"{what}. {self._how_to_go_on()}")
+                    self._trainer._data_loader_iter.close()  # ends the worker processes
+        raise InputError(f"{reason}. {self._resume_hint()}")
 
     def run_step(self) -> None:
         try:
             super().run_step()
         except BadBatchError as error:
-            pass_over = "--skip-bad-batches N passes over bad ones, SOLVER.BASE_LR may be too high"
-            raise BadBatchError(f"{error}. {self._how_to_go_on()}; {pass_over}") from None
+            hint = "--skip-bad-batches N skips bad batches; SOLVER.BASE_LR may be too high"
+            raise BadBatchError(f"{error}. {self._resume_hint()}; {hint}") from None
 
-    def _how_to_go_on(self) -> str:
-        found = self.checkpointer.get_checkpoint_file()
-        return f"--resume goes on from {found}" if found else "There is no checkpoint yet"
+    def _resume_hint(self) -> str:
+        path = self.checkpointer.get_checkpoint_file()
+        return f"--resume resumes from {path}" if path else "There is no checkpoint yet"
 
     def state_dict(self) -> dict[str, Any]:
-        # Detectron2 0.6 leaves its inner trainer out, and with it the optimizer
+        # Detectron2 0.6 omits its inner trainer, and the optimizer with it
         return super().state_dict() | {"_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -227,12 +256,12 @@ class Trainer(DefaultTrainer):
             for group in self.optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
             logging.getLogger(__name__).warning(
-                "The checkpoint has no optimizer in it, as Detectron2 0.6 writes them"
+                "The checkpoint has no optimizer state, as is usual with Detectron2 0.6"
             )
 
 
 def distribute(model: nn.Module) -> nn.Module:
-    """The model, in `DistributedDataParallel` where several processes train it."""
+    """Wrap a model in `DistributedDataParallel` if there are several processes."""
     if comm.get_world_size() == 1:
         return model
     device = next(model.parameters()).device
@@ -242,12 +271,11 @@ def distribute(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def without_traceback() -> Iterator[None]:
-    """Keep Detectron2's loop from logging a traceback for what ends in one sentence."""
+    """Suppress the traceback that Detectron2 logs for errors that are reported in one sentence."""
 
     def wanted(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        told = isinstance(error, InputError | OSError) or is_dead_loader(error)
-        return not told
+        return not (isinstance(error, InputError | OSError) or is_dead_loader(error))
 
     logger = logging.getLogger("detectron2.engine.train_loop")
     logger.addFilter(wanted)
@@ -258,5 +286,5 @@ def without_traceback() -> Iterator[None]:
 
 
 def is_dead_loader(error: BaseException | None) -> bool:
-    """Whether PyTorch says by an error that a loading process is gone."""
+    """Whether an error means that a worker process of the data loader has died."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")

@@ -1,1 +1,1 @@
-"""COCO numbers of finished runs, and the report that compares them."""
+"""COCO metrics of finished training runs, and the report that compares them."""

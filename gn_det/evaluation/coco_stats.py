@@ -1,4 +1,4 @@
-"""All of COCO's numbers from a results file; Detectron2's evaluator keeps half of them."""
+"""All 12 COCO metrics of a results file; Detectron2's evaluator reports only the 6 for AP."""
 
 import contextlib
 import io
@@ -15,39 +15,41 @@ STATS = (*PRECISIONS, *RECALLS)
 
 
 def coco_stats(annotations: Path | COCO, results: Path) -> dict[str, dict[str, Any]]:
-    """COCO's 12 numbers for boxes and for masks, and AP class by class, in percent.
+    """COCO's 12 metrics for boxes and for masks, and AP per class, in percent.
 
     Args:
-        annotations: ground truth in COCO's instances format, or what `load_coco` made of it.
+        annotations: ground truth in COCO's instances format, or the result of `load_coco`.
         results: detections in COCO's results format, as Detectron2 writes them to
             `inference/coco_instances_results.json`.
 
     Returns:
-        {"bbox": {...}}, and "segm" if the ground truth has masks, each with the keys of `STATS` and
-        with "classes", which holds AP by the classes' names. A number that the data set has no
-        ground truth for is None; without any detection all others are 0.
+        {"bbox": {...}}, and "segm" if the ground truth has masks. Each has the keys of `STATS`,
+        and "classes", which is {class name: AP}. Metrics without ground truth are None; all others
+        are 0 if there are no detections.
     """
     truth = annotations if isinstance(annotations, COCO) else load_coco(annotations)
     return {kind: _summarize(truth, results, kind) for kind in kinds_of(truth)}
 
 
 def kinds_of(truth: COCO) -> tuple[str, ...]:
-    """What there is to measure: ("bbox", "segm"), or ("bbox",) where no object has a mask."""
+    """The IoU types to evaluate: ("bbox", "segm"), or ("bbox",) if no object has a mask."""
     return (
         ("bbox", "segm") if any(a.get("segmentation") for a in truth.anns.values()) else ("bbox",)
     )
 
 
 def load_coco(annotations: Path) -> COCO:
-    """A COCO annotation file, without pycocotools' own words."""
+    """Load a COCO annotation file without pycocotools' messages."""
     with contextlib.redirect_stdout(io.StringIO()):
         return COCO(str(annotations))
 
 
 def load_detections(truth: COCO, results: Path, iou_type: str) -> COCO:
-    """A results file as pycocotools compares it with the ground truth.
+    """Load a results file for pycocotools' evaluation.
 
     Args:
+        truth: the ground truth.
+        results: detections in COCO's results format.
         iou_type: "bbox" or "segm".
     """
     detections = json.loads(results.read_text())
@@ -55,8 +57,8 @@ def load_detections(truth: COCO, results: Path, iou_type: str) -> COCO:
         # pycocotools cannot load an empty list
         return COCO()
     if iou_type == "segm":
-        # With a box at hand pycocotools would take the box's area for the mask's
-        detections = [{k: v for k, v in found.items() if k != "bbox"} for found in detections]
+        # With boxes pycocotools would use the area of the box as that of the mask
+        detections = [{k: v for k, v in d.items() if k != "bbox"} for d in detections]
     with contextlib.redirect_stdout(io.StringIO()):
         return truth.loadRes(detections)
 
@@ -68,7 +70,7 @@ def _summarize(truth: COCO, results: Path, iou_type: str) -> dict[str, Any]:
         evaluation.accumulate()
         evaluation.summarize()
     percent = (None if stat < 0 else 100 * float(stat) for stat in evaluation.stats)
-    # (IoU thresholds, recalls, classes) of all sizes and 100 detections; -1 without ground truth
+    # (IoU thresholds, recalls, classes), all areas, 100 detections; -1 without ground truth
     precision = evaluation.eval["precision"][:, :, :, 0, -1].mean(axis=(0, 1))
     classes = {
         truth.cats[number]["name"]: None if ap < 0 else 100 * float(ap)

@@ -1,4 +1,4 @@
-"""The report's pictures: curves of metrics, and detections beside the ground truth."""
+"""Figures of the report: metric curves, and images with detections or ground truth."""
 
 import base64
 import io
@@ -18,19 +18,21 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from .markdown import one_line
 
 MIN_SCORE = 0.5  # detections below are not drawn
-LONG_SIDE = 512  # of a drawn picture, in pixels
-# Okabe and Ito's colours, which the colour-blind can tell apart
+LONG_SIDE = 512  # of a drawn image, in pixels
+# Okabe and Ito's palette, which is safe for colour-blind readers
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
 
 Lines = Sequence[Mapping[str, float]]
 
 
 def learning_curves(models: Mapping[str, Sequence[Lines]]) -> dict[str, str]:
-    """Training loss and validation AP over the training, as inline SVGs by their titles.
+    """Training loss and validation AP by iteration: means over seeds, with their range.
 
     Args:
-        models: for each model's name the lines of `metrics.json` of each of its seeds. The mean of
-            the seeds is drawn, with a band from the least to the greatest.
+        models: {model name: lines of `metrics.json`, for each seed}.
+
+    Returns:
+        {title: inline SVG}; metrics without any value are left out.
     """
     panels = {"total_loss": "training loss", "bbox/AP": "box AP", "segm/AP": "mask AP"}
     return {
@@ -63,11 +65,14 @@ def _curves(models: Mapping[str, Sequence[Lines]], key: str, title: str) -> str 
 
 
 def batch_curve(models: Sequence[Mapping[str, Any]], kind: str) -> str:
-    """AP against images per batch, a line for each norm, as an inline SVG; the paper's Figure 1.
+    """AP by images per batch, one line per norm, as in the paper's Figure 1.
 
     Args:
-        models: entries of `results.json`.
+        models: the entries of "models" in `results.json`.
         kind: "bbox" or "segm".
+
+    Returns:
+        an inline SVG.
     """
     figure, axes = _panel(f"{'box' if kind == 'bbox' else 'mask'} AP by images per batch")
     norms = dict.fromkeys(model["norm"] for model in models)
@@ -96,7 +101,7 @@ def _panel(title: str) -> tuple[Figure, Axes]:
 
 def _legend(axes: Axes) -> None:
     for text in axes.legend(frameon=False, fontsize=9).get_texts():
-        text.set_parse_math(False)  # a $ in a name begins no formula
+        text.set_parse_math(False)  # a $ in a name must not start a formula
 
 
 def _svg(figure: Figure) -> str:
@@ -105,52 +110,53 @@ def _svg(figure: Figure) -> str:
     return text.getvalue().partition("<!DOCTYPE")[2].partition(">")[2]
 
 
-def draw(picture: np.ndarray, objects: list[dict[str, Any]], truth: COCO) -> np.ndarray:
-    """A picture with COCO annotations or results drawn on it, one colour a category.
+def draw(image: np.ndarray, objects: list[dict[str, Any]], truth: COCO) -> np.ndarray:
+    """Draw COCO annotations or results on an image, with one colour per category.
 
     Args:
-        picture: uint8 of shape (H, W, 3), RGB.
-        truth: has the picture's size, and the categories.
+        image: uint8 of shape (H, W, 3), RGB.
+        objects: annotations or results on this image.
+        truth: has the image size and the categories.
 
     Returns:
-        uint8 of shape (H, W, 3), RGB, its longer side brought to `LONG_SIDE`.
+        uint8 of shape (H', W', 3), RGB, resized to a longer side of `LONG_SIDE`.
     """
-    original = Image.fromarray(picture)
+    original = Image.fromarray(image)
     scale = LONG_SIDE / max(original.size)
     size = (max(round(original.width * scale), 1), max(round(original.height * scale), 1))
-    image = torch.from_numpy(np.array(original.resize(size))).permute(2, 0, 1)
+    canvas = torch.from_numpy(np.array(original.resize(size))).permute(2, 0, 1)
     if objects:
         categories = truth.getCatIds()
         colours = [COLOURS[categories.index(o["category_id"]) % len(COLOURS)] for o in objects]
-        if all(found.get("segmentation") for found in objects):
-            masks = [Image.fromarray(truth.annToMask(found)).resize(size) for found in objects]
+        if all(o.get("segmentation") for o in objects):
+            masks = [Image.fromarray(truth.annToMask(o)).resize(size) for o in objects]
             stacked = torch.from_numpy(np.stack([np.array(mask) for mask in masks])).bool()
-            image = draw_segmentation_masks(image, stacked, 0.45, colours)
+            canvas = draw_segmentation_masks(canvas, stacked, 0.45, colours)
         boxes = scale * box_convert(torch.tensor([o["bbox"] for o in objects]), "xywh", "xyxy")
-        # Names would hide small objects, and those of a single class say nothing
-        labels = [_label(found, truth) for found in objects] if len(categories) > 1 else None
-        image = draw_bounding_boxes(
-            image,
+        # With a single class labels add nothing, and hide small objects
+        labels = [_label(o, truth) for o in objects] if len(categories) > 1 else None
+        canvas = draw_bounding_boxes(
+            canvas,
             boxes,
             labels,
             colours,
             width=2,
-            font=findfont("DejaVu Sans"),  # comes with matplotlib
+            font=findfont("DejaVu Sans"),  # included in matplotlib
             font_size=16,
             label_colors="white" if labels else None,
             label_background_colors=colours if labels else None,
             fill_labels=labels is not None,
         )
-    return image.permute(1, 2, 0).numpy()
+    return canvas.permute(1, 2, 0).numpy()
 
 
-def _label(found: Mapping[str, Any], truth: COCO) -> str:
-    score = f" {found['score']:.0%}" if "score" in found else ""
-    return one_line(truth.cats[found["category_id"]]["name"]) + score
+def _label(entry: Mapping[str, Any], truth: COCO) -> str:
+    score = f" {entry['score']:.0%}" if "score" in entry else ""
+    return one_line(truth.cats[entry["category_id"]]["name"]) + score
 
 
 def data_uri(image: np.ndarray) -> str:
-    """An RGB uint8 picture as a JPEG that a page can hold in itself."""
+    """Encode a uint8 RGB image of shape (H, W, 3) as the data URI of a JPEG."""
     data = io.BytesIO()
     Image.fromarray(image).save(data, format="JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")

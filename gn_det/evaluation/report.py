@@ -1,4 +1,4 @@
-"""The comparison of finished runs: `results.json`, `report.md` and `report.html`."""
+"""Compare finished training runs in `results.json`, `report.md` and `report.html`."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,25 +19,25 @@ from .coco_stats import STATS, coco_stats, kinds_of, load_coco
 from .figures import MIN_SCORE, batch_curve, data_uri, draw, learning_curves
 from .markdown import code, literal
 
-# A model below this AP has learnt next to nothing, and a difference would be an accident
+# Below this AP a model has learned almost nothing, and a difference would be due to chance
 MIN_AP = 1.0
-UNTRAINED = "too little learnt"
+TOO_LOW = "too low to compare"
 NUM_IMAGES = 6
-# Among so many the pictures are searched that models differ on
+# Of these first images the ones on which the models differ most are shown
 NUM_SEARCHED = 200
 WORDS = {"bbox": "box", "segm": "mask"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training.
+    """A finished training run.
 
     Args:
-        norm: of the model, as the report calls it.
-        images_per_batch: that it was trained with.
-        seed: that runs of different norms are paired by.
+        norm: its name in the report.
+        images_per_batch: total batch size of the training.
+        seed: runs of different norms are paired by it.
         folder: its `OUTPUT_DIR`, with `run.json`, `metrics.json` and `inference/`.
-        where: which parts have which norm, in a few words.
+        where: which parts have which norm, as "GN: backbone, FPN".
     """
 
     norm: str
@@ -48,14 +48,15 @@ class Run:
 
     @property
     def detections(self) -> Path:
+        """The results file of the final evaluation."""
         return self.folder / "inference" / "coco_instances_results.json"
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
-        """The lines of `metrics.json`; after a resume the newest of each iteration counts."""
+        """The lines of `metrics.json`; after a resume the last one of each iteration is kept."""
         newest = {}
         for text in (self.folder / "metrics.json").read_text().splitlines():
-            # A training that was killed may have left half a line
+            # A killed run may have left an incomplete line
             if text.endswith("}"):
                 line = json.loads(text)
                 newest[line["iteration"]] = line
@@ -63,7 +64,7 @@ class Run:
 
 
 def summarize(run: Run, truth: COCO) -> dict[str, Any]:
-    """One run's entry of `results.json`: COCO's numbers in percent, costs, and what was run."""
+    """One run's entry in `results.json`: COCO metrics in percent, time, memory and versions."""
     seconds = [line["time"] for line in run.metrics if "time" in line]
     memory = [line["peak_memory_mib"] for line in run.metrics if "peak_memory_mib" in line]
     return {
@@ -85,23 +86,21 @@ def write_report(
     """Write `results.json`, `report.md` and the self-contained `report.html` into `output`.
 
     Args:
-        runs: what is compared. The norm of the first is the baseline, at each number of images.
-        annotations: ground truth of the validation pictures in COCO's format, with paths in
-            `file_name` that are whole, or relative to `images/` beside it.
-        about: goes into `results.json` and the report as it is: `title`, `text`, and `facts`, lists
-            of lines by what they are about.
+        runs: the runs to compare; the norm of the first is the baseline at each batch size.
+        annotations: ground truth of the validation images in COCO's format. Each `file_name` is an
+            absolute path, or relative to the folder `images/` next to this file.
+        output: folder of the three files.
+        about: `title`, `text` and `facts`, {subject: text, number or list of lines}, for all files.
 
     Returns:
-        what `results.json` holds.
+        the content of `results.json`.
     """
     truth = load_coco(annotations)
     kinds = kinds_of(truth)
     entries = [summarize(run, truth) for run in runs]
     models = _models(entries, kinds)
     matches = {kind: _match(runs, truth, kind) for kind in kinds}
-    differences = [
-        found for kind in kinds for found in _differences(runs, matches[kind], WORDS[kind])
-    ]
+    differences = [gap for k in kinds for gap in _differences(runs, matches[k], WORDS[k])]
     kind = kinds[-1]
     best = max(entries, key=lambda entry: entry[kind]["AP"])
     validation = {
@@ -117,13 +116,13 @@ def write_report(
         "best": {key: best[key] for key in ("norm", "images_per_batch", "seed", "folder")},
         "runs": entries,
     }
-    pictures = _pictures(runs, matches[kind], truth, annotations.parent / "images")
+    images = _compared_images(runs, matches[kind], truth, annotations.parent / "images")
     curves = {m["model"]: [r.metrics for r in runs if _same(r, m)] for m in models}
     batches = {model["images_per_batch"] for model in models}
     figures = {
         "curves": learning_curves(curves),
         "batches": [batch_curve(models, k) for k in kinds] if len(batches) > 1 else [],
-        "pictures": pictures,
+        "images": images,
     }
     used = (", ".join(f"{k} {v}" for k, v in entry["versions"].items()) for entry in entries)
     figures["versions"] = list(dict.fromkeys(used))
@@ -137,7 +136,7 @@ def write_report(
 
 
 def _template(name: str) -> Template:
-    """A template, of HTML or of Markdown, that takes every value for text."""
+    """Load an HTML or Markdown template that escapes all values."""
     html = name.endswith(".html")
     environment = Environment(
         loader=PackageLoader(__package__, "templates"),
@@ -154,21 +153,21 @@ def _template(name: str) -> Template:
 
 
 def _same(run: Run, model: Mapping[str, Any]) -> bool:
-    """Whether a run is of a model, whatever its seed."""
+    """Whether a run belongs to an entry of "models"."""
     return (run.norm, run.images_per_batch) == (model["norm"], model["images_per_batch"])
 
 
 def _models(entries: Sequence[dict[str, Any]], kinds: Sequence[str]) -> list[dict[str, Any]]:
-    """The entries of norm and batch size, means and standard deviations over the seeds."""
+    """One entry per norm and batch size, with means and standard deviations over seeds."""
     several = len({entry["images_per_batch"] for entry in entries}) > 1
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for entry in entries:
-        found.setdefault((entry["norm"], entry["images_per_batch"]), []).append(entry)
+        groups.setdefault((entry["norm"], entry["images_per_batch"]), []).append(entry)
     models = []
-    for (norm, images), mine in found.items():
+    for (norm, images), mine in groups.items():
         seconds = [e["seconds_per_iteration"] for e in mine if e["seconds_per_iteration"]]
         model = {
-            "model": f"{norm}, {images} a batch" if several else norm,
+            "model": f"{norm}, batch size {images}" if several else norm,
             "norm": norm,
             "where": mine[0]["where"],
             "images_per_batch": images,
@@ -190,7 +189,7 @@ def _models(entries: Sequence[dict[str, Any]], kinds: Sequence[str]) -> list[dic
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean and standard deviation over seeds; None without ground truth."""
+    """Mean and standard deviation over seeds; both None without ground truth."""
     known = [value for value in values if value is not None]
     if not known:
         return {"mean": None, "sd": None}
@@ -204,8 +203,8 @@ def _match(runs: Sequence[Run], truth: COCO, kind: str) -> dict[Run, ImageMatche
 def _differences(
     runs: Sequence[Run], matches: Mapping[Run, ImageMatches], word: str
 ) -> list[dict[str, Any]]:
-    """Every norm against the baseline at the same batch size, over the seeds that both have."""
-    found = []
+    """Compare every norm with the baseline at the same batch size, over their common seeds."""
+    differences = []
     baseline = runs[0].norm
     for images in dict.fromkeys(run.images_per_batch for run in runs):
         mine = {(r.norm, r.seed): matches[r] for r in runs if r.images_per_batch == images}
@@ -215,20 +214,20 @@ def _differences(
                 continue
             pairs = [[mine[name, seed] for seed in seeds] for name in (baseline, norm)]
             gap = paired_difference(*pairs)
-            whole = np.ones(len(pairs[0][0].image_ids))
-            highest = max(mean(m.ap(whole) for m in side) for side in pairs)
+            once = np.ones(len(pairs[0][0].image_ids))
+            highest = max(mean(m.ap(once) for m in side) for side in pairs)
             numbers = {"mean": gap.mean, "low": gap.low, "high": gap.high}
             names = {"norm": norm, "baseline": baseline, "images_per_batch": images}
             verdict = {"verdict": _verdict(gap, highest)}
-            found.append({**names, "of": word, "seeds": seeds, **numbers, **verdict})
-    return found
+            differences.append({**names, "of": word, "seeds": seeds, **numbers, **verdict})
+    return differences
 
 
 def _verdict(gap: Difference, highest: float) -> str:
-    """On a difference between two models, of which the better one has this AP."""
+    """Classify a difference between two models; `highest` is the AP of the better one."""
     if highest < MIN_AP:
-        return UNTRAINED
-    if not gap.seen:
+        return TOO_LOW
+    if not gap.significant:
         return "no difference seen"
     return "higher" if gap.mean > 0 else "lower"
 
@@ -238,47 +237,50 @@ def _answer(
     models: Sequence[Mapping[str, Any]],
     kinds: Sequence[str],
 ) -> str:
-    """The comparison in one sentence."""
+    """The result of the comparison in one sentence."""
     if not differences:
         first, word = models[0], WORDS[kinds[-1]]
         ap = first[kinds[-1]]["AP"]["mean"]
-        return f"{first['model']} reaches {word} AP {ap:.1f}; there is nothing to compare it with."
+        return f"{first['model']} reaches {word} AP {ap:.1f}; no run of another norm to compare."
     several = len({gap["images_per_batch"] for gap in differences}) > 1
-    told = []
+    parts = []
     for norm, images in dict.fromkeys((g["norm"], g["images_per_batch"]) for g in differences):
         mine = [g for g in differences if (g["norm"], g["images_per_batch"]) == (norm, images)]
-        at = f"at {images} a batch " * several
-        told.append(f"{at}{norm} against {mine[0]['baseline']}: {', '.join(map(_in_words, mine))}")
+        at, gaps = f"at batch size {images} " * several, ", ".join(map(_describe_gap, mine))
+        parts.append(f"{at}{norm} against {mine[0]['baseline']}: {gaps}")
     counts = sorted({len(gap["seeds"]) for gap in differences})
     over = f"over {' to '.join(map(str, counts))} seeds"
     if counts == [1]:
-        over = "for one seed, so of the pictures alone"
-    sentence = "; ".join(told)
+        over = "for one seed, over images only"
+    sentence = "; ".join(parts)
     return f"{sentence[0].upper()}{sentence[1:]} (95% intervals {over})."
 
 
-def _in_words(gap: Mapping[str, Any]) -> str:
+def _describe_gap(gap: Mapping[str, Any]) -> str:
     of, verdict = f"{gap['of']} AP", gap["verdict"]
     interval = f"{gap['low']:+.1f} to {gap['high']:+.1f}".replace("-", "−")
-    if verdict == UNTRAINED:
-        return f"{verdict} to compare {of} (both below {MIN_AP:g})"
+    if verdict == TOO_LOW:
+        return f"{of} {verdict} (both below {MIN_AP:g})"
     if verdict == "no difference seen":
         return f"{verdict} in {of} ({interval})"
     return f"{of} {abs(gap['mean']):.1f} {verdict} ({interval})"
 
 
-def _pictures(
-    runs: Sequence[Run], matches: Mapping[Run, ImageMatches], truth: COCO, images: Path
+def _compared_images(
+    runs: Sequence[Run], matches: Mapping[Run, ImageMatches], truth: COCO, folder: Path
 ) -> list[dict[str, Any]]:
-    """The pictures on which norms differ most: ground truth, then detections, as data URIs."""
-    first = runs[0].images_per_batch
-    mine = [run for run in runs if run.images_per_batch == first]
+    """The images on which the norms differ most, at the first batch size and seed.
+
+    Returns:
+        one {"name": file name, "cells": {"ground truth" or norm: data URI}} for each image.
+    """
+    compared = [run for run in runs if run.images_per_batch == runs[0].images_per_batch]
     ids = matches[runs[0]].image_ids[:NUM_SEARCHED]
     alone = np.eye(len(ids), len(matches[runs[0]].image_ids))
     shown = {}
     scores = []
-    for norm in dict.fromkeys(run.norm for run in mine):
-        same = [run for run in mine if run.norm == norm]
+    for norm in dict.fromkeys(run.norm for run in compared):
+        same = [run for run in compared if run.norm == norm]
         scores.append(np.mean([matches[run].resampled_ap(alone) for run in same], axis=0))
         shown[norm] = json.loads(same[0].detections.read_text())
     gaps = np.nan_to_num(np.ptp(np.array(scores), axis=0), nan=-1.0)
@@ -287,13 +289,12 @@ def _pictures(
         number = int(ids[i])
         entry = truth.imgs[number]
         objects = {"ground truth": truth.imgToAnns[number]}
-        for norm, found in shown.items():
-            objects[norm] = [
-                d for d in found if d["image_id"] == number and d["score"] >= MIN_SCORE
-            ]
+        for norm, detections in shown.items():
+            mine = (d for d in detections if d["image_id"] == number)
+            objects[norm] = [d for d in mine if d["score"] >= MIN_SCORE]
         cells = {
-            name: data_uri(draw(read_image(images / entry["file_name"]), found, truth))
-            for name, found in objects.items()
+            name: data_uri(draw(read_image(folder / entry["file_name"]), drawn, truth))
+            for name, drawn in objects.items()
         }
         rows.append({"name": Path(entry.get("listed_as", entry["file_name"])).name, "cells": cells})
     return rows

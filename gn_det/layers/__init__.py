@@ -1,4 +1,4 @@
-"""Normalisation layers; they need torch alone and know nothing of configs."""
+"""Normalization layers that depend only on PyTorch, not on Detectron2 or its configs."""
 
 from .frozen_bn_act import frozen_bn_act
 from .group_norm import GroupNorm, GroupNormAct

@@ -1,7 +1,8 @@
-"""Which implementation runs on a tensor, and the memory format that it gets.
+"""Choice of the implementation for a tensor, and of the memory format that it needs.
 
-While a model is exported: PyTorch's own operators, which other runtimes know. On GPUs that the
-Triton kernels cover: those. Everywhere else: PyTorch's kernels, in `eager`.
+- While a model is traced or exported: PyTorch's own operators, which other runtimes support.
+- On GPUs of compute capability 8.0 or newer: the Triton kernels in `kernels`.
+- Everywhere else: PyTorch's native kernels, in `eager`.
 """
 
 import importlib.util
@@ -17,20 +18,21 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def is_exporting() -> bool:
-    """Whether the caller is traced or exported, and must use PyTorch's own operators."""
+    """Whether the model is being traced or exported, and must use PyTorch's own operators."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def has_kernel(x: Tensor) -> bool:
-    """Whether the Triton kernels cover x, (N, C, H, W).
+    """Whether the Triton kernels support x.
 
-    They run on GPUs of compute capability 8.0 or newer.
+    They need a GPU of compute capability 8.0 or newer, and a tensor of shape (N, C, H, W), float32,
+    bfloat16 or float16, contiguous or channels_last, that is not empty.
     """
     if not (x.is_cuda or INTERPRETED) or not HAS_TRITON:
         return False
     if x.dtype not in DTYPES or x.dim() != 4 or x.numel() == 0:
         return False
-    # Limits of a grid's last dimension, and of offsets within an image
+    # N is a grid's last dimension, below 2**16; offsets within an image are 32-bit
     if x.shape[0] >= 2**16 or x.stride(0) >= 2**31:
         return False
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
@@ -44,12 +46,12 @@ def _is_new_enough(device: int) -> bool:
 
 
 def dense(x: Tensor) -> Tensor:
-    """X itself if it is contiguous (NCHW) or channels_last (NHWC), else a contiguous copy."""
+    """Return x if it is contiguous (NCHW) or channels_last (NHWC), else a contiguous copy."""
     return x if x.is_contiguous(memory_format=_format(x)) else x.contiguous()
 
 
-def like(tensor: Tensor, x: Tensor) -> Tensor:
-    """`tensor` in the dtype and memory format of a dense x, copied only if they differ."""
+def cast_like(tensor: Tensor, x: Tensor) -> Tensor:
+    """Return `tensor` in the dtype and memory format of a dense x, copied only if they differ."""
     tensor = tensor if tensor.dtype == x.dtype else tensor.to(x.dtype)
     return tensor.contiguous(memory_format=_format(x))
 

@@ -1,6 +1,7 @@
-"""The normalisations by PyTorch's own kernels: the reference, for the CPU and all else.
+"""The normalization operators by PyTorch's native kernels, where no Triton kernel applies.
 
-Statistics are in float32 or wider, and results have the input's dtype and layout.
+They are also the reference for the Triton kernels. Group statistics are computed in float32, or
+in float64 if an input is float64. Results have the input's dtype and memory format.
 """
 
 from collections.abc import Sequence
@@ -21,10 +22,23 @@ def group_norm(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, and the groups' mean and 1 / standard deviation, both (N, groups)."""
+    """Compute `group_norm_act`.
+
+    Args:
+        x: (N, C, *), dense.
+        weight, bias: (C,).
+        residual: of x's shape, added before the ReLU.
+        groups: number of groups.
+        eps: added to each group's variance.
+        relu: whether to apply a ReLU.
+
+    Returns:
+        y of x's shape and dtype, and each group's mean and 1 / standard deviation, both
+        (N, groups).
+    """
     wide, weight, bias = _widen(x, weight, bias)
     y, mean, rstd = torch.native_group_norm(wide, weight, bias, *_sizes(x), groups, eps)
-    return _finish(y, x, residual, relu), mean, rstd
+    return _add_and_relu(y, x, residual, relu), mean, rstd
 
 
 def group_norm_backward(
@@ -39,22 +53,30 @@ def group_norm_backward(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, and, with ReLU and `y`, dy as far as the ReLU lets it.
+    """Compute the gradients of `group_norm_act`.
 
-    Without `y`, what the ReLU put out is computed again; without either, the last is empty.
+    Args:
+        dy: gradient of the output.
+        x, weight, bias, groups, eps, relu: as in the forward pass.
+        y: the saved output; if it is None and `relu` is set, it is recomputed without a residual.
+        mean, rstd: (N, groups), from the forward pass.
+
+    Returns:
+        gradients of x, weight and bias, and the gradient of the residual. The last is dy masked by
+        the ReLU, or empty unless both `relu` and `y` are given.
     """
-    passed = x.new_empty(0)
+    dresidual = x.new_empty(0)
     if relu and y is not None:
-        dy = passed = aten.threshold_backward(dy, y, 0)
+        dy = dresidual = aten.threshold_backward(dy, y, 0)
     elif relu:
         y = group_norm(x, weight, bias, None, groups, eps, relu)[0]
         dy = aten.threshold_backward(dy, y, 0)
     wide, wide_dy, wide_weight = _widen(x, dy, weight)
-    every = [True, True, True]
+    output_mask = [True, True, True]
     dx, dweight, dbias = aten.native_group_norm_backward(
-        wide_dy, wide, mean, rstd, wide_weight, *_sizes(x), groups, every
+        wide_dy, wide, mean, rstd, wide_weight, *_sizes(x), groups, output_mask
     )
-    return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(bias.dtype), passed
+    return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(bias.dtype), dresidual
 
 
 def frozen_bn(
@@ -67,15 +89,26 @@ def frozen_bn(
     eps: float,
     relu: bool,
 ) -> Tensor:
-    """The result of `frozen_bn_act`."""
+    """Compute `frozen_bn_act`; the arguments are the same."""
     y = F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
-    return _finish(y, x, residual, relu)
+    return _add_and_relu(y, x, residual, relu)
 
 
 def frozen_bn_backward(
     dy: Tensor, y: Tensor | None, weight: Tensor, variance: Tensor, eps: float, residual: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of x and, with `residual` and the `y` of a ReLU, of the residual, else empty."""
+    """Compute the gradients of `frozen_bn_act`.
+
+    Args:
+        dy: gradient of the output.
+        y: the saved output if a ReLU was applied, else None.
+        weight, variance, eps: as in the forward pass.
+        residual: whether a residual was added.
+
+    Returns:
+        gradients of x and of the residual. The last is dy masked by the ReLU, or empty unless both
+        `y` and `residual` are given.
+    """
     scale = (weight * (variance + eps).rsqrt()).to(dy.dtype)
     scale = scale.view(-1, *(1 for _ in dy.shape[2:]))
     if y is None:
@@ -84,8 +117,8 @@ def frozen_bn_backward(
     return (dy * scale, dy) if residual else (dy.mul_(scale), dy.new_empty(0))
 
 
-def _finish(y: Tensor, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """Add and cut off in place: y is new, and nobody has saved it."""
+def _add_and_relu(y: Tensor, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """Add the residual and apply the ReLU, in place: y is new, and autograd has not saved it."""
     if residual is not None:
         y.add_(residual)
     if relu:
@@ -94,11 +127,11 @@ def _finish(y: Tensor, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor
 
 
 def _widen(*tensors: Tensor) -> Sequence[Tensor]:
-    """In the widest dtype of all, which is float32 at least."""
+    """Cast to float64 if any of the tensors is float64, else to float32."""
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     return [t if t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
-    """N, C and the number of positions, as PyTorch's kernels want them."""
+    """N, C and the number of spatial positions, the sizes that PyTorch's kernels take."""
     return x.shape[0], x.shape[1], x.shape[2:].numel()

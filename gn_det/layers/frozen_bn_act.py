@@ -1,4 +1,4 @@
-"""BatchNorm with fixed statistics (BN*), the addition of a residual, and ReLU, as one operator."""
+"""Frozen BatchNorm (BN*), the addition of a residual, and ReLU, as one operator."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from . import eager
-from .dispatch import dense, has_kernel, is_exporting, like
+from .dispatch import cast_like, dense, has_kernel, is_exporting
 
 _LIBRARY = library.Library("gn_det", "FRAGMENT")
 _LIBRARY.define(
@@ -31,17 +31,18 @@ def frozen_bn_act(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """relu?((x - mean) / sqrt(variance + eps) * weight + bias + residual?), in one operator.
+    """Compute relu((x - mean) / sqrt(variance + eps) * weight + bias + residual) in one operator.
 
-    It keeps nothing for the backward pass but y, and that with a ReLU only. The four vectors are
-    constants, as in Detectron2's FrozenBatchNorm2d: they get no gradients.
+    The ReLU and the residual are optional. With a ReLU, only y is saved for the backward pass;
+    without it, no feature map is saved. The four vectors get no gradients, as in Detectron2's
+    `FrozenBatchNorm2d`.
 
     Args:
         x: (N, C, *), contiguous or channels_last. N may be 0.
         weight, bias, mean, variance: (C,).
         eps: added to the variance.
-        residual: of x's shape, added before the ReLU.
-        relu: whether negative values are cut off.
+        residual: a tensor of x's shape, added before the ReLU.
+        relu: whether to apply a ReLU.
 
     Returns:
         a tensor of x's shape, dtype and memory format.
@@ -52,7 +53,7 @@ def frozen_bn_act(
         return F.relu(y) if relu else y
     x = dense(x)
     if residual is not None:
-        residual = like(residual, x)
+        residual = cast_like(residual, x)
     vectors = [vector.contiguous() for vector in (weight, bias, mean, variance)]
     arguments = (x, *vectors, residual, eps, relu)
     if not torch.is_grad_enabled():
@@ -82,12 +83,12 @@ class _FrozenBNAct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple:
         y, weight, variance = ctx.saved_tensors
-        dy = dense(dy) if y is None else like(dy, y)
-        dx, passed = torch.ops.gn_det.frozen_bn_act_backward(
+        dy = dense(dy) if y is None else cast_like(dy, y)
+        dx, dresidual = torch.ops.gn_det.frozen_bn_act_backward(
             dy, y, weight, variance, ctx.eps, ctx.has_residual
         )
-        # Without ReLU nothing is kept back, and no copy was made
-        dresidual = dy if y is None else passed
+        # Without a ReLU, dy itself is the residual's gradient, and the operator returns no copy
+        dresidual = dy if y is None else dresidual
         return dx, None, None, None, None, dresidual if ctx.has_residual else None, None, None
 
 
@@ -122,10 +123,11 @@ def _backward(
 
 
 def _fake_backward(dy, y, weight, variance, eps, residual):  # type: ignore[no-untyped-def]
-    passed = residual and y is not None
-    return torch.empty_like(dy), torch.empty_like(dy) if passed else dy.new_empty(0)
+    dresidual = torch.empty_like(dy) if residual and y is not None else dy.new_empty(0)
+    return torch.empty_like(dy), dresidual
 
 
+# The fake functions give the shapes of the results to torch.compile
 for _name, _function, _fake in (
     ("frozen_bn_act", _forward, lambda x, *_: torch.empty_like(x)),
     ("frozen_bn_act_backward", _backward, _fake_backward),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from . import eager
-from .dispatch import dense, has_kernel, is_exporting, like
+from .dispatch import cast_like, dense, has_kernel, is_exporting
 from .recompute import Recomputation, attach, is_recomputing
 
 _LIBRARY = library.Library("gn_det", "FRAGMENT")
@@ -23,7 +23,7 @@ _LIBRARY.define(
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "group_norm_act_again(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
+    "group_norm_act_recompute(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, "
     "int groups, float eps, bool relu) -> Tensor"
 )
 
@@ -37,28 +37,30 @@ def group_norm_act(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """relu?(GN(x) * weight + bias + residual?), in one operator (Wu and He, ECCV 2018, Eq. 1 to 7).
+    """Compute relu(GN(x) * weight + bias + residual) in one operator.
 
-    On NVIDIA GPUs it runs as Triton kernels, elsewhere as PyTorch's own. Statistics, scale, shift
-    and the gradients of weight and bias are computed in float32 (float64 for float64 inputs) from
-    centred values; the same inputs always give the same bits. Under autocast it stays in x's dtype,
-    where PyTorch's group_norm on a GPU would go to float32.
+    GN is Group Normalization (Wu and He, ECCV 2018, Eq. 1 to 7); the ReLU and the residual are
+    optional. It runs Triton kernels on NVIDIA GPUs, else PyTorch's native ones; see `dispatch`.
+
+    Statistics, scale, shift and the gradients of weight and bias are computed in float32 (float64
+    for float64 inputs), from centered values. The same inputs always give the same bits. Under
+    autocast the result keeps x's dtype; PyTorch's group_norm on a GPU would cast to float32.
 
     Args:
-        x: (N, C, *), float32, bfloat16 or float16 (or float64, which no kernel covers), contiguous
+        x: (N, C, *), float32, bfloat16 or float16 (or float64, without a Triton kernel), contiguous
             or channels_last. N may be 0.
         weight, bias: (C,), of x's dtype or float32.
-        num_groups: G, a divisor of C.
+        num_groups: number of groups G, a divisor of C.
         eps: added to each group's variance.
-        residual: of x's shape, added before the ReLU.
-        relu: whether negative values are cut off.
+        residual: a tensor of x's shape, added before the ReLU.
+        relu: whether to apply a ReLU.
 
     Returns:
         a tensor of x's shape, dtype and memory format.
 
     Raises:
-        ValueError: for shapes that do not fit.
-        RuntimeError: if a second derivative is asked for.
+        ValueError: if the shapes do not match.
+        RuntimeError: in the backward pass, if a second derivative is requested.
     """
     if is_exporting():
         y = F.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
@@ -67,7 +69,7 @@ def group_norm_act(
     _check(x, weight, bias, num_groups, residual)
     x, weight, bias = dense(x), weight.contiguous(), bias.contiguous()
     if residual is not None:
-        residual = like(residual, x)
+        residual = cast_like(residual, x)
     if not torch.is_grad_enabled():
         return torch.ops.gn_det.group_norm_act(x, weight, bias, residual, num_groups, eps, relu)[0]
     return _GroupNormAct.apply(x, weight, bias, residual, num_groups, eps, relu)
@@ -81,10 +83,11 @@ def _check(
         raise ValueError(f"{channels} channels do not divide into {num_groups} groups")
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector.shape != (channels,):
-            raise ValueError(f"{name} is of shape {tuple(vector.shape)}, not ({channels},)")
+            shape = tuple(vector.shape)
+            raise ValueError(f"{name} has shape {shape}, but must have shape ({channels},)")
     if residual is not None and residual.shape != x.shape:
-        shapes = f"{tuple(residual.shape)}, not {tuple(x.shape)} as x"
-        raise ValueError(f"residual is of shape {shapes}")
+        shapes = f"{tuple(residual.shape)}, but x has shape {tuple(x.shape)}"
+        raise ValueError(f"residual has shape {shapes}")
 
 
 class _GroupNormAct(torch.autograd.Function):
@@ -103,15 +106,15 @@ class _GroupNormAct(torch.autograd.Function):
             x, weight, bias, residual, groups, eps, relu
         )
         ctx.recomputation = None
-        # What is compiled keeps what the compiler thinks best
+        # Under torch.compile, the compiler itself chooses what to save and what to recompute
         eagerly = not torch.compiler.is_compiling()
         if eagerly and is_recomputing() and residual is None:
             inputs = [t.detach() for t in (x, weight, bias, mean, rstd)]
-            again = partial(torch.ops.gn_det.group_norm_act_again, *inputs, groups, eps, relu)
-            ctx.recomputation = Recomputation(again)
-        # The kernels know from x what passes the ReLU, unless something was added
-        knows_from_x = ctx.recomputation is not None or (eagerly and has_kernel(x))
-        needs_y = relu and (residual is not None or not knows_from_x)
+            compute = partial(torch.ops.gn_det.group_norm_act_recompute, *inputs, groups, eps, relu)
+            ctx.recomputation = Recomputation(compute)
+        # Without a residual, the backward pass can get the ReLU's mask from x instead of from y
+        mask_from_x = ctx.recomputation is not None or (eagerly and has_kernel(x))
+        needs_y = relu and (residual is not None or not mask_from_x)
         ctx.save_for_backward(x, y if needs_y else None, weight, bias, mean, rstd)
         ctx.constants = groups, eps, relu
         ctx.has_residual = residual is not None
@@ -123,18 +126,19 @@ class _GroupNormAct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "group_norm_act has no second derivative: use torch.nn.functional.group_norm"
+                "group_norm_act has no second derivative; use torch.nn.functional.group_norm"
             )
         x, y, *others = ctx.saved_tensors
         if ctx.recomputation is not None:
-            # Where the next operation's gradient has just had it again
-            latest = ctx.recomputation.take()
-            y = None if has_kernel(x) else latest
-        dx, dweight, dbias, passed = torch.ops.gn_det.group_norm_act_backward(
-            like(dy, x), x, y, *others, *ctx.constants
+            # The next operation's backward pass has usually just recomputed y; the kernels get
+            # the ReLU's mask from x instead
+            recomputed = ctx.recomputation.take()
+            y = None if has_kernel(x) else recomputed
+        dx, dweight, dbias, dresidual = torch.ops.gn_det.group_norm_act_backward(
+            cast_like(dy, x), x, y, *others, *ctx.constants
         )
-        # Without ReLU nothing is kept back, and no copy was made
-        dresidual = passed if ctx.constants[-1] else dy
+        # Without a ReLU, dy itself is the residual's gradient, and the operator returns no copy
+        dresidual = dresidual if ctx.constants[-1] else dy
         return dx, dweight, dbias, dresidual if ctx.has_residual else None, None, None, None
 
 
@@ -171,7 +175,7 @@ def _backward(
         return _kernels_for(x, groups).backward(dy, x, y, weight, bias, mean, rstd, groups, relu)
 
 
-def _again(
+def _recompute(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -184,11 +188,12 @@ def _again(
     if not has_kernel(x):
         return eager.group_norm(x, weight, bias, None, groups, eps, relu)[0]
     with torch.cuda.device_of(x):
-        found = _kernels_for(x, groups)
-        return found.normalise(x, mean, rstd, weight, bias, groups, eps, relu)
+        kernels = _kernels_for(x, groups)
+        return kernels.normalize(x, mean, rstd, weight, bias, groups, eps, relu)
 
 
 def _kernels_for(x: Tensor, groups: int) -> ModuleType:
+    """`whole` for groups that fit into one program, such as those of RoIs, else `split`."""
     from .kernels import split, whole
 
     return whole if whole.fits(x, groups) else split
@@ -201,14 +206,15 @@ def _fake_forward(x, weight, bias, residual, groups, eps, relu):  # type: ignore
 
 
 def _fake_backward(dy, x, y, weight, bias, *constants):  # type: ignore[no-untyped-def]
-    passed = torch.empty_like(x) if constants[-1] and y is not None else x.new_empty(0)
-    return *(torch.empty_like(tensor) for tensor in (x, weight, bias)), passed
+    dresidual = torch.empty_like(x) if constants[-1] and y is not None else x.new_empty(0)
+    return *(torch.empty_like(tensor) for tensor in (x, weight, bias)), dresidual
 
 
+# The fake functions give the shapes of the results to torch.compile
 for _name, _function, _fake in (
     ("group_norm_act", _forward, _fake_forward),
     ("group_norm_act_backward", _backward, _fake_backward),
-    ("group_norm_act_again", _again, lambda x, *_: torch.empty_like(x)),
+    ("group_norm_act_recompute", _recompute, lambda x, *_: torch.empty_like(x)),
 ):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     library.register_fake(f"gn_det::{_name}", _fake, lib=_LIBRARY)

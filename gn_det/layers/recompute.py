@@ -1,8 +1,9 @@
 """Activations that are recomputed in the backward pass instead of saved.
 
-A convolution saves its input, which a norm computed from a tensor that is saved as well. Inside
-`recompute_activations` it saves a `Recomputation` of that input instead. The backward pass then
-computes the input again in one elementwise pass, with the same bits.
+A convolution saves its input for the backward pass. If a norm layer computed that input, its own
+input is saved too, so the convolution's can be recomputed. Inside `recompute_activations` the
+convolution saves a `Recomputation` instead. The backward pass then recomputes the tensor in one
+elementwise pass, with the same bits.
 """
 
 import threading
@@ -13,26 +14,29 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-_inside = threading.local()
+_state = threading.local()
 
 
 @contextmanager
 def recompute_activations(enabled: bool = True) -> Iterator[None]:
-    """Let operations in this context save the `Recomputation` of a tensor instead of the tensor.
+    """Within this context, operations save the `Recomputation` of a tensor instead of the tensor.
 
-    Inside `torch.utils.checkpoint` this does nothing: PyTorch runs only the innermost hooks, and
-    the checkpoint's own hooks save more memory.
+    Tensors without a `Recomputation` are saved as usual. Inside `torch.utils.checkpoint` this does
+    nothing: PyTorch runs only the innermost hooks, and the checkpoint's own hooks save more memory.
+
+    Args:
+        enabled: False makes this context do nothing.
     """
     if not enabled or _has_hooks():
         yield
         return
     outer = is_recomputing()
-    _inside.now = True
+    _state.active = True
     try:
         with saved_tensors_hooks(_pack, _unpack):
             yield
     finally:
-        _inside.now = outer
+        _state.active = outer
 
 
 def _has_hooks() -> bool:
@@ -41,14 +45,14 @@ def _has_hooks() -> bool:
 
 def is_recomputing() -> bool:
     """Whether `recompute_activations` is on in this thread."""
-    return getattr(_inside, "now", False)
+    return getattr(_state, "active", False)
 
 
 class Recomputation:
-    """A deferred recomputation of a tensor, which keeps its latest result until it is taken.
+    """A deferred recomputation of a tensor. It keeps its latest result until `take` is called.
 
     Args:
-        compute: returns the tensor.
+        compute: computes and returns the tensor.
     """
 
     def __init__(self, compute: Callable[[], Tensor]) -> None:
@@ -60,13 +64,13 @@ class Recomputation:
         return self._latest
 
     def take(self) -> Tensor | None:
-        """The latest result, or None. It is not kept any longer."""
+        """Return the latest result, or None, and release it."""
         latest, self._latest = self._latest, None
         return latest
 
 
 def attach(y: Tensor, recomputation: Recomputation) -> None:
-    """Attach a recomputation to y. It is ignored once y is changed in place."""
+    """Attach a recomputation to y. It is ignored once y has been modified in place."""
     y._recomputation = y._version, recomputation  # type: ignore[attr-defined]
 
 
@@ -74,7 +78,7 @@ def _pack(tensor: Tensor) -> Tensor | Recomputation:
     version, recomputation = getattr(tensor, "_recomputation", (None, None))
     if recomputation is not None and version == tensor._version:
         return recomputation
-    # Detached, since an operation that saves its own result would keep its graph alive
+    # Detached: an operation that saves its own result would otherwise keep its graph alive
     return tensor.detach()
 
 

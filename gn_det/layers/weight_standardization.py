@@ -1,18 +1,19 @@
-"""Weight Standardization: every filter of a convolution has mean 0 and standard deviation 1."""
+"""Weight Standardization: each filter of a convolution gets mean 0 and standard deviation 1."""
 
 import torch
 from torch import Tensor
 
 
 def standardize_weight(weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """The weight that a weight-standardised convolution convolves with.
+    """Return the standardized weight of a convolution, which must be followed by a norm layer.
 
     Each filter w becomes (w - mean(w)) / (std(w) + eps), with the unbiased standard deviation, as
-    the authors' own code has it (Qiao et al., "Weight Standardization", arXiv 1903.10520).
-    Differentiable, computed in float32 or wider, and meant for convolutions that a norm follows.
+    in the authors' code (Qiao et al., "Weight Standardization", arXiv 1903.10520). The function is
+    differentiable and computes in float32 or wider.
 
     Args:
-        weight: filters of shape (out, in, *), with two values or more each.
+        weight: filters of shape (out, in, *), each with at least two values.
+        eps: added to the standard deviation.
 
     Returns:
         a tensor of the same shape and dtype.

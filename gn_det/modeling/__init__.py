@@ -1,9 +1,9 @@
-"""Importing this registers the backbones and heads in Detectron2's registries."""
+"""Models with Group Normalization. Importing this registers them in Detectron2's registries."""
 
 from .backbone import build_gn_resnet_backbone, build_gn_resnet_fpn_backbone
 from .classifier import ImageClassifier
 from .fused import implement
-from .meta_device import build_without_memory
+from .meta_device import build_on_meta_device
 from .roi_heads import GNFastRCNNConvFCHead, GNMaskRCNNConvUpsampleHead, GNRes5ROIHeads
 
 __all__ = [
@@ -13,6 +13,6 @@ __all__ = [
     "ImageClassifier",
     "build_gn_resnet_backbone",
     "build_gn_resnet_fpn_backbone",
-    "build_without_memory",
+    "build_on_meta_device",
     "implement",
 ]

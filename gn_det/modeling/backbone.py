@@ -1,4 +1,4 @@
-"""ResNet and ResNet-FPN backbones whose every norm layer follows the `NORM` keys."""
+"""ResNet and ResNet-FPN backbones in which every norm layer follows the `NORM` keys."""
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -6,38 +6,54 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from detectron2.modeling.backbone.resnet import build_resnet_backbone
 
-from .fused import implement, implementation
+from .fused import implement, implement_args
 from .norm import is_group_norm, stock_config, swap_norm
-from .resnet import finish_resnet
+from .resnet import apply_resnet_keys
 
 
 @BACKBONE_REGISTRY.register()
 def build_gn_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """Detectron2's ResNet with `MODEL.RESNETS.NORM` in every conv, "GN" by `MODEL.GROUP_NORM`.
+    """Build Detectron2's ResNet with `MODEL.RESNETS.NORM` after every convolution.
+
+    Args:
+        cfg: a config that `add_gn_config` was called on. `MODEL.GROUP_NORM` sets the groups of
+            "GN".
+        input_shape: the number of channels of the input.
+
+    Returns:
+        the ResNet, frozen up to `MODEL.BACKBONE.FREEZE_AT`.
 
     Raises:
         InputError: if the groups do not divide the channels of a layer; it names the layer.
     """
     resnet = build_resnet_backbone(stock_config(cfg, "RESNETS"), input_shape)
-    finish_resnet(resnet, cfg, "backbone")
+    apply_resnet_keys(resnet, cfg, "backbone")
     resnet.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
-    implement(resnet, **implementation(cfg))
+    implement(resnet, **implement_args(cfg))
     return resnet
 
 
 @BACKBONE_REGISTRY.register()
 def build_gn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Detectron2's ResNet-FPN: `MODEL.RESNETS.NORM` in the ResNet, `MODEL.FPN.NORM` in the FPN.
+    """Build Detectron2's ResNet-FPN, in which ResNet and FPN follow their own `NORM` keys.
+
+    Args:
+        cfg: a config that `add_gn_config` was called on. `MODEL.RESNETS.NORM` sets the norm of the
+            ResNet, `MODEL.FPN.NORM` that of the FPN, and `MODEL.GROUP_NORM` the groups of "GN".
+        input_shape: the number of channels of the input.
+
+    Returns:
+        the FPN, whose ResNet is frozen up to `MODEL.BACKBONE.FREEZE_AT`.
 
     Raises:
         InputError: if the groups do not divide the channels of a layer; it names the layer.
     """
     fpn = build_resnet_fpn_backbone(stock_config(cfg, "RESNETS", "FPN"), input_shape)
-    finish_resnet(fpn.bottom_up, cfg, "backbone.bottom_up")
+    apply_resnet_keys(fpn.bottom_up, cfg, "backbone.bottom_up")
     fpn.bottom_up.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
     if is_group_norm(cfg.MODEL.FPN.NORM):
         for name, conv in fpn.named_children():
             if conv is not fpn.bottom_up:
                 swap_norm(conv, cfg, cfg.MODEL.FPN.NORM, f"backbone.{name}")
-    implement(fpn, **implementation(cfg))
+    implement(fpn, **implement_args(cfg))
     return fpn

@@ -1,4 +1,4 @@
-"""Image classification with a detector's backbone, for pretraining it."""
+"""An image classifier on a detector's backbone, for pretraining the backbone."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 @META_ARCH_REGISTRY.register()
 class ImageClassifier(nn.Module):
-    """Backbone, global average pooling and one linear layer, on pictures of one size.
+    """Backbone, global average pooling and one linear layer, for images of equal size.
 
     Args:
-        cfg: its backbone must have the output feature "res5"; `MODEL.ROI_HEADS.NUM_CLASSES` is the
-            number of classes.
+        cfg: a config whose backbone has the output feature "res5".
+            `MODEL.ROI_HEADS.NUM_CLASSES` is the number of classes.
     """
 
     mean: Tensor
@@ -31,23 +31,30 @@ class ImageClassifier(nn.Module):
         for name, pixel in (("mean", cfg.MODEL.PIXEL_MEAN), ("std", cfg.MODEL.PIXEL_STD)):
             self.register_buffer(name, torch.tensor(pixel).view(-1, 1, 1), persistent=False)
 
-    def logits(self, pictures: Tensor) -> Tensor:
-        """Class scores (N, classes) of pictures (N, 3, H, W), 0 to 255, in `INPUT.FORMAT`."""
-        features = self.backbone((pictures.to(self.mean.device) - self.mean) / self.std)["res5"]
+    def logits(self, images: Tensor) -> Tensor:
+        """Compute the class scores of a batch of images.
+
+        Args:
+            images: (N, 3, H, W), values from 0 to 255, channels in the order of `INPUT.FORMAT`.
+
+        Returns:
+            logits, (N, classes).
+        """
+        features = self.backbone((images.to(self.mean.device) - self.mean) / self.std)["res5"]
         return self.classifier(features.mean(dim=(2, 3)))
 
     def forward(self, batch: Sequence[dict[str, Any]]) -> Any:
-        """The training loss of a batch, or the scores of its pictures.
+        """Compute the training loss of a batch, or the class scores of its images.
 
         Args:
-            batch: for each picture, "image" (3, H, W), uint8, all of one size, and in training its
-                class index "label".
+            batch: one dict per image: "image", (3, H, W), uint8, of the same size for all images;
+                in training also "label", the class index.
 
         Returns:
-            {"loss_cls": scalar} in training, else for each picture {"logits": (classes,)}.
+            {"loss_cls": scalar} in training, else one {"logits": (classes,)} per image.
         """
-        logits = self.logits(torch.stack([picture["image"] for picture in batch]))
+        logits = self.logits(torch.stack([item["image"] for item in batch]))
         if not self.training:
             return [{"logits": scores} for scores in logits]
-        labels = torch.tensor([picture["label"] for picture in batch], device=logits.device)
+        labels = torch.tensor([item["label"] for item in batch], device=logits.device)
         return {"loss_cls": F.cross_entropy(logits, labels)}

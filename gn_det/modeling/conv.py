@@ -1,4 +1,4 @@
-"""Detectron2's `Conv2d` with room for what is done to its weight and after its norm."""
+"""Subclasses of Detectron2's `Conv2d`: with a residual after the norm, with standardized weight."""
 
 import torch.nn.functional as F
 from detectron2.layers import Conv2d
@@ -8,18 +8,18 @@ from ..layers import standardize_weight
 
 
 class NormConv2d(Conv2d):
-    """Detectron2's `Conv2d`, whose norm may add a residual.
+    """Detectron2's `Conv2d` whose norm can add a residual, as fused norms do.
 
-    Names, shapes and values of the parameters are those of the plain layer.
+    Parameters have the same names, shapes and values as in `Conv2d`.
     """
 
     def convolve(self, x: Tensor) -> Tensor:
-        """What the norm gets."""
+        """The convolution alone, without norm and activation."""
         weight = self.filters()
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def filters(self) -> Tensor:
-        """The weight that is convolved with."""
+        """The weight of the convolution; subclasses may transform the parameter."""
         return self.weight
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -30,7 +30,7 @@ class NormConv2d(Conv2d):
 
 
 class StandardizedConv2d(NormConv2d):
-    """It convolves with its standardised weight."""
+    """`NormConv2d` that standardizes its weight in every forward pass (GN+WS)."""
 
     def filters(self) -> Tensor:
         return standardize_weight(self.weight)

@@ -1,9 +1,25 @@
-"""Detectron2's blocks and heads with norm, residual and ReLU in one operator.
+"""Detectron2's blocks and heads with norm, residual and ReLU fused into one operator.
 
-A stock layer becomes a fused one in three steps. Detectron2 builds it with BatchNorm, `swap_norm`
-in `norm.py` replaces each BatchNorm by the norm that the config asks for, and `implement` below
-gives the built layers a subclass as their `__class__`. The subclasses override `forward` and add no
-state, so names, shapes and values of all tensors stay those of the stock layers.
+A stock layer becomes a fused one in three steps:
+
+1. Detectron2 builds the ResNet, the FPN or C4's res5 from `stock_config`, with "BN" instead of
+   "GN". Box and mask heads and LazyConfigs start at step 3: they build with `GroupNorm` directly.
+2. `swap_norm` in `norm.py` replaces each `BatchNorm2d` by a `GroupNorm`; FrozenBN stays as it is.
+   Then the first stages of the backbone are frozen.
+3. `implement` below changes the `__class__` of the built layers to a subclass:
+
+   - `GroupNorm` becomes `GroupNormAct`, and `FrozenBatchNorm2d` becomes `FrozenBNAct`. Both can
+     add a residual and apply a ReLU (attribute `relu`).
+   - `BasicStem`, `BasicBlock` and `BottleneckBlock` become `FusedStem`, `FusedBasicBlock` and
+     `FusedBottleneckBlock`, if all their norms are of these two types. Their `Conv2d`s become
+     `NormConv2d`, which hands a residual to its norm. All their norms apply the ReLU, except the
+     shortcut's. The last norm also adds the shortcut.
+   - In other `Conv2d`s, such as those of the heads, an `nn.ReLU` activation moves into the norm.
+
+   Layers with other norms, such as BatchNorm, keep their class.
+
+The subclasses override `forward` and add no state, so names, shapes and values of all tensors
+remain those of the stock layers. With `IMPL` "native", `implement` leaves all classes unchanged.
 """
 
 from collections.abc import Callable
@@ -26,10 +42,10 @@ RECOMPUTE = ("none", "norm", "conv3", "block")
 
 
 class FrozenBNAct(FrozenBatchNorm2d):
-    """Detectron2's FrozenBN that adds a residual and applies ReLU in the same operator.
+    """Detectron2's FrozenBN that also adds a residual and applies a ReLU, in one operator.
 
     Attributes:
-        relu: whether it ends with a ReLU.
+        relu: whether to apply the ReLU.
     """
 
     relu = False
@@ -40,7 +56,12 @@ class FrozenBNAct(FrozenBatchNorm2d):
 
 
 class FusedStem(BasicStem):
-    """Detectron2's stem."""
+    """Detectron2's stem, whose norm applies the ReLU.
+
+    Attributes:
+        recompute: the value of `MODEL.GROUP_NORM.RECOMPUTE`; every value but "none" recomputes the
+            norm.
+    """
 
     recompute = "none"
 
@@ -50,7 +71,11 @@ class FusedStem(BasicStem):
 
 
 class FusedBasicBlock(BasicBlock):
-    """Detectron2's block of ResNet-18 and 34."""
+    """Detectron2's residual block of ResNet-18 and 34, with fused norms.
+
+    Attributes:
+        recompute: the value of `MODEL.GROUP_NORM.RECOMPUTE`; "conv3" acts as "norm".
+    """
 
     recompute = "none"
 
@@ -64,7 +89,11 @@ class FusedBasicBlock(BasicBlock):
 
 
 class FusedBottleneckBlock(BottleneckBlock):
-    """Detectron2's block of ResNet-50, 101 and 152."""
+    """Detectron2's residual block of ResNet-50, 101 and 152, with fused norms.
+
+    Attributes:
+        recompute: the value of `MODEL.GROUP_NORM.RECOMPUTE`.
+    """
 
     recompute = "none"
 
@@ -80,11 +109,12 @@ class FusedBottleneckBlock(BottleneckBlock):
         return _checkpoint(True, self._expand, out, shortcut)
 
     def _expand(self, out: Tensor, shortcut: Tensor) -> Tensor:
-        """From what conv2 gives, which is a quarter of what conv3 does."""
+        """From conv2's output to the block's, which is four times as large."""
         return self.conv3(self.conv2.norm(out), shortcut)
 
 
 def _checkpoint(enabled: bool, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Call the function; if enabled, save only its inputs and recompute it in the backward pass."""
     if not enabled or not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -97,12 +127,14 @@ _BLOCKS = {BasicStem: FusedStem, BasicBlock: FusedBasicBlock, BottleneckBlock: F
 def implement(
     module: nn.Module, impl: str = "fused", recompute: str = "norm", channels_last: bool = False
 ) -> nn.Module:
-    """Choose how `module` computes its norms; what it computes and its state stay the same.
+    """Set how `module` computes its norms. Its results and its state stay the same.
 
     Args:
         module: a backbone, stages of one, or a head, built and frozen; changed in place.
-        impl, recompute, channels_last: as `MODEL.GROUP_NORM.IMPL`, `MODEL.GROUP_NORM.RECOMPUTE` and
-            `MODEL.CHANNELS_LAST`.
+        impl: "fused" or "native", as `MODEL.GROUP_NORM.IMPL`.
+        recompute: "none", "norm", "conv3" or "block", as `MODEL.GROUP_NORM.RECOMPUTE`. It has no
+            effect with "native".
+        channels_last: whether to use the channels_last memory format, as `MODEL.CHANNELS_LAST`.
 
     Returns:
         `module` itself.
@@ -124,18 +156,21 @@ def implement(
     return module
 
 
-def implementation(cfg: CfgNode) -> dict[str, Any]:
-    """The arguments of `implement` that a config asks for.
+def implement_args(cfg: CfgNode) -> dict[str, Any]:
+    """Return the keyword arguments of `implement` that a config sets.
+
+    Args:
+        cfg: a config that `add_gn_config` was called on.
 
     Raises:
-        InputError: for a name that there is not.
+        InputError: if `MODEL.GROUP_NORM.IMPL` or `MODEL.GROUP_NORM.RECOMPUTE` has an unknown value.
     """
     keys = cfg.MODEL.GROUP_NORM
     for key, names in (("IMPL", IMPLEMENTATIONS), ("RECOMPUTE", RECOMPUTE)):
         if keys[key] not in names:
-            raise InputError(
-                f"MODEL.GROUP_NORM.{key} {keys[key]}: it is none of {', '.join(names)}"
-            )
+            full_key = f"MODEL.GROUP_NORM.{key}"
+            fix = f"set it to one of {', '.join(names)}"
+            raise InputError(f"{full_key} {keys[key]} is not supported", key=full_key, fix=fix)
     return {
         "impl": keys.IMPL,
         "recompute": keys.RECOMPUTE,
@@ -151,7 +186,7 @@ def _fuse_block(block: Any, recompute: str) -> None:
     for conv in convs:
         if type(conv) is Conv2d:
             conv.__class__ = NormConv2d
-        # The shortcut's output is added to another
+        # The shortcut's output is added before the block's last ReLU
         conv.norm.relu = conv is not getattr(block, "shortcut", None)
     block.__class__ = _BLOCKS[type(block)]
     if isinstance(norms[0], GroupNormAct):

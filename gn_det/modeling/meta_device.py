@@ -1,4 +1,4 @@
-"""A model to look at: every layer, name and shape, and no values."""
+"""Models on PyTorch's meta device, to inspect layers, names and shapes without any values."""
 
 import torch
 from detectron2.config import CfgNode
@@ -6,8 +6,8 @@ from detectron2.modeling import build_model
 from torch import nn
 
 
-def build_without_memory(cfg: CfgNode) -> nn.Module:
-    """The model of `cfg` on PyTorch's meta device, where tensors take no memory and no time."""
+def build_on_meta_device(cfg: CfgNode) -> nn.Module:
+    """Build the model of `cfg` on the meta device, where tensors take neither memory nor time."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"

@@ -1,4 +1,4 @@
-"""From Detectron2's `NORM` keys to the layers that they stand for."""
+"""Norm layers from Detectron2's `NORM` keys."""
 
 from collections.abc import Callable
 
@@ -7,10 +7,10 @@ from torch import nn
 
 from ..errors import InputError
 from ..layers import GroupNorm
-from .parts import TRUNK, part_of
+from .parts import BACKBONE_PARTS, part_of
 
 Norm = str | Callable[[int], nn.Module]
-# The key that sets the norm of each part
+# Part of the model -> the config key of its norm
 NORM_KEYS = {
     "backbone": "MODEL.RESNETS.NORM",
     "FPN": "MODEL.FPN.NORM",
@@ -19,62 +19,73 @@ NORM_KEYS = {
 }
 
 
-def get_norm(cfg: CfgNode, norm: str, where: str) -> Norm:
-    """What to hand to a Detectron2 module as its `norm` argument.
+def get_norm(cfg: CfgNode, norm: str, layer_name: str) -> Norm:
+    """Return the `norm` argument for a Detectron2 module.
 
     Args:
-        cfg: a config that `add_gn_config` has been called on.
-        norm: value of a `NORM` key. "GN", "LN" and "IN" follow the paper's Figure 2: G groups, one
-            group, one channel per group. Every other name ("", "FrozenBN", "BN", "SyncBN", ...) is
-            Detectron2's own and comes back as it is.
-        where: name in the model of the layer that gets the norm: `HEADS_NUM_GROUPS` holds outside
-            the ResNet. Error messages begin with it.
+        cfg: a config that `add_gn_config` was called on.
+        norm: the value of a `NORM` key. "GN", "LN" and "IN" follow the paper's Figure 2: G groups,
+            one group, and one channel per group. Other names, such as "", "FrozenBN", "BN" and
+            "SyncBN", are Detectron2's own.
+        layer_name: name in the model of the layer that gets the norm. Outside the ResNet,
+            `MODEL.GROUP_NORM.HEADS_NUM_GROUPS` applies. Error messages begin with this name.
 
     Returns:
-        `norm` itself, or a function from the number of channels to a `GroupNorm`.
+        a function that builds a `GroupNorm` from a number of channels, or, for Detectron2's own
+        norms, the name `norm` itself.
 
     Raises:
-        InputError: by the function, for channels that the groups do not divide.
+        InputError: raised by the function if the groups do not divide the channels.
     """
     keys = cfg.MODEL.GROUP_NORM
-    if keys.HEADS_NUM_GROUPS > 0 and part_of(where) not in TRUNK:
+    if keys.HEADS_NUM_GROUPS > 0 and part_of(layer_name) not in BACKBONE_PARTS:
         key, groups = "HEADS_NUM_GROUPS", {"num_groups": keys.HEADS_NUM_GROUPS}
     else:
         key = "DIM_PER_GP" if keys.DIM_PER_GP > 0 else "NUM_GROUPS"
         groups = {"num_groups": keys.NUM_GROUPS, "dim_per_gp": keys.DIM_PER_GP}
-    division = {"GN": groups, "LN": {"num_groups": 1}, "IN": {"dim_per_gp": 1}}.get(norm)
-    if division is None:
+    grouping = {"GN": groups, "LN": {"num_groups": 1}, "IN": {"dim_per_gp": 1}}.get(norm)
+    if grouping is None:
         return norm
 
     def build(num_channels: int) -> nn.Module:
         try:
-            return GroupNorm(num_channels, **division, eps=keys.EPSILON)
+            return GroupNorm(num_channels, **grouping, eps=keys.EPSILON)
         except ValueError as error:
-            raise InputError(f"{where}: {error}; change MODEL.GROUP_NORM.{key}") from None
+            full_key = f"MODEL.GROUP_NORM.{key}"
+            raise InputError(
+                f"{layer_name}: {error}", key=full_key, fix=f"change {full_key}"
+            ) from None
 
     return build
 
 
-def swap_norm(module: nn.Module, cfg: CfgNode, norm: str, where: str) -> None:
-    """Put the norm that `cfg` asks for in the place of every `BatchNorm2d` below `module`.
+def swap_norm(module: nn.Module, cfg: CfgNode, norm: str, module_name: str) -> None:
+    """Replace every `BatchNorm2d` in `module`, in place, by a `GroupNorm`.
 
-    Detectron2's builders take their norm by name from the config, where no `GroupNorm` of another
-    division can be named. So they build with "BN", and this puts the wanted layer in its place.
+    Detectron2's builders take the norm as a name from the config, and its "GN" always has 32
+    groups. So they build with "BN", and this function puts in the `GroupNorm` of the config.
+
+    Args:
+        module: a module that was built with `stock_config`.
+        cfg: a config that `add_gn_config` was called on.
+        norm: "GN", "LN" or "IN", as in `get_norm`.
+        module_name: name of `module` in the model, for error messages.
 
     Raises:
-        InputError: for a layer whose channels do not divide; it names the layer.
+        InputError: if the groups do not divide the channels of a layer; it names the layer.
     """
     for name, layer in module.named_modules():
         if isinstance(norm_layer := getattr(layer, "norm", None), nn.BatchNorm2d):
-            build = get_norm(cfg, norm, f"{where}.{name}".removesuffix("."))
+            build = get_norm(cfg, norm, f"{module_name}.{name}".removesuffix("."))
             layer.norm = build(norm_layer.num_features)  # type: ignore[operator]
 
 
 def stock_config(cfg: CfgNode, *keys: str) -> CfgNode:
-    """A copy of `cfg` for Detectron2's own builder, before `swap_norm` and freezing.
+    """Return a copy of `cfg` for Detectron2's own builder, to be followed by `swap_norm`.
 
-    `MODEL.<key>.NORM` is "BN" where it was "GN", "LN" or "IN". Nothing is frozen, since Detectron2
-    freezes while it builds and turns BatchNorm into FrozenBN, which could not be swapped any more.
+    For each of `keys`, such as "RESNETS", `MODEL.<key>.NORM` becomes "BN" if it is "GN", "LN" or
+    "IN". `MODEL.BACKBONE.FREEZE_AT` becomes 0, because Detectron2's builder would turn the
+    BatchNorm of frozen stages into FrozenBN, which `swap_norm` does not replace.
     """
     stock = cfg.clone()
     stock.defrost()
@@ -86,21 +97,21 @@ def stock_config(cfg: CfgNode, *keys: str) -> CfgNode:
 
 
 def is_group_norm(norm: str) -> bool:
-    """Whether layers of this `NORM` value are `GroupNorm`s."""
+    """Whether this value of a `NORM` key stands for a `GroupNorm`: "GN", "LN" or "IN"."""
     return norm in ("GN", "LN", "IN")
 
 
 def parts_with_norm(cfg: CfgNode) -> list[str]:
-    """The keys of `NORM_KEYS` that stand for layers of this config's model.
+    """List the parts in `NORM_KEYS` that this config's model has.
 
-    C4 models have neither an FPN nor convolutional heads: res5 is their box head.
+    C4 models have neither an FPN nor convolutional heads; their RoI head is res5.
     """
     keys = cfg.MODEL
     heads = keys.ROI_HEADS.NAME in ("StandardROIHeads", "CascadeROIHeads")
-    found = {
+    exists = {
         "backbone": True,
         "FPN": "fpn" in keys.BACKBONE.NAME,
         "box head": heads and keys.ROI_BOX_HEAD.NUM_CONV > 0,
         "mask head": heads and keys.MASK_ON and keys.ROI_MASK_HEAD.NUM_CONV > 0,
     }
-    return [part for part, has_layers in found.items() if has_layers]
+    return [part for part in NORM_KEYS if exists[part]]

@@ -1,4 +1,4 @@
-"""Parts of a detector, by the names of its tensors."""
+"""The parts of a detector, recognized by the names of its tensors."""
 
 import re
 from collections import Counter
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+# Part -> pattern of the names of its tensors; the first match counts
 PARTS = {
     "ResNet": r"backbone\.(bottom_up\.)?(stem|res\d)\.",
     "FPN": r"backbone\.(fpn_|top_block)",
@@ -16,20 +17,27 @@ PARTS = {
     "mask predictor": r"roi_heads\.mask_head\.predictor\.",
     "mask head": r"roi_heads\.mask_head\.",
 }
-# What is pretrained
-TRUNK = ("ResNet", "res5 (RoI head)", "backbone")
-# Last layers, whose shapes follow from classes, keypoints or anchors
+# Parts with pretrained weights; "backbone" stands for backbones other than ResNets
+BACKBONE_PARTS = ("ResNet", "res5 (RoI head)", "backbone")
+# Last layers, whose shapes depend on the number of classes, keypoints or anchors
 PREDICTORS = (
     r"(roi_heads\.box_predictor|mask_head\.predictor|keypoint_head\.score_lowres"
     r"|^sem_seg_head\.predictor|^head\.(cls_score|bbox_pred)"
     r"|rpn_head\.(objectness_logits|anchor_deltas))\."
 )
-# Tensors that hold settings or counters, and need not be in a file of weights
+# Tensors that hold settings or counters, which a weights file may lack
 SETTINGS = r"pixel_mean|pixel_std|anchor_generator\.|(^|\.)mean$|(^|\.)std$|num_batches_tracked$"
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a module or tensor of this name belongs to."""
+    """Return the part of the model that a module or tensor belongs to.
+
+    Args:
+        name: its full name, as "roi_heads.box_head.conv1.weight".
+
+    Returns:
+        a key of `PARTS`, or the first component of other names.
+    """
     for part, pattern in PARTS.items():
         if re.match(pattern, name):
             return part
@@ -37,11 +45,11 @@ def part_of(name: str) -> str:
 
 
 def count_parts(names: Iterable[str]) -> dict[str, int]:
-    """How many of the names belong to each part, in the order that pictures go through them."""
+    """Count the names in each part, in the order of `PARTS`."""
     counts = Counter(map(part_of, names))
     return {part: counts[part] for part in [*PARTS, *counts] if part in counts}
 
 
 def weight_names(model: nn.Module) -> list[str]:
-    """Names of the model's tensors that are trained, or taken from a file."""
+    """List the names of the model's tensors that are trained or loaded from a weights file."""
     return [name for name in model.state_dict() if not re.search(SETTINGS, name)]

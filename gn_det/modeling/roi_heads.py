@@ -1,4 +1,4 @@
-"""RoI heads whose every norm layer follows the `NORM` keys."""
+"""RoI heads in which every norm layer follows the `NORM` keys."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,25 +16,33 @@ from detectron2.modeling.roi_heads import (
 from torch import Tensor
 
 from ..layers import recompute_activations
-from .fused import implement, implementation
+from .fused import implement, implement_args
 from .norm import get_norm, stock_config
-from .resnet import finish_resnet
+from .resnet import apply_resnet_keys
 
 
 @ROI_HEADS_REGISTRY.register()
 class GNRes5ROIHeads(Res5ROIHeads):
-    """C4 heads whose res5 stage has the norm of the trunk, `MODEL.RESNETS.NORM` (Table 4)."""
+    """C4 RoI heads whose res5 stage has the backbone's norm, `MODEL.RESNETS.NORM` (Table 4)."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         heads = super().from_config(stock_config(cfg, "RESNETS"), input_shape)
-        finish_resnet(heads["res5"], cfg, "roi_heads.res5")
-        implement(heads["res5"], **implementation(cfg))
+        apply_resnet_keys(heads["res5"], cfg, "roi_heads.res5")
+        implement(heads["res5"], **implement_args(cfg))
         return heads
 
 
-class _Implemented:
-    """A head whose convolutions compute their norms as `implement` says."""
+class _ImplementedHead:
+    """Mixin that passes a head to `implement` once it is built.
+
+    Args:
+        input_shape, kwargs: as for the head.
+        implementation: the arguments of `implement`, or None for its defaults.
+
+    Attributes:
+        recompute: whether norms are recomputed, set by `implement`; "none" means they are not.
+    """
 
     recompute = "none"
 
@@ -47,15 +55,18 @@ class _Implemented:
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
-class GNFastRCNNConvFCHead(_Implemented, FastRCNNConvFCHead):
-    """Box head with `MODEL.ROI_BOX_HEAD.NORM` after each conv; 4 convs and 1 fc make 4conv1fc."""
+class GNFastRCNNConvFCHead(_ImplementedHead, FastRCNNConvFCHead):
+    """Box head with `MODEL.ROI_BOX_HEAD.NORM` after each convolution.
+
+    It is the paper's 4conv1fc head with `NUM_CONV` 4 and `NUM_FC` 1.
+    """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         head = super().from_config(cfg, input_shape)
-        where = "roi_heads.box_head.conv1 (MODEL.ROI_BOX_HEAD.CONV_DIM)"
-        head["conv_norm"] = get_norm(cfg, cfg.MODEL.ROI_BOX_HEAD.NORM, where)
-        head["implementation"] = implementation(cfg)
+        name = "roi_heads.box_head.conv1 (MODEL.ROI_BOX_HEAD.CONV_DIM)"
+        head["conv_norm"] = get_norm(cfg, cfg.MODEL.ROI_BOX_HEAD.NORM, name)
+        head["implementation"] = implement_args(cfg)
         return head
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,15 +75,18 @@ class GNFastRCNNConvFCHead(_Implemented, FastRCNNConvFCHead):
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
-class GNMaskRCNNConvUpsampleHead(_Implemented, MaskRCNNConvUpsampleHead):
-    """Mask head with `MODEL.ROI_MASK_HEAD.NORM` after each conv, not in deconv and predictor."""
+class GNMaskRCNNConvUpsampleHead(_ImplementedHead, MaskRCNNConvUpsampleHead):
+    """Mask head with `MODEL.ROI_MASK_HEAD.NORM` after each convolution.
+
+    The deconvolution and the predictor have no norm.
+    """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         head = super().from_config(cfg, input_shape)
-        where = "roi_heads.mask_head.mask_fcn1 (MODEL.ROI_MASK_HEAD.CONV_DIM)"
-        head["conv_norm"] = get_norm(cfg, cfg.MODEL.ROI_MASK_HEAD.NORM, where)
-        head["implementation"] = implementation(cfg)
+        name = "roi_heads.mask_head.mask_fcn1 (MODEL.ROI_MASK_HEAD.CONV_DIM)"
+        head["conv_norm"] = get_norm(cfg, cfg.MODEL.ROI_MASK_HEAD.NORM, name)
+        head["implementation"] = implement_args(cfg)
         return head
 
     def layers(self, x: Tensor) -> Tensor:

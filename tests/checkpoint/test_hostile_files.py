@@ -1,4 +1,4 @@
-"""Files of weights that were made to run code, to crash their reader or to fill its memory."""
+"""Files of weights that try to run code, crash the reader or exhaust memory."""
 
 import os
 import pickle
@@ -18,7 +18,8 @@ from gn_det.checkpoint.read import read_content, read_weights
 from gn_det.errors import InputError
 
 
-def refused(path: Path, device: str = "cpu") -> str:
+def rejected(path: Path, device: str = "cpu") -> str:
+    """The message of the `InputError` for a file; it names the file and has one line."""
     with pytest.raises(InputError, match=path.name) as error:
         read_weights(path, device)
     assert "\n" not in str(error.value)
@@ -26,7 +27,7 @@ def refused(path: Path, device: str = "cpu") -> str:
 
 
 def archive(path: Path, content: bytes, records: dict[str, bytes], packed=zipfile.ZIP_STORED):
-    """A file in the format of `torch.save`, with a pickle of our own."""
+    """Write a file in the format of `torch.save` with the given pickle and records."""
     with zipfile.ZipFile(path, "w", packed) as file:
         file.writestr("w/data.pkl", content)
         for key, record in records.items():
@@ -34,7 +35,7 @@ def archive(path: Path, content: bytes, records: dict[str, bytes], packed=zipfil
 
 
 def repickled(path: Path, old: bytes, new: bytes) -> None:
-    """Change some bytes of the pickle in a file of `torch.save`."""
+    """Replace some bytes of the pickle in a file of `torch.save`."""
     with zipfile.ZipFile(path) as file:
         parts = {name: file.read(name) for name in file.namelist()}
     with zipfile.ZipFile(path, "w") as file:
@@ -45,8 +46,8 @@ def repickled(path: Path, old: bytes, new: bytes) -> None:
             file.writestr(name, content)
 
 
-# A dtype of objects whose flags are cleared, then a scalar of it, for which eight bytes of the file
-# would be taken as a pointer
+# A scalar with an object dtype whose flags are cleared. NumPy would use eight bytes of the file as
+# a pointer
 POINTER = (
     b"\x80\x02}X\x01\x00\x00\x00w"
     b"cnumpy.core.multiarray\nscalar\n"
@@ -56,19 +57,19 @@ POINTER = (
 )
 
 
-def test_bytes_of_the_file_are_no_pointers(tmp_path):
+def test_bytes_of_the_file_are_not_used_as_pointers(tmp_path):
     (tmp_path / "w.pkl").write_bytes(POINTER)
     archive(tmp_path / "w.pth", POINTER, {})
     for name in ("w.pkl", "w.pth"):
-        assert "numbers" in refused(tmp_path / name)
+        assert "array" in rejected(tmp_path / name)
 
 
 @pytest.mark.parametrize("code", ["O8", "O", "V8", "U1", "M8", "f4,O", "i3", "(2,)f4", ""])
-def test_arrays_of_numbers_alone(code, tmp_path):
+def test_non_numeric_dtypes_are_rejected(code, tmp_path):
     dtype = b"cnumpy\ndtype\n(X" + struct.pack("<I", len(code)) + code.encode() + b"K\x00K\x01tR"
     content = b"\x80\x02cnumpy.core.multiarray\nscalar\n(" + dtype + b"C\x08" + bytes(8) + b"tR."
     (tmp_path / "w.pkl").write_bytes(content)
-    refused(tmp_path / "w.pkl")
+    rejected(tmp_path / "w.pkl")
 
 
 DTYPES = [
@@ -79,17 +80,17 @@ DTYPES = [
 
 @pytest.mark.parametrize("new", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_pytorch_itself_reads(dtype, new, tmp_path):
-    """Bit by bit, with strides, offsets and storages that several tensors share."""
+def test_same_tensors_as_torch_load(dtype, new, tmp_path):
+    """Bit-identical, with the same strides and offsets, also for shared storages."""
     if dtype == torch.float8_e4m3fn and not new:
-        pytest.skip("PyTorch's older format has no such type")
+        pytest.skip("PyTorch's legacy format does not support float8")
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(6, 8, generator=generator).mul(9).to(dtype)
     content = {
-        "whole": base,
+        "contiguous": base,
         "view": base[2:5, 1::2],
-        "turned": base.t(),
-        "none": base[:0],
+        "transposed": base.t(),
+        "empty": base[:0],
         "scalar": base[3, 3],
         "parameter": torch.nn.Parameter(base.clone(), requires_grad=False),
         "expanded": base[:1].expand(4, 8),
@@ -99,42 +100,42 @@ def test_what_pytorch_itself_reads(dtype, new, tmp_path):
     )
     expected = torch.load(tmp_path / "w.pth", weights_only=True)["model"]
     for device in ("cpu", "meta"):
-        found = read_content(tmp_path / "w.pth", device)["model"]
-        assert list(found) == list(expected)
+        actual = read_content(tmp_path / "w.pth", device)["model"]
+        assert list(actual) == list(expected)
         for name, tensor in expected.items():
-            assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
-            assert found[name].stride() == tensor.stride() or not tensor.numel()
+            assert actual[name].dtype == tensor.dtype and actual[name].shape == tensor.shape
+            assert actual[name].stride() == tensor.stride() or not tensor.numel()
             if device == "cpu":
                 raw = [
                     t.contiguous().view(torch.uint8) if t.dim() else t
-                    for t in (found[name], tensor)
+                    for t in (actual[name], tensor)
                 ]
                 assert torch.equal(*raw), name
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_what_pickle_and_numpy_themselves_read(protocol, tmp_path):
+def test_same_values_as_pickle(protocol, tmp_path):
     values = np.arange(24).reshape(4, 6)
     content = {
         "arrays": [values.astype(kind) for kind in ("<f4", ">f4", "<i8", ">u2", "?", "<c8", "<f2")],
         "fortran": np.asfortranarray(values.astype("f8")),
         "strided": values[::2, ::3].astype("f4"),
-        "none": values[:0].astype("f4"),
+        "empty": values[:0].astype("f4"),
         "scalar": np.float32(0.1),
         "plain": [None, True, -1, 2**40, -(2**70), 0.1, "ä\n", b"\x00\xff", (1,), {1, 2}, 1 + 2j],
     }
     (tmp_path / "w.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
-    found = read_content(tmp_path / "w.pkl")
-    assert found["plain"] == content["plain"] and found["scalar"] == content["scalar"]
-    for one, two in zip(found["arrays"], content["arrays"], strict=True):
+    actual = read_content(tmp_path / "w.pkl")
+    assert actual["plain"] == content["plain"] and actual["scalar"] == content["scalar"]
+    for one, two in zip(actual["arrays"], content["arrays"], strict=True):
         assert one.dtype == two.dtype.newbyteorder("=")
         np.testing.assert_array_equal(one, two)
-    for name in ("fortran", "strided", "none"):
-        np.testing.assert_array_equal(found[name], content[name])
+    for name in ("fortran", "strided", "empty"):
+        np.testing.assert_array_equal(actual[name], content[name])
 
 
 def test_pickles_of_python_2(tmp_path):
-    """Whose text is bytes of any value, in both of the protocols that it wrote."""
+    """Their text can hold any bytes, quoted or with a length."""
     raw = np.array([1.5, -2], "<f4").tobytes()
     head = b"}S'conv1_w'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
     dtype = b"cnumpy\ndtype\n(S'f4'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntb"
@@ -150,7 +151,7 @@ def test_pickles_of_python_2(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        (b"K\x0ct", b"J\x00\x00\x00\x10t"),  # elements of the storage
+        (b"K\x0ct", b"J\x00\x00\x00\x10t"),  # number of elements
         (b"K\x0ct", b"J\xff\xff\xff\xfft"),
         (b"K\x00K\x03K\x04\x86", b"K\x01K\x03K\x04\x86"),  # offset
         (b"K\x03K\x04\x86", b"K\x03K\x05\x86"),  # size
@@ -160,10 +161,10 @@ def test_pickles_of_python_2(tmp_path):
         (b"X\x01\x00\x00\x000", b"X\x01\x00\x00\x001"),  # name of the record
     ],
 )
-def test_tensors_lie_inside_their_storages(old, new, device, tmp_path):
+def test_tensors_outside_their_storages_are_rejected(old, new, device, tmp_path):
     torch.save({"w": torch.ones(3, 4)}, tmp_path / "w.pth")
     repickled(tmp_path / "w.pth", old, new)
-    refused(tmp_path / "w.pth", device)
+    rejected(tmp_path / "w.pth", device)
 
 
 def compressed_npz(path: Path) -> None:
@@ -194,16 +195,17 @@ def one_array_many_times(path: Path) -> None:
 
 
 def long_key(path: Path) -> None:
-    """Whose hash takes 2 ** 60 steps."""
+    """A dict key whose hash takes 2 ** 60 steps."""
     path.write_bytes(b"\x80\x02}K\x00\x85" + b"2\x86" * 60 + b"K\x01s.")
 
 
 def far_memo(path: Path) -> None:
-    """At which Python's own unpickler makes a table of 64 GB."""
+    """A memo index for which Python's unpickler allocates a table of 64 GB."""
     path.write_bytes(b"\x80\x02}r\xff\xff\xff\xff.")
 
 
 def in_itself(path: Path) -> None:
+    """A dict that contains itself 400 times."""
     content = {f"k{i}": {} for i in range(400)}
     for key in content:
         content[key] = content
@@ -223,21 +225,21 @@ BOMBS = {
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("name", BOMBS)
-def test_small_files_take_little_memory_and_time(name, device, tmp_path):
+def test_files_that_would_exhaust_memory_or_time_are_rejected(name, device, tmp_path):
     path = tmp_path / name
     BOMBS[name](path)
-    refused(path, device)
+    rejected(path, device)
 
 
 @pytest.mark.parametrize(
     "header",
     ["{'descr': '<f4', 'shape': (4,", "(" * 9000, "-" * 9000 + "1", "{'descr': '|O'}", "[" * 99],
 )
-def test_headers_that_do_not_balance(header, tmp_path):
+def test_invalid_npy_headers(header, tmp_path):
     raw = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + bytes(16)
     with zipfile.ZipFile(tmp_path / "w.npz", "w") as file:
         file.writestr("w.npy", raw)
-    refused(tmp_path / "w.npz")
+    rejected(tmp_path / "w.npz")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +252,7 @@ def test_headers_that_do_not_balance(header, tmp_path):
         ("MODEL.GROUP_NORM.NUM_GROUPS", None),
     ],
 )
-def test_facts_beside_weights(key, value, tmp_path):
+def test_invalid_records_of_gn_det(key, value, tmp_path):
     content = {"model": {"stem.conv1.weight": torch.ones(1)}, "gn_det": {key: value}}
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(InputError, match=rf"w\.pth.*{key}") as error:
@@ -259,22 +261,22 @@ def test_facts_beside_weights(key, value, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[2J", "a" * 10_000])
-def test_names_cannot_forge_what_a_terminal_shows(name, tmp_path):
+def test_names_are_printed_without_control_characters(name, tmp_path):
     torch.save({"model": {name: torch.ones(1)}}, tmp_path / "w.pth")
-    assert refused(tmp_path / "w.pth").isprintable()
+    assert rejected(tmp_path / "w.pth").isprintable()
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_pipes_and_devices_are_not_waited_for(tmp_path):
+def test_pipes_and_devices_are_not_opened(tmp_path):
     os.mkfifo(tmp_path / "w.pth")
     for path in (tmp_path / "w.pth", Path("/dev/zero"), tmp_path):
-        refused(path)
+        rejected(path)
 
 
 def test_a_state_dict_keeps_its_versions(tmp_path):
-    """By which layers tell the files of older PyTorch."""
+    """Layers use them to recognise files of older PyTorch versions."""
     model = torch.nn.BatchNorm2d(2)
     torch.save({"model": model.state_dict()}, tmp_path / "w.pth")
-    found = read_content(tmp_path / "w.pth")["model"]
-    assert found._metadata == model.state_dict()._metadata
-    StrictCheckpointer(model, whole=True).load(str(tmp_path / "w.pth"))
+    state = read_content(tmp_path / "w.pth")["model"]
+    assert state._metadata == model.state_dict()._metadata
+    StrictCheckpointer(model, complete=True).load(str(tmp_path / "w.pth"))

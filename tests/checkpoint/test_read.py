@@ -1,4 +1,4 @@
-"""Files of every format are read, and none of them runs anything."""
+"""Files of every format are read without running code from them."""
 
 import argparse
 import pickle
@@ -65,7 +65,7 @@ def test_formats(name, device, tmp_path):
 
 
 class Malicious:
-    """What unpickling would run."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -94,18 +94,18 @@ EVIL = {
 
 
 @pytest.mark.parametrize("name", EVIL)
-def test_nothing_is_run(name, tmp_path):
+def test_no_code_is_run(name, tmp_path):
     path, touched = tmp_path / name, tmp_path / "touched"
     EVIL[name](Malicious(touched), path)
     with pytest.raises(InputError, match=f"{name} cannot be read as weights: ") as error:
         read_weights(path)
     assert "\n" not in str(error.value) and not touched.exists()
     if not name.endswith(("npz", "safetensors")) and name != "nested.pkl":
-        assert "it asks for" in str(error.value)
+        assert "state_dict" in str(error.value)
 
 
-def test_the_malice_is_real(tmp_path):
-    """Python's own unpickler would run it."""
+def test_pickle_would_run_the_code(tmp_path):
+    """Python's unpickler runs the code of these files."""
     path = tmp_path / "evil.pkl"
     EVIL["evil.pkl"](Malicious(tmp_path / "touched"), path)
     pickle.loads(path.read_bytes())
@@ -123,17 +123,17 @@ def test_no_weights(suffix, content, tmp_path):
 
 def test_damaged_files(tmp_path):
     np.savez_compressed(tmp_path / "w.npz", **ARRAYS)
-    whole = (tmp_path / "w.npz").read_bytes()
-    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "bits.npz").write_bytes(whole[:90] + b"?????" + whole[95:])
+    intact = (tmp_path / "w.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(intact[: len(intact) // 2])
+    (tmp_path / "bits.npz").write_bytes(intact[:90] + b"?????" + intact[95:])
     np.savez(tmp_path / "text.npz", text=np.array(["conv0/W"]))
     for name in ("cut.npz", "bits.npz", "text.npz"):
         with pytest.raises(InputError, match=f"{name} cannot be read as weights"):
             read_weights(tmp_path / name)
 
 
-def test_networks_in_other_places(tmp_path):
-    """What is not taken is counted; where no place is the usual one, names tell the place."""
+def test_several_networks_in_a_file(tmp_path):
+    """Other networks are counted; without a usual key, the places become prefixes of names."""
     torch.save({"model": STATE, "model_ema": STATE, "steps": torch.tensor(3)}, tmp_path / "a.pth")
     file = read_weights(tmp_path / "a.pth")
     assert file.tensors.keys() == STATE.keys() and file.others == {"model_ema": 2, "": 1}
@@ -142,17 +142,17 @@ def test_networks_in_other_places(tmp_path):
     assert read_weights(tmp_path / "b.pth").tensors.keys() == names
 
 
-def test_what_pytorch_would_read_on(tmp_path):
-    """It compares no checksums, and of a file that is cut off it tells nothing."""
+def test_damage_that_pytorch_does_not_detect(tmp_path):
+    """PyTorch checks no checksums, and does not say that a file is truncated."""
     path = tmp_path / "w.pth"
     torch.save(STATE, path)
-    whole = path.read_bytes()
-    place = whole.index(STATE["conv1.weight"].numpy().tobytes()[4:])
-    path.write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
-    with pytest.raises(InputError, match="is damaged"):
+    intact = path.read_bytes()
+    place = intact.index(STATE["conv1.weight"].numpy().tobytes()[4:])
+    path.write_bytes(intact[:place] + b"\xff" + intact[place + 1 :])
+    with pytest.raises(InputError, match=r"w\.pth .*damaged"):
         read_weights(path)
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="cut off"):
+    path.write_bytes(intact[: len(intact) // 2])
+    with pytest.raises(InputError, match=r"w\.pth .*truncated"):
         read_weights(path)
 
 
@@ -165,18 +165,18 @@ def test_what_pytorch_would_read_on(tmp_path):
         {"model": {"args": {"depth": 50}}},
     ],
 )
-def test_tensors_that_are_no_weights(content, tmp_path):
+def test_unsupported_tensors(content, tmp_path):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(InputError, match=r"w\.pth cannot be read as weights"):
         read_weights(tmp_path / "w.pth")
 
 
-def test_nobody_is_advised_to_run_a_file(tmp_path):
-    """PyTorch's own words would be to load it with weights_only=False."""
+def test_no_advice_to_load_unsafely(tmp_path):
+    """PyTorch's own error recommends weights_only=False."""
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.pth")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
     for name in ("program.pth", "module.pth"):
-        with pytest.raises(InputError, match="save the model's state_dict by itself") as error:
+        with pytest.raises(InputError, match=rf"{name} .*state_dict") as error:
             read_weights(tmp_path / name)
         assert "weights_only" not in str(error.value)
 

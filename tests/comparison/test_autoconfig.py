@@ -1,4 +1,4 @@
-"""Recipes made to fit: against sizes and rates that are worked out by hand."""
+"""Recipes adapted to a dataset, compared with sizes and rates worked out by hand."""
 
 import json
 
@@ -11,7 +11,12 @@ from torchvision.ops import box_iou
 
 from gn_det.check.anchors import objects_out_of_reach
 from gn_det.check.schedule import check_steps
-from gn_det.comparison.autoconfig import chosen, images_seen, propose_schedule, propose_sizes
+from gn_det.comparison.autoconfig import (
+    drop_overridden,
+    images_seen,
+    propose_schedule,
+    propose_sizes,
+)
 from gn_det.config_file import read_config
 from gn_det.data.object_sizes import ObjectSizes
 from gn_det.errors import InputError
@@ -22,40 +27,40 @@ def config(name: str = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_gn.yaml"
 
 
 def sizes_of(side: int, objects: float, count: int = 40) -> ObjectSizes:
-    """Square pictures with one square object each."""
-    pictures = np.full((count, 2), float(side))
-    return ObjectSizes(pictures, np.full((count, 2), float(objects)), np.arange(count))
+    """Square images with one square object each."""
+    images = np.full((count, 2), float(side))
+    return ObjectSizes(images, np.full((count, 2), float(objects)), np.arange(count))
 
 
 def proposed(cfg, sizes: ObjectSizes) -> dict:
     return {p.key: p.value for p in propose_sizes(cfg, sizes)}
 
 
-def share(cfg, sizes: ObjectSizes) -> float:
-    """Of the objects that no anchor meets."""
-    told = list(objects_out_of_reach(cfg, sizes))
-    return float(told[0].partition("%")[0]) / 100 if told else 0.0
+def unmatched_share(cfg, sizes: ObjectSizes) -> float:
+    """Fraction of the objects that match no anchor, as the check reports it."""
+    lines = list(objects_out_of_reach(cfg, sizes))
+    return float(lines[0].partition("%")[0]) / 100 if lines else 0.0
 
 
-def test_images_as_large_as_cocos():
-    """Nothing has to change for what the recipe was made for."""
+def test_no_proposals_for_coco_sized_images():
+    """The recipe was made for such images and objects."""
     assert proposed(config(), sizes_of(1000, 100)) == {}
 
 
-def test_small_images_of_small_objects():
-    """256 pixels, objects of 20: enlarged until objects have 32, and the scale jitter with it."""
+def test_small_images_with_small_objects():
+    """256 pixels with objects of 20: images are enlarged until objects have 32 pixels."""
     keys = proposed(config(), sizes_of(256, 20))
     assert keys["INPUT.MIN_SIZE_TEST"] == 416  # 256 * 32 / 20 = 409.6, in steps of 32
     assert keys["INPUT.MAX_SIZE_TEST"] == round(1333 * 416 / 800)
     assert keys["INPUT.MIN_SIZE_TRAIN"] == tuple(
         round(side * 416 / 800) for side in (640, 672, 704, 736, 768, 800)
     )
-    # 20 * 416 / 256 = 32.5 pixels: the recipe's smallest anchor of 32 is right
+    # 20 * 416 / 256 = 32.5 pixels match the recipe's smallest anchor of 32
     assert "MODEL.ANCHOR_GENERATOR.SIZES" not in keys
 
 
 def test_tiny_objects():
-    """At most twice the pictures' own size, and anchors that meet what is still small."""
+    """Images are enlarged at most by 2, and the anchors are made smaller."""
     cfg = config()
     sizes = sizes_of(256, 8)
     keys = proposed(cfg, sizes)
@@ -65,36 +70,36 @@ def test_tiny_objects():
     cfg = cfg.clone()
     cfg.defrost()
     cfg.merge_from_list([str(word) for pair in keys.items() for word in pair])
-    assert share(cfg, sizes) == 1
+    assert unmatched_share(cfg, sizes) == 1
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = anchors
-    assert share(cfg, sizes) == 0
+    assert unmatched_share(cfg, sizes) == 0
 
 
-def test_objects_that_no_anchor_meets():
-    """As Detectron2's own anchors overlap, once its own transform has resized the picture."""
+def test_share_of_unmatched_objects():
+    """Compared with the IoU of Detectron2's anchors, after Detectron2's resizing."""
     cfg = config("Shapes/mask_rcnn_R_18_FPN_gn.yaml")
     rng = np.random.default_rng(0)
     objects = rng.uniform(2, 300, (200, 2))
-    pictures = rng.uniform(300, 600, (200, 2)).round()
-    found = share(cfg, ObjectSizes(pictures, objects, np.arange(200)))
+    images = rng.uniform(300, 600, (200, 2)).round()
+    reported = unmatched_share(cfg, ObjectSizes(images, objects, np.arange(200)))
     sizes, ratios = (cfg.MODEL.ANCHOR_GENERATOR[key] for key in ("SIZES", "ASPECT_RATIOS"))
     cells = DefaultAnchorGenerator(
         sizes=sizes, aspect_ratios=ratios, strides=[4, 8, 16, 32, 64]
     ).cell_anchors
     anchors = torch.cat(list(cells))
     unmatched = 0
-    for (width, height), (w, h) in zip(pictures.astype(int), objects, strict=True):
+    for (width, height), (w, h) in zip(images.astype(int), objects, strict=True):
         resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         transform = resize.get_transform(np.zeros((height, width, 3), dtype=np.uint8))
         box = transform.apply_box(np.array([[0, 0, w, h]]))[0]
         (x, y) = box[2:] / 2
         centred = torch.tensor([[-x, -y, x, y]], dtype=torch.float32)
         unmatched += bool(box_iou(centred, anchors).max() < 0.5)
-    assert found == pytest.approx(unmatched / 200, abs=0.02)
+    assert reported == pytest.approx(unmatched / 200, abs=0.02)
 
 
 @pytest.mark.parametrize(
-    ("budget", "pictures", "seen"),
+    ("budget", "num_images", "seen"),
     [
         ("24epochs", 100, 2400),
         ("2.5e", 100, 250),
@@ -104,18 +109,18 @@ def test_objects_that_no_anchor_meets():
         (None, 175, 48 * 175),
     ],
 )
-def test_budget(budget, pictures, seen):
-    assert images_seen(budget, pictures, largest_batch=4)[0] == seen
+def test_budget(budget, num_images, seen):
+    assert images_seen(budget, num_images, largest_batch=4)[0] == seen
 
 
 @pytest.mark.parametrize("budget", ["", "0", "0epochs", "-5", "5 days", "nan"])
-def test_no_budget(budget):
-    with pytest.raises(InputError, match=r"--budget .*: give iterations, as 5000, or epochs"):
+def test_malformed_budget(budget):
+    with pytest.raises(InputError, match=rf"--budget {budget}: .*5000.*24epochs"):
         images_seen(budget, 100, 4)
 
 
 def test_schedule():
-    """Pictures seen are equal, the rate is linear in the batch, steps keep their places."""
+    """Equal numbers of images; the rate is linear in the batch size; steps are scaled."""
     cfg = config()  # 16 images, rate 0.02, 90000 iterations, steps at 60000 and 80000
     keys = {}
     for batch in (1, 4):
@@ -128,14 +133,14 @@ def test_schedule():
     assert keys[4]["SOLVER.REFERENCE_WORLD_SIZE"] == 0
 
 
-def test_what_is_given_counts():
-    """A size of pictures that is given keeps the others from being changed around it."""
+def test_user_keys_are_kept():
+    """If the user sets one input size, no other input size is changed."""
     proposals = list(propose_sizes(config(), sizes_of(256, 3)))
-    left = chosen(proposals, ["INPUT.MIN_SIZE_TEST", "300"])
+    left = drop_overridden(proposals, ["INPUT.MIN_SIZE_TEST", "300"])
     assert {p.key for p in proposals} - {p.key for p in left} == {
         f"INPUT.{end}_SIZE_{split}" for end in ("MIN", "MAX") for split in ("TRAIN", "TEST")
     }
-    # The anchors then fit what is given: 20 pixels in pictures that stay as they are
+    # The anchors then fit that size: objects of 20 pixels in images that are not resized
     cfg = config().clone()
     cfg.defrost()
     cfg.INPUT.MIN_SIZE_TEST = 0
@@ -146,7 +151,7 @@ def test_what_is_given_counts():
 
 
 def test_sizes_of_a_file(tmp_path):
-    """Crowds and pictures without objects do not count."""
+    """Crowds and images without objects are left out."""
     entry = {"width": 10, "height": 20}
     boxes = [(1, [0, 0, 3, 4], 0), (1, [0, 0, 9, 9], 1), (3, [1, 1, 5, 6], 0)]
     content = {
@@ -155,25 +160,25 @@ def test_sizes_of_a_file(tmp_path):
     }
     (tmp_path / "train.json").write_text(json.dumps(content))
     sizes = ObjectSizes.of(tmp_path / "train.json")
-    assert sizes.pictures.tolist() == [[10, 20]] * 2
+    assert sizes.images.tolist() == [[10, 20]] * 2
     assert sizes.objects.tolist() == [[3, 4], [5, 6]] and sizes.owners.tolist() == [0, 1]
     assert sizes.resized(20, 30).tolist() == [[4.5, 6], [7.5, 9]]
 
 
 def test_more_objects_than_detections():
-    """Those beyond the limit are told, but not those that COCO's own cap leaves out anyway."""
-    cfg = config("Shapes/mask_rcnn_R_18_FPN_gn.yaml")  # 30 detections a picture
+    """Objects beyond the limit are reported, unless COCO's limit of 100 leaves them out anyway."""
+    cfg = config("Shapes/mask_rcnn_R_18_FPN_gn.yaml")  # 30 detections per image
     owners = np.repeat(np.arange(3), (30, 31, 120))
     sizes = ObjectSizes(np.full((3, 2), 192.0), np.full((len(owners), 2), 64.0), owners)
-    (told,) = objects_out_of_reach(cfg, sizes)
-    assert told.startswith("2 pictures have more objects (up to 120) than ")
-    assert "TEST.DETECTIONS_PER_IMAGE 30" in told
+    (line,) = objects_out_of_reach(cfg, sizes)
+    assert line.startswith("2 ") and "120" in line
+    assert "TEST.DETECTIONS_PER_IMAGE 30" in line
     assert list(objects_out_of_reach(config(), sizes)) == []
 
 
 @pytest.mark.parametrize("end", range(1, 12))
 def test_schedules_of_a_few_iterations_pass_the_checks(end):
-    """Their steps would round to equal ones, or to ones that are never reached."""
+    """Rounded steps must not coincide, or be 0 or MAX_ITER."""
     cfg = config()
     proposals = propose_schedule(cfg, 2 * end, 2, "")
     opts = [str(word) for p in proposals for word in (p.key, p.value)]

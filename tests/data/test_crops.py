@@ -1,4 +1,4 @@
-"""Objects of a COCO-format data set as pictures in class folders."""
+"""`write_crops`: objects of a COCO-format dataset as images in class folders."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ def digest(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def test_every_object_once(shapes):
+def test_one_crop_per_object(shapes):
     content = json.loads((shapes / "instances_train.json").read_text())
     names = {c["id"]: c["name"] for c in content["categories"]}
     objects = [a for a in content["annotations"] if not a["iscrowd"]]
@@ -27,9 +27,12 @@ def test_every_object_once(shapes):
     assert {p.name for p in (shapes / "crops/val").iterdir()} == set(names.values())
 
 
-def write_one(folder: Path, picture: np.ndarray, bbox: list[float]) -> np.ndarray:
-    """The only crop, of 40 px, of a data set of one picture with one object and a crowd."""
-    Image.fromarray(picture).save(folder / "one.png")
+def write_one(folder: Path, image: np.ndarray, bbox: list[float]) -> np.ndarray:
+    """Write the crops of a dataset of one image with one object and a crowd; return the only one.
+
+    The crop has 40 x 40 pixels.
+    """
+    Image.fromarray(image).save(folder / "one.png")
     content = {
         "images": [{"id": 7, "file_name": "one.png"}],
         "annotations": [
@@ -45,12 +48,12 @@ def write_one(folder: Path, picture: np.ndarray, bbox: list[float]) -> np.ndarra
     return np.array(Image.open(crop))
 
 
-def test_the_object_is_in_the_middle(tmp_path):
-    """A red object of 30 x 20 px on blue: as wide as 1 / 2 to 1 / 1.2 of the crop."""
-    picture = np.zeros((100, 120, 3), dtype=np.uint8)
-    picture[..., 2] = 255
-    picture[40:60, 50:80] = (255, 0, 0)
-    crop = write_one(tmp_path, picture, [50, 40, 30, 20])
+def test_object_is_centred_in_its_crop(tmp_path):
+    """A red object of 30 x 20 px on blue is 1 / 2 to 1 / 1.2 as wide as its crop."""
+    image = np.zeros((100, 120, 3), dtype=np.uint8)
+    image[..., 2] = 255
+    image[40:60, 50:80] = (255, 0, 0)
+    crop = write_one(tmp_path, image, [50, 40, 30, 20])
     red = crop[..., 0] > 127
     columns, rows = np.flatnonzero(red.any(axis=0)), np.flatnonzero(red.any(axis=1))
     assert 40 / 2 - 1 <= len(columns) <= 40 / 1.2 + 1
@@ -65,7 +68,7 @@ def test_black_outside_the_image(tmp_path):
     assert (crop[20:30, 20:30] == 200).all()
 
 
-def test_the_same_each_time(shapes, tmp_path):
+def test_crops_are_reproducible(shapes, tmp_path):
     for name in ("one", "two"):
         write_crops(shapes / "instances_val.json", shapes / "images", tmp_path / name)
     assert digest(tmp_path / "one") == digest(tmp_path / "two") == digest(shapes / "crops/val")

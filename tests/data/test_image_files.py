@@ -1,4 +1,4 @@
-"""Image and annotation files that are no such files, damaged, or of formats that are not read."""
+"""Image and annotation files that are not regular files, damaged, or of unsupported formats."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from PIL import Image
 
 from gn_det.data import check_dataset
 from gn_det.data.annotations import read_instances
-from gn_det.data.clean import Source, clean, survey
+from gn_det.data.clean import Source, clean, inspect_source
 from gn_det.data.crops import write_crops
 from gn_det.data.image_files import examine, read_image
 from gn_det.data.image_folder import ImageMapper, build_test_loader
@@ -33,11 +33,11 @@ KINDS = ["fifo", "socket", "folder", "/dev/zero", "loop", "huge", "/proc"]
 
 
 def make(kind: str, path: Path) -> Path:
-    """Something that is no file to read, under a file's name."""
+    """Create a path that is not a readable regular file."""
     if kind == "fifo":
         os.mkfifo(path)
     elif kind == "socket":
-        # Names of sockets must be short
+        # Socket paths have a length limit, so use a relative one
         with socket.socket(socket.AF_UNIX) as server:
             before = os.getcwd()
             os.chdir(path.parent)
@@ -57,7 +57,7 @@ def make(kind: str, path: Path) -> Path:
 
 
 def instances(folder: Path, file_name: str = "a.png") -> Source:
-    """A data set of one image of 40 x 30 pixels, which is not written."""
+    """Write annotations of one image of 40 x 30 pixels; the image itself is not written."""
     images = [{"id": 1, "file_name": file_name, "width": 40, "height": 30}]
     annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 9, 9]}
     content = {"images": images, "annotations": [annotation]}
@@ -67,13 +67,13 @@ def instances(folder: Path, file_name: str = "a.png") -> Source:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_images_that_are_no_files(kind, tmp_path):
-    """Nothing waits for them or reads them, wherever images are named."""
+def test_images_that_are_not_regular_files(kind, tmp_path):
+    """They are reported without blocking, by every function that reads images."""
     path = make(kind, tmp_path / "a.png")
     assert examine(path).error
     source = instances(tmp_path)
-    for findings in (clean(source).findings, survey(source)):
-        assert any(f.stops and "a.png" in str(f) for f in findings)
+    for findings in (clean(source).findings, inspect_source(source)):
+        assert any(f.fatal and "a.png" in str(f) for f in findings)
     with pytest.raises(InputError, match=r"a\.png"):
         read_image(path)
     with pytest.raises(InputError, match=r"a\.png"):
@@ -81,7 +81,7 @@ def test_images_that_are_no_files(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_annotations_that_are_no_files(kind, tmp_path):
+def test_annotations_that_are_not_regular_files(kind, tmp_path):
     path = make(kind, tmp_path / "a.json")
     with pytest.raises(InputError, match=r"a\.json"):
         read_instances(path)
@@ -92,7 +92,7 @@ def test_annotations_that_are_no_files(kind, tmp_path):
         check_dataset(name)
 
 
-def test_images_named_for_a_prediction(tmp_path):
+def test_images_for_prediction_that_are_not_regular_files(tmp_path):
     (path,) = find_images([make("fifo", tmp_path / "a.png")])
     with pytest.raises(InputError, match=r"a\.png"):
         read_image(path)
@@ -100,8 +100,7 @@ def test_images_named_for_a_prediction(tmp_path):
         find_images([tmp_path / "none", path])
 
 
-def test_a_folder_of_classes(tmp_path):
-    """As for pretraining."""
+def test_image_folder_with_a_file_that_is_not_regular(tmp_path):
     from test_image_folder import config
 
     (tmp_path / "cat").mkdir()
@@ -111,10 +110,10 @@ def test_a_folder_of_classes(tmp_path):
 
 
 @pytest.mark.parametrize("length", [300, 5000])
-def test_a_file_name_that_is_too_long(length, tmp_path):
+def test_too_long_file_names(length, tmp_path):
     source = instances(tmp_path, "x" * length)
-    for findings in (clean(source).findings, survey(source)):
-        assert [f.stops for f in findings if "pictures missing" in f.what] == [True]
+    for findings in (clean(source).findings, inspect_source(source)):
+        assert [f.fatal for f in findings if "xxx" in str(f)] == [True]
         assert all(len(str(f)) < 1000 for f in findings)
 
 
@@ -126,35 +125,35 @@ def saved(kind: str, **options) -> bytes:
 
 
 @pytest.mark.parametrize("kind", [*FORMATS, "MPO"])
-def test_formats_that_are_read(kind, tmp_path):
-    """By their content, and as Detectron2 reads them."""
+def test_supported_formats(kind, tmp_path):
+    """The content selects the format, not the suffix, and pixels equal Detectron2's."""
     path = tmp_path / "a.png"
     path.write_bytes(saved(kind))
     assert np.array_equal(read_image(path), detection_utils.read_image(str(path), "RGB"))
-    assert not any(f.stops for f in survey(instances(tmp_path)))
-    assert not any(f.stops for f in clean(instances(tmp_path)).findings)
+    assert not any(f.fatal for f in inspect_source(instances(tmp_path)))
+    assert not any(f.fatal for f in clean(instances(tmp_path)).findings)
 
 
 @pytest.mark.parametrize("kind", ["EPS", "TGA", "PCX", "AVIF", "PDF", "SVG"])
-def test_other_formats_are_refused(kind, tmp_path, monkeypatch):
-    """Before training, though Detectron2 would read some; and no other program is started."""
+def test_other_formats_are_rejected(kind, tmp_path, monkeypatch):
+    """Also those that Detectron2 can read; Ghostscript is never started."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nexec cat > /dev/null\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     content = {"AVIF": b"\0\0\0\x1cftypavif\0\0\0\0mif1avif", "SVG": b"<svg/>"}
     path = tmp_path / "a.png"
     path.write_bytes(content.get(kind) or saved(kind))
-    for findings in (clean(instances(tmp_path)).findings, survey(instances(tmp_path))):
-        assert any(f.stops and "a.png" in str(f) for f in findings)
+    for findings in (clean(instances(tmp_path)).findings, inspect_source(instances(tmp_path))):
+        assert any(f.fatal and "a.png" in str(f) for f in findings)
     with pytest.raises(InputError, match=r"a\.png"):
         read_image(path)
     assert not (tmp_path / "started").exists()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_exif_that_cannot_be_written_back(kind, tmp_path):
-    """Its orientation counts, as for Detectron2; other tags do not."""
-    # Two entries: orientation 6, and a number that is stored as text
+def test_exif_with_an_invalid_tag(kind, tmp_path):
+    """The orientation is applied, as in Detectron2, and the invalid tag is ignored."""
+    # Two entries: orientation 6, and a numeric tag stored as text
     tags = b"II*\0\x08\0\0\0\x02\0" + b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
     tags += b"\x9a\x82\x02\0\x04\0\0\0abc\0" + b"\0\0\0\0"
     path = tmp_path / "a.png"
@@ -163,12 +162,12 @@ def test_exif_that_cannot_be_written_back(kind, tmp_path):
         path.write_bytes(saved(kind, tiffinfo={0x0112: 6, 0x829A: 0.5}))
     image = read_image(path)
     assert image.shape == (40, 30, 3)
-    if kind != "TIFF":  # which Detectron2 turns twice, so that a copy is made
+    if kind != "TIFF":  # Detectron2 rotates TIFF images twice
         assert np.array_equal(image, detection_utils.read_image(str(path), "RGB"))
 
 
 def test_damaged_images(tmp_path):
-    """Each ends as an image or as one sentence, in bounded time and memory."""
+    """Each gives an image or a one-sentence error, in bounded time and memory."""
     run_in_child(__file__, "damaged", tmp_path / "a.png", seconds=300)
 
 
@@ -207,43 +206,43 @@ def test_hostile_images(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(100_000, 1), (1, 100_000)])
-def test_images_of_extreme_shapes(size, tmp_path):
-    """Resized to a shorter side of 256 they would take gigabytes, or else no row were left."""
+def test_images_of_extreme_aspect_ratio(size, tmp_path):
+    """Resized to a shorter side of 256 pixels, they would take gigabytes."""
     from test_image_folder import config
 
     Image.new("L", size).save(tmp_path / "a.png")
     with pytest.raises(InputError, match=r"a\.png"):
         ImageMapper(config(), is_train=False)((str(tmp_path / "a.png"), 0))
     source = instances(tmp_path)
-    assert any(f.stops and "a.png" in str(f) for f in clean(source).findings)
+    assert any(f.fatal and "a.png" in str(f) for f in clean(source).findings)
     content = json.loads(source.annotations.read_text())
     content["images"][0] |= dict(zip(("width", "height"), size, strict=True))
     source.annotations.write_text(json.dumps(content))
-    assert any(f.stops and "a.png" in str(f) for f in survey(source))
+    assert any(f.fatal and "a.png" in str(f) for f in inspect_source(source))
 
 
 @pytest.mark.parametrize("size", [(2**31 - 1, 2**31 - 1), (0, 5), (-40, -30), (10**400, 1)])
-def test_impossible_sizes_that_are_listed(size, tmp_path):
+def test_impossible_listed_sizes(size, tmp_path):
     (tmp_path / "a.png").write_bytes(saved("PNG"))
     source = instances(tmp_path)
     content = json.loads(source.annotations.read_text())
     content["images"][0] |= dict(zip(("width", "height"), size, strict=True))
     source.annotations.write_text(json.dumps(content))
-    for findings in (clean(source).findings, survey(source)):
-        assert any(f.stops and "a.png" in str(f) for f in findings)
+    for findings in (clean(source).findings, inspect_source(source)):
+        assert any(f.fatal and "a.png" in str(f) for f in findings)
 
 
 TEXTS = {
     "a huge number": '{"images": [{"id": 1' + "0" * 5000 + "}]}",
     "nested lists": '{"images": ' + "[" * 10_000_000,
-    "nested lists that end": '{"images": [], "a": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "closed nested lists": '{"images": [], "a": ' + "[" * 100_000 + "]" * 100_000 + "}",
     "half a character": '{"images": "\xff',
     "a byte of 0": "\0" * 1000,
 }
 
 
 @pytest.mark.parametrize("case", TEXTS)
-def test_json_that_cannot_be_read(case, tmp_path):
+def test_unreadable_json(case, tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(TEXTS[case].encode("latin-1"))
     with pytest.raises(InputError, match=r"a\.json") as error:
@@ -252,15 +251,15 @@ def test_json_that_cannot_be_read(case, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["a\nerror: forged", "\x1b[2Jgone", "\u202egnp.exe", "\ud800"])
-def test_names_forge_no_output(text, tmp_path):
-    """Whatever a file or category is called, it stays in its line, and the terminal as it is."""
+def test_control_characters_in_names_are_escaped(text, tmp_path):
+    """Names of files and ids can neither forge lines nor control the terminal."""
     source = instances(tmp_path, text if text != "\ud800" else "a.png")
     content = json.loads(source.annotations.read_text())
     content["annotations"][0]["id"] = text
     content["annotations"][0]["bbox"] = text
     source.annotations.write_text(json.dumps(content))
-    found = [*clean(source).findings, *survey(source)]
-    assert found and all(str(finding).isprintable() for finding in found)
+    findings = [*clean(source).findings, *inspect_source(source)]
+    assert findings and all(str(finding).isprintable() for finding in findings)
 
 
 def test_printable():
@@ -271,24 +270,24 @@ def test_printable():
     for _ in range(10**5):
         deep = [deep]
     assert len(printable(deep)) < 100
-    while deep:  # or Python's own clean-up would follow it down
+    while deep:  # so that Python does not free it recursively
         deep = deep.pop()
 
 
-def test_groups_that_many_files_link():
-    """A chain of groups takes no time in proportion to the square of its length."""
+def test_long_chain_of_groups_that_share_files():
+    """The time does not grow with the square of the chain's length."""
     count = 30_000
     entries = [{"file_name": str(i), "group": f"{(i + 1) // 2:06}"} for i in range(count)]
     digests = [str(i // 2) for i in range(count)]
     entries += [{"file_name": "alone", "group": str(i)} for i in range(100)]
     digests += map(str, range(-100, 0))
-    begun = time.process_time()
+    start = time.process_time()
     chosen = split(entries[::-1], digests[::-1], 0.5, "group")
-    assert time.process_time() - begun < 5
+    assert time.process_time() - start < 5
     assert len({*chosen[100:]}) == 1
 
 
-def test_a_group_without_bytes_in_utf_8():
+def test_group_name_that_utf_8_cannot_encode():
     entries = [{"file_name": str(i), "group": f"\ud800{i}"} for i in range(40)]
     assert len({*split(entries, [str(i) for i in range(40)], 0.5, "group")}) == 2
 

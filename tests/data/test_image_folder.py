@@ -1,4 +1,4 @@
-"""Folders of pictures as Detectron2's loaders."""
+"""Data loaders and mapper for image folders."""
 
 from itertools import islice
 from pathlib import Path
@@ -26,8 +26,8 @@ def config(*opts: object) -> CfgNode:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Three cats and four dogs of one colour each, cats red and dogs blue, of several sizes."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """Three red images of class cat and four blue images of class dog, of different sizes."""
+    folder = tmp_path_factory.mktemp("images")
     for name, colour, count in (("cat", (250, 10, 20), 3), ("dog", (0, 0, 200), 4)):
         (folder / name).mkdir()
         for i in range(count):
@@ -36,8 +36,8 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_training_stream(folder):
-    """Batches of every picture in turn, each epoch in another order, without end."""
+def test_training_loader(folder):
+    """Each epoch has every image once, in another order."""
     cfg = config(
         "DATASETS.TRAIN", f"('{folder}',)", "SOLVER.IMS_PER_BATCH", 7, "PRETRAIN.IMAGE_SIZE", 32
     )
@@ -52,7 +52,7 @@ def test_training_stream(folder):
     assert len({tuple(record["file_name"] for record in batch) for batch in epochs}) > 1
 
 
-def test_test_images_come_once(folder):
+def test_test_loader_gives_each_image_once(folder):
     cfg = config("SOLVER.IMS_PER_BATCH", 4, "PRETRAIN.IMAGE_SIZE", 32)
     batches = list(build_test_loader(cfg, str(folder)))
     assert [len(batch) for batch in batches] == [4, 3]
@@ -61,14 +61,14 @@ def test_test_images_come_once(folder):
 
 
 @pytest.mark.parametrize(("order", "pixel"), [("RGB", (250, 10, 20)), ("BGR", (20, 10, 250))])
-def test_order_of_colours(order, pixel, folder):
+def test_channel_order(order, pixel, folder):
     mapper = ImageMapper(config("INPUT.FORMAT", order), is_train=False)
     image = mapper((str(folder / "cat/0.png"), 0))["image"]
     assert image[:, 100, 100].tolist() == list(pixel)
 
 
-def test_test_images_are_the_centre(tmp_path):
-    """Of a 512 x 256 ramp the paper's 224 are the middle 224 of 512 columns, at full size."""
+def test_test_images_are_center_cropped(tmp_path):
+    """A 512 x 256 ramp is not resized, and its middle 224 x 224 pixels are cropped."""
     ramp = np.repeat(np.arange(512)[None] // 2, 256, axis=0).astype(np.uint8)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     image = ImageMapper(config(), is_train=False)((str(tmp_path / "ramp.png"), 0))["image"]
@@ -76,8 +76,8 @@ def test_test_images_are_the_centre(tmp_path):
     torch.testing.assert_close(image[0], torch.from_numpy(ramp[16:240, 144:368]))
 
 
-def test_training_images_vary(tmp_path):
-    """In scale, side and brightness: the ramp's slope, its sign, and its mean."""
+def test_training_images_are_augmented(tmp_path):
+    """Crop scale, flip and brightness change the slope of a ramp, its sign, and its mean."""
     ramp = np.repeat(np.arange(256)[None], 256, axis=0).astype(np.uint8)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     torch.manual_seed(0)
@@ -87,26 +87,26 @@ def test_training_images_vary(tmp_path):
     assert 15 < sum(span < 0 for span in spans) < 45, "flipped half of the time"
     widths = [abs(span) / 256 for span in spans]
     assert min(widths) < 0.5 and max(widths) > 0.75
-    # Brightness and contrast, in 0.6 to 1.4 each, keep the ramp straight
     assert len({round(row.mean().item()) for row in rows}) > 20
     mild = ImageMapper(config("PRETRAIN.MIN_CROP_AREA", 1.0), is_train=True)
-    whole = [mild((str(tmp_path / "ramp.png"), 0))["image"][0, 0].double() for _ in range(10)]
-    assert min(abs((row[-1] - row[0]).item()) for row in whole) > 0.36 * 250
+    uncropped = [mild((str(tmp_path / "ramp.png"), 0))["image"][0, 0].double() for _ in range(10)]
+    # Brightness and contrast scale the ramp by at least 0.6 each
+    assert min(abs((row[-1] - row[0]).item()) for row in uncropped) > 0.36 * 250
 
 
-def test_names_are_looked_for_below_the_data_sets(shapes):
-    found = read_folder("shapes/crops/train")
-    assert Path(found.root) == shapes / "crops/train"
-    assert found.classes == ["cross", "disc", "ring", "square", "star", "triangle"]
+def test_paths_relative_to_detectron2_datasets(shapes):
+    folder = read_folder("shapes/crops/train")
+    assert Path(folder.root) == shapes / "crops/train"
+    assert folder.classes == ["cross", "disc", "ring", "square", "star", "triangle"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_image_that_cannot_be_read(num_workers, tmp_path):
-    """From a process of the loader too, it is one sentence."""
+def test_unreadable_image(num_workers, tmp_path):
+    """The error is one sentence, also from a worker process."""
     (tmp_path / "cat").mkdir()
-    (tmp_path / "cat/broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "cat/broken.jpg").write_bytes(b"not an image")
     cfg = config("DATALOADER.NUM_WORKERS", num_workers, "SOLVER.IMS_PER_BATCH", 1)
     with pytest.raises(InputError) as error:
         next(iter(build_test_loader(cfg, str(tmp_path))))
-    assert str(error.value).startswith(f"{tmp_path}/cat/broken.jpg cannot be read as a picture")
+    assert str(error.value).startswith(f"{tmp_path}/cat/broken.jpg ")
     assert "\n" not in str(error.value)

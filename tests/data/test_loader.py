@@ -1,4 +1,4 @@
-"""Training batches: those of Detectron2, wherever they are begun and however many load them."""
+"""Training batches are those of Detectron2, for any first batch and number of workers."""
 
 from itertools import islice
 
@@ -16,9 +16,9 @@ RECORDS = [{"file_name": str(i), "width": 3 + i % 3, "height": 4} for i in range
 
 
 def noisy(record: dict) -> dict:
-    """A mapper that draws from every generator there is."""
+    """A mapper that draws from the generators of PyTorch and NumPy, and fails on one record."""
     if record["file_name"] == "7":
-        raise OSError("it is gone")
+        raise OSError("no such file")
     return {**record, "drawn": (torch.rand(()).item(), np.random.rand())}
 
 
@@ -36,13 +36,13 @@ def loader(workers: int = 0, group: bool = True, first: int = 0) -> TrainLoader:
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_begun_at_a_batch_they_are_those_from_there_on(group):
-    whole = list(islice(loader(group=group), 30))
-    assert list(islice(loader(group=group, first=17), 13)) == whole[17:]
-    assert list(islice(loader(2, group, first=17), 13)) == whole[17:], "two loading processes"
+def test_starting_at_a_batch_gives_the_same_later_batches(group):
+    batches = list(islice(loader(group=group), 30))
+    assert list(islice(loader(group=group, first=17), 13)) == batches[17:]
+    assert list(islice(loader(2, group, first=17), 13)) == batches[17:], "two workers"
 
 
-def test_the_order_is_detectron2_s():
+def test_order_equals_that_of_detectron2():
     with seeded(11):
         sampler = TrainingSampler(len(RECORDS))
     expected = islice(AspectRatioGroupedDataset((RECORDS[i] for i in sampler), 2), 20)
@@ -53,7 +53,7 @@ def test_the_order_is_detectron2_s():
     assert names == [[record["file_name"] for record in batch] for batch in expected]
 
 
-def test_nothing_else_is_drawn_otherwise_for_it():
+def test_loading_leaves_the_global_generators_unchanged():
     batches = iter(loader())
     next(batches)
     torch.manual_seed(0)
@@ -63,29 +63,29 @@ def test_nothing_else_is_drawn_otherwise_for_it():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_every_place_draws_for_itself():
+def test_each_sample_has_its_own_random_numbers():
     samples = [s for batch in islice(loader(), 30) for s in batch if isinstance(s, dict)]
     assert len({sample["drawn"] for sample in samples}) == len(samples) > 50
 
 
-def test_what_cannot_be_read_is_told():
-    batches = [sample for batch in islice(loader(), 30) for sample in batch]
-    found = {sample for sample in batches if isinstance(sample, UnreadableSample)}
-    assert found == {UnreadableSample("7", "it is gone")}
+def test_unreadable_samples_are_marked():
+    samples = [sample for batch in islice(loader(), 30) for sample in batch]
+    unreadable = {sample for sample in samples if isinstance(sample, UnreadableSample)}
+    assert unreadable == {UnreadableSample("7", "no such file")}
 
 
 @pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
-def test_of_a_config(sampler):
+def test_loader_from_a_config(sampler):
     cfg = shapes_config(
         *("mask_rcnn_R_18_FPN_gn", "DATALOADER.SAMPLER_TRAIN", sampler),
         *("DATALOADER.REPEAT_THRESHOLD", 0.5),
     )
-    found, again = build_train_loader(cfg), build_train_loader(cfg)
-    found.start_at(3, 0)
-    again.start_at(3, 4)
-    batches = list(islice(found, 6))
-    for one, two in zip(batches[4:], islice(again, 2), strict=True):
+    first, resumed = build_train_loader(cfg), build_train_loader(cfg)
+    first.start_at(3, 0)
+    resumed.start_at(3, 4)
+    batches = list(islice(first, 6))
+    for one, two in zip(batches[4:], islice(resumed, 2), strict=True):
         assert [x["file_name"] for x in one] == [x["file_name"] for x in two]
         assert all(torch.equal(x["image"], y["image"]) for x, y in zip(one, two, strict=True))
-    theirs = next(iter(build_detection_train_loader(cfg)))
-    assert [x.keys() for x in batches[0]] == [x.keys() for x in theirs]
+    expected = next(iter(build_detection_train_loader(cfg)))
+    assert [x.keys() for x in batches[0]] == [x.keys() for x in expected]

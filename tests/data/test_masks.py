@@ -1,4 +1,4 @@
-"""Masks that pycocotools, which is written in C, would read wrongly, or crash on."""
+"""Masks that pycocotools, which is written in C, would misread or crash on."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from child import limit_memory, run_in_child
 from PIL import Image
 
 from gn_det.data.annotations import clean_objects
-from gn_det.data.clean import Source, survey
+from gn_det.data.clean import Source, inspect_source
 from gn_det.data.findings import Findings
 from gn_det.data.masks import area_of, bounds_of, clean_mask, length_of
 
@@ -21,15 +21,15 @@ SQUARE = [10, 10, 20, 10, 20, 20, 10, 20]
 
 
 def take(mask: object, size: tuple[int, int] = SIZE) -> tuple:
-    """A mask as it is trained on, and what stops."""
-    found = Findings()
-    return clean_mask("mask 7", mask, size, found), [str(f) for f in found if f.stops]
+    """The cleaned mask, or None, and the lines of fatal findings."""
+    findings = Findings()
+    return clean_mask("mask 7", mask, size, findings), [str(f) for f in findings if f.fatal]
 
 
 def pixels_of(counts: object) -> np.ndarray | None:
-    """Pixels of compressed or plain run lengths, by bits and unlimited numbers; None if malformed.
+    """Decode compressed or plain run lengths to pixels, with integers of unlimited size.
 
-    It knows nothing of 32 bits, nor of what this package's own decoder checks.
+    An independent reference: it neither overflows nor shares code with the package's decoder.
     """
     if isinstance(counts, str):
         numbers, bits = [], ""
@@ -37,7 +37,7 @@ def pixels_of(counts: object) -> np.ndarray | None:
             code = f"{ord(letter) - 48:06b}"
             bits = code[1:] + bits
             if code[0] == "0":
-                # Two's complement of as many bits as there are
+                # Two's complement
                 numbers.append(int(bits, 2) - (bits[0] == "1") * 2 ** len(bits))
                 bits = ""
         counts = numbers[:3]
@@ -48,8 +48,8 @@ def pixels_of(counts: object) -> np.ndarray | None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_rle_is_decoded_as_it_was_checked(seed):
-    """Thousands of random and damaged ones: what is taken has the same pixels in pycocotools."""
+def test_accepted_rle_is_decoded_correctly_by_pycocotools(seed):
+    """Thousands of random and damaged masks; accepted ones have the pixels of the reference."""
     run_in_child(__file__, "rle", seed)
 
 
@@ -57,34 +57,34 @@ def check_rle(seed: int) -> None:
     from hostile_annotations import hostile_counts
 
     limit_memory(4)
-    rng, taken = random.Random(seed), 0
+    rng, accepted = random.Random(seed), 0
     for _ in range(4000):
         height, width = rng.choice([(1, 1), (30, 40), (40, 30), (1, 300), (100, 1)])
         counts = hostile_counts(rng, height * width)
         mask, _ = take({"size": [height, width], "counts": counts}, (height, width))
         if mask is None:
             continue
-        taken += 1
+        accepted += 1
         decoded = coco_mask.decode(mask)
         assert decoded.shape == (height, width)
         assert np.array_equal(decoded.T.ravel(), pixels_of(counts)), counts
         again = coco_mask.encode(np.asfortranarray(decoded))
         assert bounds_of(mask) == tuple(coco_mask.toBbox(again))
         assert coco_mask.iou([mask], [again], [0]) == 1
-    assert taken > 300
+    assert accepted > 300
 
 
 RUNS_33_BITS = "0" + "PPPPPP4" + "c0"
-REFUSED = {
-    "seven letters": "P" * 6 + "0",
-    "a run that 32 bits cut to the right length": RUNS_33_BITS,
-    "nothing": "",
-    "another alphabet": "٣",
+REJECTED_RLE = {
+    "seven characters in a run": "P" * 6 + "0",
+    "a run that overflows to the right length in 32 bits": RUNS_33_BITS,
+    "an empty string": "",
+    "a character beyond ASCII": "٣",
     "a byte of 0": "\0",
-    "half a number": "P",
-    "one beyond the image": [1201],
-    "a negative one": [-1, 1201],
-    "runs that are too long, the sum being right": [1300, -100],
+    "an incomplete number": "P",
+    "one pixel too many": [1201],
+    "a negative run": [-1, 1201],
+    "too long runs with the right sum": [1300, -100],
     "a bool": [1199, True],
     "floats": [1200.0],
     "a huge number": [10**400],
@@ -93,16 +93,16 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_rle_that_is_refused(case):
-    mask, stops = take({"size": [30, 40], "counts": REFUSED[case]})
-    assert mask is None and len(stops) == 1 and "mask 7" in stops[0]
+@pytest.mark.parametrize("case", REJECTED_RLE)
+def test_rejected_rle(case):
+    mask, errors = take({"size": [30, 40], "counts": REJECTED_RLE[case]})
+    assert mask is None and len(errors) == 1 and "mask 7" in errors[0]
 
 
 @pytest.mark.parametrize("size", [[30.0, 40.0], [30, 40]])
-def test_rle_of_sizes_that_are_equal_to_the_image_s(size):
-    mask, stops = take({"size": size, "counts": [0, 1, 1199]})
-    assert [type(side) for side in mask["size"]] == [int, int] and not stops
+def test_rle_size_is_converted_to_integers(size):
+    mask, errors = take({"size": size, "counts": [0, 1, 1199]})
+    assert [type(side) for side in mask["size"]] == [int, int] and not errors
     assert coco_mask.area(mask) == 1
 
 
@@ -117,7 +117,7 @@ def test_rle_of_sizes_that_are_equal_to_the_image_s(size):
     ],
 )
 def test_runs_of_length_0_are_joined(counts, expected):
-    """As pycocotools writes them; with others it finds wrong bounds."""
+    """As pycocotools encodes them; with empty runs it computes wrong bounding boxes."""
     compressed = coco_mask.frPyObjects({"size": [30, 40], "counts": counts}, 30, 40)
     mask, _ = take({"size": [30, 40], "counts": counts})
     assert take({"size": [30, 40], "counts": compressed["counts"].decode()})[0] == mask
@@ -131,52 +131,52 @@ def zigzag(count: int, width: float) -> list[float]:
     return [value for i in range(count) for value in (i % 2 * width, i * 0.0001)]
 
 
-UNSAFE = {
+REJECTED_POLYGONS = {
     "a coordinate of 1e8": [[*SQUARE, 1e8, 10]],
-    "a negative one": [[*SQUARE, 10, -1e8]],
-    "a second polygon": [SQUARE, [v * 1000 for v in SQUARE]],
-    "a huge whole number": [[*SQUARE, 10**30, 10]],
-    "two points, which pycocotools takes for a box": [SQUARE, [0, 0, 1e8, 1e8]],
-    "an image away": [[v + 100 for v in SQUARE]],
+    "a coordinate of -1e8": [[*SQUARE, 10, -1e8]],
+    "a far second polygon": [SQUARE, [v * 1000 for v in SQUARE]],
+    "a huge integer": [[*SQUARE, 10**30, 10]],
+    "two points, which pycocotools reads as a box": [SQUARE, [0, 0, 1e8, 1e8]],
+    "a polygon outside the image": [[v + 100 for v in SQUARE]],
     "a line that fills the image twice": [zigzag(100, 40)],
     "many points": [SQUARE * 500_000],
     "many polygons": [SQUARE] * 100,
 }
 
 
-@pytest.mark.parametrize("case", UNSAFE)
-def test_polygons_that_are_refused(case):
-    mask, stops = take(UNSAFE[case])
-    assert mask is None and len(stops) == 1 and "mask 7" in stops[0]
+@pytest.mark.parametrize("case", REJECTED_POLYGONS)
+def test_rejected_polygons(case):
+    mask, errors = take(REJECTED_POLYGONS[case])
+    assert mask is None and len(errors) == 1 and "mask 7" in errors[0]
 
 
-def test_many_polygons_of_a_large_image_are_refused():
-    """Merging them takes a time in proportion to their number times their length."""
-    mask, stops = take([SQUARE] * 6000, (3000, 3000))
-    assert mask is None and len(stops) == 1
+def test_many_polygons_of_a_large_image_are_rejected():
+    """The time for merging is proportional to their number times their length."""
+    mask, errors = take([SQUARE] * 6000, (3000, 3000))
+    assert mask is None and len(errors) == 1
 
 
 @pytest.mark.parametrize("shift", [-40, 0, 50])
-def test_polygons_that_leave_their_image_are_kept(shift):
+def test_polygons_that_extend_beyond_their_image_are_kept(shift):
     polygon = [float(x + shift) if i % 2 == 0 else x for i, x in enumerate(SQUARE)]
-    mask, stops = take([polygon])
-    assert mask == [polygon] and not stops
+    mask, errors = take([polygon])
+    assert mask == [polygon] and not errors
 
 
 def test_a_comb_of_every_other_column_is_kept():
-    """There are no longer outlines of single pixels."""
+    """No outline along single pixels is longer."""
     comb = [value for x in range(0, 40, 2) for value in (x, 1, x, 30, x + 1, 30, x + 1, 1)]
-    mask, stops = take([[*comb, 40, 0, 0, 0]])
-    assert mask and not stops
+    mask, errors = take([[*comb, 40, 0, 0, 0]])
+    assert mask and not errors
     assert abs(area_of(mask, *SIZE) - (40 + 20 * 29)) <= 40
 
 
-def test_what_is_taken_is_safe():
+def test_accepted_polygons_can_be_drawn():
     run_in_child(__file__, "polygons")
 
 
 def check_polygons() -> None:
-    """Random ones, and the worst that are taken, in all that reads them."""
+    """Draw random polygons, and the longest accepted ones, with pycocotools and Detectron2."""
     import torch
     from detectron2.structures import PolygonMasks
     from hostile_annotations import NUMBERS
@@ -194,44 +194,49 @@ def check_polygons() -> None:
         area_of(mask, *SIZE)
         arrays = [np.array(polygon, dtype=float) for polygon in mask]
         PolygonMasks([arrays]).crop_and_resize(torch.tensor([[10.0, 10, 20, 20]]), 28)
-    worst, stops = take([zigzag(2900, 3000)], (3000, 3000))
-    assert worst and not stops and length_of(worst) > 8e6
+    worst, errors = take([zigzag(2900, 3000)], (3000, 3000))
+    assert worst and not errors and length_of(worst) > 8e6
     area_of(worst, 3000, 3000)
 
 
-@pytest.mark.parametrize(("side", "stops"), [(0.01, True), (100, False)])
-def test_long_masks_in_small_boxes(side, stops):
-    """Training draws a mask as large as its box is to the network: 28 pixels wide."""
+@pytest.mark.parametrize(("side", "fatal"), [(0.01, True), (100, False)])
+def test_long_masks_in_small_boxes(side, fatal):
+    """Training scales masks so that their boxes are 28 pixels wide."""
     annotation = {"id": 7, "image_id": 1, "category_id": 1, "bbox": [10, 10, side, side]}
     annotation |= {"segmentation": [zigzag(1000, 100)], "area": 5}
-    found = Findings()
-    objects = list(clean_objects([annotation], {1: (3000, 3000)}, found))
-    assert bool(objects) is not stops
-    assert (
-        any(f.what.startswith("masks that are long") and "7" in f.examples for f in found) == stops
-    )
+    findings = Findings()
+    objects = list(clean_objects([annotation], {1: (3000, 3000)}, findings))
+    assert bool(objects) is not fatal
+    long_masks = [f for f in findings if f.description.startswith("masks") and f.fatal]
+    assert [f.examples for f in long_masks] == [("7",)] * fatal
 
 
-UNREAD = {
+INVALID = {
     "without a box": {"bbox": [1, 1, 0, 5], "segmentation": [[*SQUARE, 1e8, 10]]},
     "without an id": {"id": None, "segmentation": SQUARE},
-    "sizes that are no whole numbers": {
+    "sizes that are not integers": {
         "segmentation": {"size": [30.0, 40.0], "counts": [0, 9, 1191]},
     },
     "with an area": {"area": 100, "segmentation": [[*SQUARE, 1e8, 10]]},
 }
 
 
-@pytest.mark.parametrize("case", UNREAD)
-def test_masks_of_a_file_that_is_used_as_it_is(case, tmp_path):
-    """Detectron2 and pycocotools read them all, whatever a cleaned copy would leave out."""
+@pytest.mark.parametrize("case", INVALID)
+def test_masks_of_a_file_that_is_used_without_cleaning(case, tmp_path):
+    """Detectron2 and pycocotools read all masks, also those that cleaning would skip."""
     Image.new("L", SIZE[::-1]).save(tmp_path / "a.png")
     images = [{"id": 1, "file_name": "a.png", "width": 40, "height": 30}]
-    entry = {"id": 7, "image_id": 1, "category_id": 1, "bbox": [10, 10, 10, 10], **UNREAD[case]}
+    entry = {
+        "id": 7,
+        "image_id": 1,
+        "category_id": 1,
+        "bbox": [10, 10, 10, 10],
+        **INVALID[case],
+    }
     content = {"images": images, "annotations": [entry], "categories": [{"id": 1, "name": "a"}]}
     (tmp_path / "a.json").write_text(json.dumps(content))
-    found = survey(Source(tmp_path / "a.json", tmp_path))
-    assert any(f.stops and ("masks" in f.what or "polygons" in f.what) for f in found)
+    findings = inspect_source(Source(tmp_path / "a.json", tmp_path))
+    assert any(f.fatal and "masks" in f.description for f in findings)
 
 
 if __name__ == "__main__":

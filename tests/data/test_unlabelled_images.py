@@ -1,4 +1,4 @@
-"""Pictures without labels: chosen, cut square, in the colours that the network takes."""
+"""Unlabelled images: random choice, square crop, channel order and bit depth."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,8 @@ from gn_det.data.unlabelled_images import choose_images, load_images
 from gn_det.errors import InputError
 
 
-def test_colours_and_square(tmp_path):
-    """A wide picture loses its sides; BGR is RGB turned round."""
+def test_channel_order_and_square_crop(tmp_path):
+    """A wide image loses its sides; BGR has the channels of RGB in reverse."""
     pixels = np.zeros((8, 24, 3), np.uint8)
     pixels[:, 8:16] = (200, 100, 50)
     Image.fromarray(pixels).save(tmp_path / "wide.png")
@@ -20,16 +20,16 @@ def test_colours_and_square(tmp_path):
     assert (rgb == rgb[:, :, :1, :1]).all()
 
 
-def test_turned_by_exif_and_grey(tmp_path):
-    picture = Image.fromarray(np.repeat(np.uint8([[0], [255]]), 2, axis=1))
+def test_grey_image_with_exif_orientation(tmp_path):
+    image = Image.fromarray(np.repeat(np.uint8([[0], [255]]), 2, axis=1))
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
-    picture.save(tmp_path / "turned.png", exif=exif)
+    image.save(tmp_path / "turned.png", exif=exif)
     assert load_images([tmp_path / "turned.png"], 2, "RGB")[0, 0].tolist() == [[255] * 2, [0] * 2]
 
 
 def test_sixteen_bits(tmp_path):
-    """Stretched to 8 as for training and prediction, where Pillow would make all of it white."""
+    """Values are scaled to 8 bits, as for training and prediction; Pillow would clip them."""
     ramp = np.repeat(np.linspace(1000, 3000, 64)[None], 64, axis=0).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
     pixels = load_images([tmp_path / "deep.png"], 64, "RGB")[0].double()
@@ -37,7 +37,7 @@ def test_sixteen_bits(tmp_path):
     torch.testing.assert_close(pixels, wanted, rtol=0, atol=1)
 
 
-def test_a_choice(tmp_path):
+def test_choose_images(tmp_path):
     for i in range(6):
         Image.new("L", (4, 4)).save(tmp_path / f"{i}.png")
     for name in ("notes.txt", "._0.png", "paper.pdf", "drawing.eps"):
@@ -47,7 +47,7 @@ def test_a_choice(tmp_path):
     assert len(choose_images(tmp_path, 99)) == 6
 
 
-def test_no_image(tmp_path):
-    (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"broken\.jpg cannot be read"):
+def test_unreadable_image(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"broken\.jpg"):
         load_images([tmp_path / "broken.jpg"], 8, "RGB")

@@ -1,4 +1,4 @@
-"""Accumulated gradients against those of the batch in one piece, on whole Mask R-CNNs."""
+"""Accumulated gradients of Mask R-CNN equal those of the undivided batch."""
 
 import gc
 import json
@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from gn_det.engine.accumulate import accumulate_gradients
 from gn_det.engine.trainer import Trainer
 
-# Every anchor and every proposal is sampled, so that no chance is left
+# All anchors and proposals are used, so that sampling is not random
 ALL = (
     *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 100_000, "MODEL.RPN.POSITIVE_FRACTION", 1.0),
     *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 100_000, "MODEL.ROI_HEADS.POSITIVE_FRACTION", 1.0),
@@ -33,7 +33,7 @@ C4 = (
 
 
 def double(cfg) -> nn.Module:
-    """The model in float64, but for NMS, which Detectron2 has in float32 only."""
+    """The model in float64, except for NMS, which Detectron2 supports in float32 only."""
     torch.manual_seed(0)
     model = build_model(cfg).double().train()
     rpn = model.proposal_generator
@@ -48,7 +48,7 @@ def double(cfg) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def batch(shapes) -> list[dict]:
-    """Four pictures of different sizes and with different numbers of objects."""
+    """Four images of different sizes and with different numbers of objects."""
     cfg = shapes_config("mask_rcnn_R_18_FPN_gn", *ALL, "INPUT.MIN_SIZE_TRAIN", "(64,96,128)")
     for records in Trainer.build_train_loader(cfg):
         sizes = {tuple(r["image"].shape) for r in records}
@@ -58,20 +58,20 @@ def batch(shapes) -> list[dict]:
 
 
 def gradients(model: nn.Module, batch: list[dict]) -> tuple[dict, dict]:
+    """The losses and the gradients."""
     model.zero_grad()
     with EventStorage():
         losses = model(batch)
     sum(losses.values()).backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: loss.detach() for name, loss in losses.items()}, found
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: loss.detach() for name, loss in losses.items()}, grads
 
 
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("opts", [(), C4, ("MODEL.FPN.NORM", "")], ids=["FPN", "C4", "plain FPN"])
-def test_equals_one_batch(parts, opts, batch):
+def test_equals_the_undivided_batch(parts, opts, batch):
     cfg = shapes_config("mask_rcnn_R_18_FPN_gn", *ALL, *opts)
-    whole = double(cfg)
-    losses, expected = gradients(whole, batch)
+    losses, expected = gradients(double(cfg), batch)
     model = double(cfg)
     accumulate_gradients(model, parts)
     found_losses, found = gradients(model, batch)
@@ -83,8 +83,8 @@ def test_equals_one_batch(parts, opts, batch):
         assert_close(found[name], gradient, rtol=0, atol=1e-5 * scale + 1e-12, msg=name)
 
 
-def test_parts_without_objects_count_nothing(batch):
-    """The mask loss is over the batch's foreground RoIs: a part without any must not dilute it."""
+def test_parts_without_objects_have_no_weight(batch):
+    """The mask loss is an average over foreground RoIs; a part without any must not change it."""
     cfg = shapes_config("mask_rcnn_R_18_FPN_gn", *ALL)
     empty = [{**r, "instances": r["instances"][:0]} for r in batch[:2]]
     for records in ([*empty, *batch[2:]], empty * 2):
@@ -98,7 +98,7 @@ def test_parts_without_objects_count_nothing(batch):
 
 
 def test_memory_of_one_part(batch):
-    """When a part's turn comes, no activation of another part is left, in either direction."""
+    """Activations of one part are freed before those of the next are computed."""
     alive, most, runs = [], 0, 0
 
     def count(module, inputs, output):
@@ -114,12 +114,12 @@ def test_memory_of_one_part(batch):
     assert (most, runs) == (0, 1)
     accumulate_gradients(model, 4)
     gradients(model, batch)
-    assert runs == 1 + 4 * 2, "each part forward, and once more in backward"
-    assert most <= 1, "of the part before, while the next begins"
+    assert runs == 1 + 4 * 2, "each part runs once in forward and once in backward"
+    assert most <= 1, "those of the previous part, when the next starts"
 
 
-def test_under_autocast(batch):
-    """The second run is in the precision of the first, or gradients would not fit the losses."""
+def test_autocast_applies_to_recomputation(batch):
+    """Otherwise the gradients would not be those of the losses."""
     cfg = shapes_config("mask_rcnn_R_18_FPN_gn", *ALL)
 
     def run(parts: int) -> tuple[dict, dict]:
@@ -145,8 +145,8 @@ def test_under_autocast(batch):
         assert_close(found[name], gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
 
 
-def test_sampled_rois_are_the_same_in_both_runs(batch):
-    """Detectron2 samples RoIs at random: backward must get those that the losses were of."""
+def test_recomputation_samples_the_same_rois(batch):
+    """Detectron2 samples RoIs at random, but backward must use those of the losses."""
     cfg = shapes_config("mask_rcnn_R_18_FPN_gn", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8)
     model = build_model(cfg).train()
     accumulate_gradients(model, 4)
@@ -159,7 +159,7 @@ def test_sampled_rois_are_the_same_in_both_runs(batch):
         assert_close(one, two, rtol=1e-5, atol=1e-5)
 
 
-def test_inference_and_names_stay(batch):
+def test_inference_and_names_do_not_change(batch):
     cfg = shapes_config("mask_rcnn_R_18_FPN_gn")
     torch.manual_seed(0)
     plain = build_model(cfg).eval()
@@ -172,8 +172,8 @@ def test_inference_and_names_stay(batch):
             assert torch.equal(one["instances"].scores, two["instances"].scores)
 
 
-def test_a_run_is_interrupted_and_resumed(tmp_path):
-    """Clipped, in two parts, with train_net.py: 2 iterations and 2 more, as 4 at a time."""
+def test_train_net_resumes_with_accumulation(tmp_path):
+    """Two iterations, then two more, with clipped gradients."""
     config = "configs/Shapes/mask_rcnn_R_18_FPN_gn.yaml"
     keys = [*TINY, *SCRATCH, "SOLVER.ACCUMULATE_ITERS", 2, "TEST.EVAL_PERIOD", 0]
     keys += ["SOLVER.STEPS", "()", "OUTPUT_DIR", tmp_path, "SOLVER.CLIP_GRADIENTS.ENABLED", True]

@@ -1,4 +1,4 @@
-"""`tools/train_net.py --check`: the recipe in words, without training."""
+"""`tools/train_net.py --check` prints the recipe without training."""
 
 import io
 import json
@@ -26,8 +26,8 @@ def check(config: str, *words: object, tool=train) -> str:
 
 def section(printed: str, title: str) -> list[str]:
     """The lines of one section, without its title."""
-    found = re.search(rf"^{title} .*(?:\n {{17}}.*)*", printed, re.MULTILINE)
-    return [line[17:] for line in found[0].splitlines()]
+    match = re.search(rf"^{title} .*(?:\n {{17}}.*)*", printed, re.MULTILINE)
+    return [line[17:] for line in match[0].splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def gn(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("check")
     opts = ("--num-gpus", 8, "OUTPUT_DIR", folder / "run")
     printed = check(f"{PAPER}/mask_rcnn_R_50_FPN_noaug_2x_gn.yaml", *opts)
-    assert not (folder / "run").exists(), "nothing is written"
+    assert not (folder / "run").exists(), "nothing may be written"
     return printed
 
 
@@ -49,17 +49,17 @@ def test_norms_of_each_part(gn):
 
 
 def test_batch_and_schedule_by_number_of_gpus(gn):
-    assert section(gn, "batch") == ["16 images a step: 2 a pass on 8 GPUs"]
+    assert section(gn, "batch") == ["16 images per step: 2 per pass on 8 GPUs"]
     rates = ["step 0: 0.006667", "step 500: 0.02", "step 120,000: 0.002", "step 160,000: 0.0002"]
     assert section(gn, "learning rate") == [*rates, "step 180,000: the end"]
     path = f"{PAPER}/mask_rcnn_R_50_FPN_noaug_2x_gn.yaml"
     one = check(path, "SOLVER.ACCUMULATE_ITERS", 2)
-    assert section(one, "batch") == ["2 images a step: 1 a pass on 1 GPU, 2 passes"]
+    assert section(one, "batch") == ["2 images per step: 1 per pass on 1 GPU, 2 passes"]
     assert section(one, "learning rate")[2] == "step 960,000: 0.00025"
 
 
 def test_published_weights(gn):
-    """The released R-50-GN has 53 convolutions with a gamma and a beta each: 159 tensors."""
+    """The released R-50-GN has 53 convolutions, each with gamma and beta: 159 tensors."""
     weights = section(gn, "initial weights")
     assert weights[1] == "filled: 159 of 223 tensors (ResNet 159)"
     assert weights[2].startswith("random: 64 of 223 tensors (FPN 24, RPN 6, ")
@@ -68,15 +68,15 @@ def test_published_weights(gn):
 
 
 def test_optimizer(gn):
-    """Of 61 trained norms, gammas and betas have no decay, and biases twice the rate."""
+    """No weight decay on gamma and beta; the rate of biases is doubled, as in Detectron."""
     lines = section(gn, "optimizer")
     assert lines[0] == "SGD, momentum 0.9"
     assert "58 norm tensors, learning rate 0.02, weight decay 0" in lines
     assert "58 norm tensors, learning rate 0.04, weight decay 0" in lines
 
 
-def test_weights_of_ones_own_and_data(tmp_path, shapes):
-    """What a file fills is counted on the file itself, and epochs on the data set."""
+def test_custom_weights_and_dataset(tmp_path, shapes):
+    """The file is read to count the tensors that it fills, and the dataset to count epochs."""
     cfg = shapes_config("mask_rcnn_R_18_FPN_gn")
     state = build_model(cfg).backbone.bottom_up.state_dict()
     state["left.over"] = state["stem.conv1.weight"].clone()
@@ -88,11 +88,11 @@ def test_weights_of_ones_own_and_data(tmp_path, shapes):
         warnings.simplefilter("always")
         printed = check(SHAPES, *TINY, *keys, "MODEL.WEIGHTS", path)
     assert not [w for w in warned if "stem.conv1.weight" in str(w.message)]
-    trunk, filled, random, unused = section(printed, "initial weights")
-    assert trunk == str(path)
+    path_line, filled, random, unused = section(printed, "initial weights")
+    assert path_line == str(path)
     assert filled.endswith("(ResNet 60)") and random.split(": ")[1].startswith("64 of 124")
     assert "(FPN 24" in random
-    assert unused == "in the file, but not used: 1 tensors, left.over the first"
+    assert unused.startswith("unused: 1 tensors") and unused.endswith("left.over")
     annotations = json.loads((shapes / "instances_train.json").read_text())["annotations"]
     annotated = {a["image_id"] for a in annotations if not a["iscrowd"]}
     (data,) = section(printed, "training set")
@@ -101,15 +101,15 @@ def test_weights_of_ones_own_and_data(tmp_path, shapes):
 
 
 def test_pretraining():
-    """The schedule in epochs, and gamma and beta decayed, without the folder of pictures."""
+    """Schedule in epochs, weight decay on gamma and beta, and no training folder."""
     path = "configs/ImageNet-Classification/R_50_gn.yaml"
     printed = check(path, "--num-gpus", 8, tool=pretrain)
     assert section(printed, "norm layers")[0] == "ResNet: 53 GN (32 groups)"
-    assert section(printed, "training set")[0].startswith("imagenet/train IS NOT HERE")
+    assert section(printed, "training set")[0].startswith("imagenet/train NOT FOUND")
     rates = ["epoch 0: 0.1", "epoch 30: 0.01", "epoch 60: 0.001", "epoch 90: 0.0001"]
     assert section(printed, "learning rate") == [*rates, "epoch 100: the end"]
     assert "106 norm tensors, learning rate 0.1, weight decay 0.0001" in printed
-    assert section(printed, "batch") == ["256 images a step: 32 a pass on 8 GPUs"]
+    assert section(printed, "batch") == ["256 images per step: 32 per pass on 8 GPUs"]
     halves = check(path, "PRETRAIN.EPOCHS", 2, "PRETRAIN.STEPS", "(0.5,1.5)", tool=pretrain)
     assert section(halves, "learning rate")[1:3] == ["epoch 0.5: 0.01", "epoch 1.5: 0.001"]
 
@@ -120,30 +120,32 @@ def test_pretraining_on_a_folder(shapes):
     printed = check("configs/Shapes/pretrain_R_18_bn.yaml", *TINY, *keys, tool=pretrain)
     (data,) = section(printed, "training set")
     steps = round(4 * crops / 8)
-    assert data == f"shapes/crops/train: {crops} pictures of 6 classes, 4 epochs in {steps} steps"
+    assert data == f"shapes/crops/train: {crops} images in 6 classes, 4 epochs in {steps} steps"
     first, second, _ = section(printed, "learning rate")
-    assert first == "epoch 0: 0.0025" and second.endswith(": 0.00025"), "0.01 is for 32"
+    assert first == "epoch 0: 0.0025" and second.endswith(": 0.00025"), (
+        "0.01 is the rate for a batch of 32"
+    )
     assert float(second.split()[1][:-1]) == pytest.approx(2, abs=0.2)
 
 
-def test_what_is_missing_is_told():
+def test_missing_files_are_reported():
     printed = check(f"{PAPER}/mask_rcnn_R_50_C4_noaug_2x_ln.yaml")
     assert section(printed, "norm layers")[0].startswith("ResNet: 43 LN (one group)")
-    assert section(printed, "initial weights") == ["R-50-LN.pth IS NOT HERE: training would stop"]
-    assert "coco_2017_train IS NOT HERE" in section(printed, "training set")[0]
+    assert section(printed, "initial weights") == ["R-50-LN.pth NOT FOUND: training would abort"]
+    assert "coco_2017_train NOT FOUND" in section(printed, "training set")[0]
 
 
 @pytest.mark.parametrize(
     ("opts", "kind"),
     [
-        (("MODEL.GROUP_NORM.DIM_PER_GP", 16), "GN (16 channels a group)"),
+        (("MODEL.GROUP_NORM.DIM_PER_GP", 16), "GN (16 channels per group)"),
         (("MODEL.GROUP_NORM.NUM_GROUPS", 8), "GN (8 groups)"),
-        (("MODEL.RESNETS.NORM", "IN"), "IN (one channel a group)"),
+        (("MODEL.RESNETS.NORM", "IN"), "IN (one channel per group)"),
         (("MODEL.RESNETS.NORM", "BN"), "BN"),
         (("MODEL.RESNETS.NORM", "SyncBN", "MODEL.DEVICE", "cuda"), "SyncBN"),
     ],
 )
-def test_names_of_norms(opts, kind):
+def test_kinds_of_norms(opts, kind):
     printed = check(SHAPES, *TINY, *SCRATCH, "SOLVER.STEPS", "()", *opts)
     assert section(printed, "norm layers")[0] == f"ResNet: 20 {kind}"
 
@@ -157,21 +159,21 @@ def test_names_of_norms(opts, kind):
         ("SOLVER.BASE_LR", 0.0),
     ],
 )
-def test_the_learning_rate_is_that_of_the_config(opts):
-    """Whatever factors parts of the model have."""
+def test_the_base_learning_rate_is_shown(opts):
+    """Factors of parts of the model do not change it."""
     printed = check(SHAPES, *TINY, *SCRATCH, "SOLVER.STEPS", "()", "SOLVER.WARMUP_ITERS", 1, *opts)
     rate = shapes_config("mask_rcnn_R_18_FPN_gn", *opts).SOLVER.BASE_LR
     assert section(printed, "learning rate")[1] == f"step 1: {rate:.4g}"
 
 
-def test_divisions_of_resnet_and_heads_are_told_apart():
+def test_grouping_of_resnet_and_heads_may_differ():
     opts = ("MODEL.GROUP_NORM.DIM_PER_GP", 16, "MODEL.GROUP_NORM.HEADS_NUM_GROUPS", 64)
     printed = check(SHAPES, *TINY, *SCRATCH, "SOLVER.STEPS", "()", *opts)
     resnet, fpn, *_ = section(printed, "norm layers")
-    assert resnet == "ResNet: 20 GN (16 channels a group)" and fpn == "FPN: 8 GN (64 groups)"
+    assert resnet == "ResNet: 20 GN (16 channels per group)" and fpn == "FPN: 8 GN (64 groups)"
 
 
-def test_a_wrong_config_ends_with_its_problems():
+def test_check_reports_problems_and_fails():
     words = ("--check", "MODEL.WEIGHTS", "", "SOLVER.MAX_ITER", 10)
     done = command("tools/train_net.py", "--config-file", SHAPES, *words)
     assert done.returncode == 1 and done.stdout == ""

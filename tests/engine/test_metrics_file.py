@@ -1,57 +1,57 @@
-"""What metrics.json holds after a training was stopped."""
+"""`metrics.json` after an interrupted run is resumed."""
 
 import json
 
-from gn_det.engine.metrics_file import cut_metrics
+from gn_det.engine.metrics_file import drop_metrics_from
 
 
-def write(folder, *iterations: int, torn: str = "") -> None:
+def write(folder, *iterations: int, damaged: str = "") -> None:
     lines = [json.dumps({"iteration": i, "loss": i / 10}) + "\n" for i in iterations]
-    (folder / "metrics.json").write_text("".join(lines) + torn)
+    (folder / "metrics.json").write_text("".join(lines) + damaged)
 
 
-def left(folder) -> list[int]:
+def iterations(folder) -> list[int]:
     lines = (folder / "metrics.json").read_text().splitlines()
     return [json.loads(line)["iteration"] for line in lines]
 
 
-def test_what_is_done_again_is_taken_out(tmp_path):
+def test_repeated_iterations_are_removed(tmp_path):
     write(tmp_path, 19, 39, 59, 79)
-    cut_metrics(tmp_path, 50)
-    assert left(tmp_path) == [19, 39]
-    cut_metrics(tmp_path, 50)
-    assert left(tmp_path) == [19, 39]
+    drop_metrics_from(tmp_path, 50)
+    assert iterations(tmp_path) == [19, 39]
+    drop_metrics_from(tmp_path, 50)
+    assert iterations(tmp_path) == [19, 39]
 
 
-def test_wherever_it_stands(tmp_path):
-    """The losses of a batch that was passed over are an iteration older than the rest."""
+def test_lines_out_of_order(tmp_path):
+    """After a skipped batch, the losses of an earlier iteration are written."""
     write(tmp_path, 19, 59, 58, 39)
-    cut_metrics(tmp_path, 59)
-    assert left(tmp_path) == [19, 58, 39]
+    drop_metrics_from(tmp_path, 59)
+    assert iterations(tmp_path) == [19, 58, 39]
 
 
-def test_a_torn_line_too(tmp_path):
-    for torn in ('{"iteration": 3', '{"iteration": 39, "loss": 1}', "\n", "[]\n", "\0\0"):
-        write(tmp_path, 19, torn=torn)
-        cut_metrics(tmp_path, 40)
-        assert left(tmp_path) == [19], torn
+def test_damaged_lines_are_removed(tmp_path):
+    for damaged in ('{"iteration": 3', '{"iteration": 39, "loss": 1}', "\n", "[]\n", "\0\0"):
+        write(tmp_path, 19, damaged=damaged)
+        drop_metrics_from(tmp_path, 40)
+        assert iterations(tmp_path) == [19], damaged
 
 
-def test_lines_of_one_iteration_become_one(tmp_path):
+def test_lines_of_an_iteration_are_replaced(tmp_path):
     write(tmp_path, 19, 39, 39)
-    cut_metrics(tmp_path, 39, {"iteration": 39, "loss": 3.9, "bbox/AP": 20.0})
-    assert left(tmp_path) == [19, 39]
+    drop_metrics_from(tmp_path, 39, {"iteration": 39, "loss": 3.9, "bbox/AP": 20.0})
+    assert iterations(tmp_path) == [19, 39]
     assert "bbox/AP" in (tmp_path / "metrics.json").read_text().splitlines()[-1]
 
 
-def test_a_writer_that_has_it_open_goes_on_at_its_end(tmp_path):
+def test_an_open_writer_appends_at_the_new_end(tmp_path):
     write(tmp_path, 19, 39)
     with (tmp_path / "metrics.json").open("a") as file:
-        cut_metrics(tmp_path, 30)
+        drop_metrics_from(tmp_path, 30)
         file.write(json.dumps({"iteration": 35}) + "\n")
-    assert left(tmp_path) == [19, 35]
+    assert iterations(tmp_path) == [19, 35]
 
 
 def test_without_a_file(tmp_path):
-    cut_metrics(tmp_path, 0)
+    drop_metrics_from(tmp_path, 0)
     assert not list(tmp_path.iterdir())

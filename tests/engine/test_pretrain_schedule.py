@@ -1,4 +1,4 @@
-"""The paper's ImageNet recipe in the iterations that Detectron2 counts in."""
+"""The schedule of the paper's ImageNet training, in Detectron2's iterations."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def config(name: str, *opts: object) -> CfgNode:
 
 
 def rate(cfg: CfgNode, iteration: int) -> float:
-    """What Detectron2's own scheduler makes of the config."""
+    """The learning rate of Detectron2's scheduler in an iteration."""
     scheduler = build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], cfg.SOLVER.BASE_LR))
     scheduler.last_epoch = iteration
     return scheduler.get_lr()[0]
@@ -42,8 +42,8 @@ def test_section_4_1(leaf):
     assert rate(cfg, 500_455) == pytest.approx(0.0001)
     assert (solver.MOMENTUM, solver.NESTEROV, solver.WEIGHT_DECAY) == (0.9, False, 1e-4)
     assert keys.ROI_HEADS.NUM_CLASSES == 1000 and cfg.PRETRAIN.IMAGE_SIZE == 224
-    assert cfg.TEST.EVAL_PERIOD == solver.CHECKPOINT_PERIOD == 5005, "an epoch, 5004.6"
-    # What the shipped detection configs expect of a backbone
+    assert cfg.TEST.EVAL_PERIOD == solver.CHECKPOINT_PERIOD == 5005, "one epoch, 5004.6 iterations"
+    # The shipped detection configs expect a backbone with these keys
     assert keys.PIXEL_STD == [1.0, 1.0, 1.0] and keys.PIXEL_MEAN == [103.53, 116.28, 123.675]
     assert cfg.INPUT.FORMAT == "BGR" and not keys.RESNETS.STRIDE_IN_1X1
     name = f"R_{keys.RESNETS.DEPTH}_{keys.RESNETS.NORM.lower()}"
@@ -52,7 +52,7 @@ def test_section_4_1(leaf):
 
 @pytest.mark.parametrize(("batch", "expected"), [(512, 0.2), (64, 0.025), (2, 0.1 / 128)])
 def test_the_rate_is_linear_in_the_batch(batch, expected):
-    """And the epochs stay the same; given by hand or not, nothing is scaled a second time."""
+    """The number of epochs is constant, and Detectron2 does not scale the config again."""
     cfg = resolve_config(config("R_50_bn", "SOLVER.IMS_PER_BATCH", batch), *IMAGENET)
     assert cfg.SOLVER.BASE_LR == pytest.approx(expected)
     assert cfg.SOLVER.MAX_ITER == round(100 * 1_281_167 / batch)
@@ -60,14 +60,14 @@ def test_the_rate_is_linear_in_the_batch(batch, expected):
     assert DefaultTrainer.auto_scale_workers(config("R_50_bn"), 2).SOLVER.IMS_PER_BATCH == 256
 
 
-def test_periods_of_ones_own():
+def test_custom_periods():
     cfg = config("R_50_gn", "TEST.EVAL_PERIOD", 0, "SOLVER.CHECKPOINT_PERIOD", 700)
     resolved = resolve_config(cfg, *IMAGENET)
     assert (resolved.TEST.EVAL_PERIOD, resolved.SOLVER.CHECKPOINT_PERIOD) == (0, 700)
-    assert cfg.SOLVER.BASE_LR == 0.1 and cfg.is_frozen(), "the config that was given stays"
+    assert cfg.SOLVER.BASE_LR == 0.1 and cfg.is_frozen(), "the given config must not change"
 
 
-def test_steps_that_no_iteration_lies_between():
+def test_two_steps_in_the_same_iteration():
     epochs = ("PRETRAIN.EPOCHS", 2, "PRETRAIN.STEPS", "(0.9,1.1)")
     cfg = config("R_50_gn", "SOLVER.IMS_PER_BATCH", 100, *epochs)
     with pytest.raises(InputError, match=r"PRETRAIN.STEPS .* iterations \[1, 1\] of 2"):
@@ -75,8 +75,8 @@ def test_steps_that_no_iteration_lies_between():
 
 
 @pytest.mark.parametrize("name", ["R_50_gn", "R_18_gn", "R_50_bn"])
-def test_gamma_starts_at_zero_in_each_last_norm(name):
-    """And so every residual branch at nothing; all other gammas start at 1."""
+def test_last_gamma_of_each_block_is_initialized_to_zero(name):
+    """So each residual branch starts at 0; all other gammas start at 1."""
     model = build_model(config(name, "MODEL.DEVICE", "cpu"))
     last = "conv2" if "18" in name else "conv3"
     gammas = {n: p for n, p in model.named_parameters() if n.endswith("norm.weight")}

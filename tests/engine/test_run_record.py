@@ -1,4 +1,4 @@
-"""What a run records about itself."""
+"""The facts that a run records."""
 
 import os
 import resource
@@ -14,8 +14,8 @@ from conftest import ROOT
 CHILD = "from gn_det.engine.run_record import peak_memory_mib; print(peak_memory_mib('cpu'))"
 
 
-def test_peak_memory_is_the_process_s_own():
-    """A training that a large process starts does not record the large one's memory."""
+def test_peak_memory_excludes_the_parent_process():
+    """A run that is started by a large process must not record the memory of that process."""
     size = 2**30
     np.ones(size, dtype=np.uint8)
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -26,9 +26,9 @@ def test_peak_memory_is_the_process_s_own():
 
 
 def git(folder: Path, *words: object) -> str:
-    """Git without the settings of whoever runs the tests."""
-    mine = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-    environment = {**mine, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+    """Run git without the user's settings."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    environment = {**own, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
     settings = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.hooksPath=")
     command = ["git", "-C", folder, *settings, *words]
     return subprocess.run(
@@ -38,7 +38,7 @@ def git(folder: Path, *words: object) -> str:
 
 @pytest.fixture
 def repository(tmp_path) -> Path:
-    """Somebody's, whose settings name programs that leave a file."""
+    """A repository whose settings name programs; they create the file `ran` when run."""
     folder = tmp_path / "repository"
     git(tmp_path, "init", "-q", folder)
     (folder / "file").write_text("1\n")
@@ -55,7 +55,7 @@ def repository(tmp_path) -> Path:
 
 
 def commit_of(folder: Path, installed: bool = False, **environment: str) -> str:
-    """What a copy of gn_det in a folder says."""
+    """The git commit that a copy of gn_det in a folder reports."""
     shutil.copytree(ROOT / "gn_det", folder / "gn_det", dirs_exist_ok=True)
     shutil.copytree(ROOT / "configs", folder / ("gn_det/configs" if installed else "configs"))
     code = (
@@ -72,11 +72,11 @@ def commit_of(folder: Path, installed: bool = False, **environment: str) -> str:
 
 @pytest.mark.parametrize("place", [".", "venv/lib/site-packages"])
 def test_an_installed_package_has_no_commit(place, repository, tmp_path):
-    """Not that of the repository that it was installed into, nor does it run what that names."""
+    """It does not belong to the surrounding repository, whose programs must not be run."""
     assert commit_of(repository / place, installed=True) == "None"
     assert not (tmp_path / "ran").exists()
     subprocess.run(["git", "-C", repository, "describe", "--always", "--dirty"], check=True)
-    assert (tmp_path / "ran").exists(), "the danger is real"
+    assert (tmp_path / "ran").exists(), "git runs the programs"
 
 
 def test_a_copy_in_a_repository_has_no_commit(repository, tmp_path):
@@ -92,7 +92,7 @@ def test_a_copy_in_a_repository_has_no_commit(repository, tmp_path):
 
 @pytest.mark.parametrize("worktree", [False, True])
 def test_a_checkout_has_its_commit(worktree, repository, tmp_path):
-    """Whatever the environment says, and without running what its settings name."""
+    """Environment variables are ignored, and programs in its settings are not run."""
     commit = git(repository, "rev-parse", "HEAD")
     folder = repository
     if worktree:

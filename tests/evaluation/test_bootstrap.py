@@ -1,4 +1,4 @@
-"""The AP of resamples against pycocotools on data sets with copied pictures; the intervals."""
+"""AP of resamples, compared with pycocotools on copied images; coverage of the intervals."""
 
 import json
 
@@ -20,12 +20,12 @@ from gn_det.evaluation.coco_stats import load_coco
 
 KNOWN = ROOT.parent / "shared/data/cocoeval_fixture"
 SIZE = 64
-PICTURES = 14
+IMAGES = 14
 EMPTY = (2, 9)
 
 
 def region(x: float, y: float, w: float, h: float) -> dict:
-    """A rectangle inside of the picture, as box and as mask."""
+    """A rectangle inside the image, as box and mask."""
     x, y = (int(np.clip(v, 0, SIZE - 5)) for v in (x, y))
     w, h = int(np.clip(w, 4, SIZE - x)), int(np.clip(h, 4, SIZE - y))
     mask = np.zeros((SIZE, SIZE), dtype=np.uint8, order="F")
@@ -35,9 +35,9 @@ def region(x: float, y: float, w: float, h: float) -> dict:
 
 
 def random_truth(rng) -> dict:
-    """Objects of categories 1, 2 and 5 and crowds, and some pictures with nothing."""
-    # Not in the order of the ids
-    images = [{"id": int(i), "height": SIZE, "width": SIZE} for i in rng.permutation(PICTURES)]
+    """Objects and crowds of categories 1, 2 and 5, and some empty images."""
+    # In random order of the ids
+    images = [{"id": int(i), "height": SIZE, "width": SIZE} for i in rng.permutation(IMAGES)]
     annotations = []
     for image in images:
         if image["id"] in EMPTY:
@@ -57,40 +57,40 @@ def random_truth(rng) -> dict:
 
 
 def random_detections(rng, truth: dict, skill: float = 0.7, tied: bool = False) -> list[dict]:
-    """Shifted objects, twins, crowds' members and inventions; scores are equal across pictures."""
-    found = []
+    """Shifted, duplicate, crowd and false detections; scores may be equal across images."""
+    detections = []
     for a in truth["annotations"]:
         for _ in range(6 if a["iscrowd"] else 2):
             if rng.random() < skill:
                 where = region(*(np.array(a["bbox"]) + rng.normal(0, 1.5, 4)))
-                found.append({k: a[k] for k in ("image_id", "category_id")} | where)
-    for i in range(6 * PICTURES):
+                detections.append({k: a[k] for k in ("image_id", "category_id")} | where)
+    for i in range(6 * IMAGES):
         where = region(*rng.uniform(0, 60, 2), *rng.uniform(4, 30, 2))
-        # The first picture has more detections than count
-        image_id = 0 if i < 2 * PICTURES else int(rng.integers(PICTURES))
+        # The first image has more detections than COCO counts
+        image_id = 0 if i < 2 * IMAGES else int(rng.integers(IMAGES))
         category_id = int(rng.choice([1, 2, 5, 7]))
-        found.append({"image_id": image_id, "category_id": category_id, **where})
-    for image_id in range(PICTURES):
+        detections.append({"image_id": image_id, "category_id": category_id, **where})
+    for image_id in range(IMAGES):
         for category_id in (1, 2, 5, 7):
             pair = {"image_id": image_id, "category_id": category_id}
-            same = [d for d in found if pair.items() <= d.items()]
+            same = [d for d in detections if pair.items() <= d.items()]
             levels = rng.integers(10, size=len(same)) if tied else rng.permutation(40)
             for entry, level in zip(same, levels, strict=False):
                 entry["score"] = float(level / 40)
-    return found
+    return detections
 
 
-def crowd_one_image(rng, found: list[dict]) -> list[dict]:
-    """More detections of one category in one picture than COCO counts."""
-    others = [d for d in found if (d["image_id"], d["category_id"]) != (3, 1)]
+def crowd_one_image(rng, detections: list[dict]) -> list[dict]:
+    """Give one image more detections of one category than COCO counts."""
+    others = [d for d in detections if (d["image_id"], d["category_id"]) != (3, 1)]
     many = [region(*rng.uniform(0, 60, 2), *rng.uniform(4, 30, 2)) for _ in range(130)]
     pair = {"image_id": 3, "category_id": 1}
     scores = rng.permutation(160) / 160
     return others + [{**pair, **d, "score": float(s)} for d, s in zip(many, scores, strict=False)]
 
 
-def copied(truth: dict, found: list[dict], weights: np.ndarray) -> tuple[dict, list[dict]]:
-    """The data set in which picture i is there weights[i] times, and its detections."""
+def copied(truth: dict, given: list[dict], weights: np.ndarray) -> tuple[dict, list[dict]]:
+    """A dataset with weights[i] copies of image i, and its detections."""
     images, annotations, detections = [], [], []
     for image, weight in zip(sorted(truth["images"], key=lambda e: e["id"]), weights, strict=True):
         for _ in range(weight):
@@ -99,16 +99,16 @@ def copied(truth: dict, found: list[dict], weights: np.ndarray) -> tuple[dict, l
             for a in truth["annotations"]:
                 if a["image_id"] == image["id"]:
                     annotations.append({**a, **new, "id": len(annotations) + 1})
-            detections += [{**d, **new} for d in found if d["image_id"] == image["id"]]
+            detections += [{**d, **new} for d in given if d["image_id"] == image["id"]]
     return {**truth, "images": images, "annotations": annotations}, detections
 
 
-def reference_ap(truth: dict, found: list[dict], iou_type: str) -> float:
-    """The AP that pycocotools prints."""
+def reference_ap(truth: dict, detections: list[dict], iou_type: str) -> float:
+    """AP of pycocotools."""
     coco = COCO()
     coco.dataset = json.loads(json.dumps(truth))
     coco.createIndex()
-    evaluation = COCOeval(coco, coco.loadRes(json.loads(json.dumps(found))), iou_type)
+    evaluation = COCOeval(coco, coco.loadRes(json.loads(json.dumps(detections))), iou_type)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
@@ -117,32 +117,33 @@ def reference_ap(truth: dict, found: list[dict], iou_type: str) -> float:
 
 @pytest.fixture
 def match(tmp_path):
-    """Write a data set and detections, and match them."""
+    """Write a dataset and detections to files, and match them."""
 
-    def written(truth: dict, found: list[dict], iou_type: str = "bbox") -> ImageMatches:
+    def match_files(truth: dict, detections: list[dict], iou_type: str = "bbox") -> ImageMatches:
         (tmp_path / "truth.json").write_text(json.dumps(truth))
-        (tmp_path / "found.json").write_text(json.dumps(found))
-        return ImageMatches.from_results(tmp_path / "truth.json", tmp_path / "found.json", iou_type)
+        results = tmp_path / "results.json"
+        results.write_text(json.dumps(detections))
+        return ImageMatches.from_results(tmp_path / "truth.json", results, iou_type)
 
-    return written
+    return match_files
 
 
-def recalled(found: np.ndarray) -> ImageMatches:
-    """Matches of a model that finds the one object of some pictures, and invents nothing."""
-    pictures, nothing = np.flatnonzero(found), np.arange(0)
+def recalled(detected: np.ndarray) -> ImageMatches:
+    """Matches for one object per image, detected in some images, without false positives."""
+    images, none = np.flatnonzero(detected), np.arange(0)
     category = CategoryMatches(
-        objects=np.arange(len(found)),
-        pictures=pictures,
-        hits=[np.arange(len(pictures))] * 10,
-        ignored=[nothing] * 10,
+        objects=np.arange(len(detected)),
+        images=images,
+        hits=[np.arange(len(images))] * 10,
+        ignored=[none] * 10,
     )
-    return ImageMatches(np.arange(len(found)), [category])
+    return ImageMatches(np.arange(len(detected)), [category])
 
 
 @pytest.mark.parametrize(("iou_type", "expected"), [("bbox", 50.4581), ("segm", 31.9545)])
 def test_known_ap(iou_type, expected):
     if not KNOWN.exists():
-        pytest.skip(f"no {KNOWN}: the detections with published AP are not here")
+        pytest.skip(f"no {KNOWN}: the detections with published AP are missing")
     truth = load_coco(KNOWN / "instances_val2014_100.json")
     results = KNOWN / f"instances_val2014_fake{iou_type}100_results.json"
     matches = ImageMatches.from_results(truth, results, iou_type)
@@ -154,9 +155,9 @@ def test_known_ap(iou_type, expected):
 def test_each_image_once(match, iou_type, seed):
     rng = np.random.default_rng(seed)
     truth = random_truth(rng)
-    found = crowd_one_image(rng, random_detections(rng, truth, tied=True))
-    ap = match(truth, found, iou_type).ap(np.ones(PICTURES))
-    assert ap == pytest.approx(reference_ap(truth, found, iou_type), rel=1e-12)
+    detections = crowd_one_image(rng, random_detections(rng, truth, tied=True))
+    ap = match(truth, detections, iou_type).ap(np.ones(IMAGES))
+    assert ap == pytest.approx(reference_ap(truth, detections, iou_type), rel=1e-12)
     assert 5 < ap < 95
 
 
@@ -165,47 +166,47 @@ def test_each_image_once(match, iou_type, seed):
 def test_copied_images(match, iou_type, seed):
     rng = np.random.default_rng(seed)
     truth = random_truth(rng)
-    found = crowd_one_image(rng, random_detections(rng, truth))
-    matches = match(truth, found, iou_type)
-    assert list(matches.image_ids) == list(range(PICTURES))
-    weights = rng.multinomial(PICTURES, np.full(PICTURES, 1 / PICTURES), size=4)
-    # One category is not in any picture that is left.
+    detections = crowd_one_image(rng, random_detections(rng, truth))
+    matches = match(truth, detections, iou_type)
+    assert list(matches.image_ids) == list(range(IMAGES))
+    weights = rng.multinomial(IMAGES, np.full(IMAGES, 1 / IMAGES), size=4)
+    # The last resample has no image with category 5
     rare = {a["image_id"] for a in truth["annotations"] if a["category_id"] == 5}
     assert rare
     weights[-1, list(rare)] = 0
-    expected = [reference_ap(*copied(truth, found, w), iou_type) for w in weights]
+    expected = [reference_ap(*copied(truth, detections, w), iou_type) for w in weights]
     assert [matches.ap(w) for w in weights] == pytest.approx(expected, rel=1e-12)
     assert list(matches.resampled_ap(weights)) == pytest.approx(expected, rel=1e-12)
     assert len(set(expected)) == 4
 
 
-def test_chunks_make_no_difference(match, monkeypatch):
+def test_chunk_size_does_not_change_ap(match, monkeypatch):
     rng = np.random.default_rng(0)
     truth = random_truth(rng)
     matches = match(truth, random_detections(rng, truth))
-    weights = rng.integers(3, size=(50, PICTURES))
-    whole = matches.resampled_ap(weights)
+    weights = rng.integers(3, size=(50, IMAGES))
+    expected = matches.resampled_ap(weights)
     for chunk in (1, 2000):
         monkeypatch.setattr("gn_det.evaluation.bootstrap.CHUNK", chunk)
-        np.testing.assert_array_equal(matches.resampled_ap(weights), whole)
+        np.testing.assert_array_equal(matches.resampled_ap(weights), expected)
 
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
-def test_nothing_there(match, iou_type):
+def test_no_detections_or_no_objects(match, iou_type):
     rng = np.random.default_rng(0)
     truth = random_truth(rng)
-    found = random_detections(rng, truth)
-    matches, blind = match(truth, found, iou_type), match(truth, [], iou_type)
-    assert blind.ap(np.ones(PICTURES)) == 0
-    assert np.isnan(matches.ap(np.isin(np.arange(PICTURES), EMPTY)))
+    detections = random_detections(rng, truth)
+    matches, blind = match(truth, detections, iou_type), match(truth, [], iou_type)
+    assert blind.ap(np.ones(IMAGES)) == 0
+    assert np.isnan(matches.ap(np.isin(np.arange(IMAGES), EMPTY)))
     difference = paired_difference([blind], [matches], draws=50)
-    assert difference.mean == pytest.approx(matches.ap(np.ones(PICTURES)))
-    assert difference.seen
-    empty = match({**truth, "annotations": []}, found, iou_type)
-    assert np.isnan(empty.ap(np.ones(PICTURES)))
+    assert difference.mean == pytest.approx(matches.ap(np.ones(IMAGES)))
+    assert difference.significant
+    empty = match({**truth, "annotations": []}, detections, iou_type)
+    assert np.isnan(empty.ap(np.ones(IMAGES)))
 
 
-def test_better_model_is_seen(match):
+def test_difference_of_a_better_model_is_significant(match):
     rng = np.random.default_rng(0)
     truth = random_truth(rng)
     worse, better = (
@@ -214,26 +215,26 @@ def test_better_model_is_seen(match):
     )
     for model in (worse, better):
         assert paired_difference(model, model, draws=50) == Difference(0, 0, 0)
-    assert not Difference(0, 0, 0).seen
+    assert not Difference(0, 0, 0).significant
     gain = paired_difference(worse, better, draws=200)
-    everything = np.ones(PICTURES)
+    everything = np.ones(IMAGES)
     aps = [[m.ap(everything) for m in model] for model in (worse, better)]
     assert gain.mean == pytest.approx(np.mean(aps[1]) - np.mean(aps[0]))
     assert 0 < gain.low < gain.mean < gain.high
-    assert gain.seen
+    assert gain.significant
     loss = paired_difference(better, worse, draws=200)
     assert (loss.mean, loss.low, loss.high) == pytest.approx((-gain.mean, -gain.high, -gain.low))
-    assert loss.seen
+    assert loss.significant
     assert paired_difference(worse, better, draws=200, seed=1).low != gain.low
 
 
 def test_seeds_are_resampled():
-    """Where all pictures agree, only the pairs that are drawn make a difference."""
+    """If all images have the same AP, only the drawn pairs matter."""
     full, none = recalled(np.ones(20)), recalled(np.zeros(20))
     assert paired_difference([none] * 3, [full] * 3) == Difference(100, 100, 100)
     assert paired_difference([none, full], [full, none]) == Difference(0, -100, 100)
-    # Of 4 draws from one gain and 3 ties, 3 gains have a chance of 5 %, and 4 of 0.4 %. So the
-    # bootstrap's interval is 0 to 75, which is then widened as Student's t is
+    # In 4 draws from one gain and 3 ties, 3 gains have a probability of 5%, and 4 of 0.4%. So the
+    # bootstrap's interval is 0 to 75, which is then widened to that of Student's t
     one_of_four = paired_difference([none] * 4, [full, none, none, none])
     wider = 3.182 / 1.96 * (4 / 3) ** 0.5
     assert one_of_four.mean == 25 and one_of_four.low == pytest.approx(25 - 25 * wider)
@@ -250,26 +251,26 @@ class Fixed:
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 8])
-def test_few_seeds_are_not_trusted(seeds):
-    """Of seeds that differ at random, with no true difference, about 1 interval in 20 misses 0."""
+def test_false_positive_rate_of_few_seeds(seeds):
+    """Without a true difference, about 1 interval in 20 excludes 0."""
     rng, missed = np.random.default_rng(seeds), 0
     for trial in range(400):
         baseline, other = rng.normal(40, 2, (2, seeds))
         pairs = [[Fixed(ap) for ap in model] for model in (baseline, other)]
-        missed += paired_difference(*pairs, draws=300, seed=trial).seen
+        missed += paired_difference(*pairs, draws=300, seed=trial).significant
     assert missed < 0.09 * 400
 
 
 def test_interval_covers_the_truth():
-    """A model's AP is its recall here, so that the true difference is known."""
+    """AP is about the recall here, so the true difference is known."""
     rng = np.random.default_rng(0)
     truth = 100 * (0.7 - 0.6) * 100 / 101
     covered = []
     for seed in range(150):
         baseline, other = (recalled(rng.random(100) < p) for p in (0.6, 0.7))
-        found = paired_difference([baseline], [other], draws=200, seed=seed)
-        covered.append(found.low <= truth <= found.high)
-    # 95 % of 150, give or take 3 standard deviations
+        gap = paired_difference([baseline], [other], draws=200, seed=seed)
+        covered.append(gap.low <= truth <= gap.high)
+    # 95% of 150, within 3 standard deviations
     assert 0.9 <= np.mean(covered) <= 0.993
 
 
@@ -279,5 +280,5 @@ def test_unpaired_results_are_refused():
         counts = rf"same seeds.* {len(baseline)} results .* and {len(other)} of"
         with pytest.raises(InputError, match=counts):
             paired_difference(baseline, other)
-    with pytest.raises(InputError, match="same pictures"):
+    with pytest.raises(InputError, match="same images"):
         paired_difference([matches] * 2, [matches, fewer])

@@ -1,4 +1,4 @@
-"""COCO's numbers against Detectron2's evaluator, and against what they must be."""
+"""COCO metrics, compared with Detectron2's evaluator and with known values."""
 
 import json
 from collections import OrderedDict
@@ -17,7 +17,7 @@ from gn_det.evaluation.coco_stats import PRECISIONS, STATS, coco_stats
 
 @pytest.fixture(scope="module")
 def evaluated(shapes, tmp_path_factory) -> tuple[OrderedDict, dict]:
-    """Ground truth, shifted, half of it wrongly named: Detectron2's numbers, and ours."""
+    """Metrics of Detectron2 and of `coco_stats`, for shifted and partly misclassified objects."""
     output = tmp_path_factory.mktemp("inference")
     truth = COCO(str(shapes / "instances_val.json"))
     DatasetCatalog.get("shapes_val")  # so that the classes have names
@@ -25,19 +25,21 @@ def evaluated(shapes, tmp_path_factory) -> tuple[OrderedDict, dict]:
     evaluator.reset()
     rng = np.random.default_rng(0)
     for image_id, image in truth.imgs.items():
-        found = Instances((image["height"], image["width"]))
+        instances = Instances((image["height"], image["width"]))
         annotations = [a for a in truth.imgToAnns[image_id] if not a["iscrowd"]]
         x, y, w, h = np.array([a["bbox"] for a in annotations]).reshape(-1, 4).T
         shift = rng.uniform(-4, 4, len(annotations))
         boxes = np.stack([x + shift, y, x + w + shift, y + h], axis=1)
-        found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
-        found.scores = torch.tensor(rng.random(len(annotations)))
+        instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
+        instances.scores = torch.tensor(rng.random(len(annotations)))
         classes = [a["category_id"] - 1 for a in annotations]
-        found.pred_classes = torch.tensor([(c + (rng.random() < 0.3)) % 6 for c in classes]).long()
+        instances.pred_classes = torch.tensor(
+            [(c + (rng.random() < 0.3)) % 6 for c in classes]
+        ).long()
         pairs = zip(annotations, shift, strict=True)
         masks = [np.roll(truth.annToMask(a), int(step), axis=1) for a, step in pairs]
-        found.pred_masks = torch.tensor(np.array(masks).reshape(-1, *found.image_size)) > 0
-        evaluator.process([{"image_id": image_id}], [{"instances": found}])
+        instances.pred_masks = torch.tensor(np.array(masks).reshape(-1, *instances.image_size)) > 0
+        evaluator.process([{"image_id": image_id}], [{"instances": instances}])
     theirs = evaluator.evaluate()
     results = output / "coco_instances_results.json"
     return theirs, coco_stats(shapes / "instances_val.json", results)
@@ -60,13 +62,13 @@ def test_equal_to_detectron2(evaluated, kind):
     assert ours[kind]["AR1"] <= ours[kind]["AR10"] <= ours[kind]["AR100"]
 
 
-def test_masks_are_sized_by_their_own_area(evaluated):
-    """A ring's mask is smaller than its box: with boxes at hand pycocotools would mix them up."""
+def test_mask_sizes_are_mask_areas(evaluated):
+    """The mask of a ring is smaller than its box, so APs differs between boxes and masks."""
     _, ours = evaluated
     assert ours["segm"]["APs"] != ours["bbox"]["APs"]
 
 
-def test_perfect_and_empty(shapes, tmp_path):
+def test_perfect_and_missing_detections(shapes, tmp_path):
     annotations = shapes / "instances_val.json"
     truth = COCO(str(annotations))
     keys = ("image_id", "category_id", "bbox")
@@ -76,8 +78,8 @@ def test_perfect_and_empty(shapes, tmp_path):
             rle = truth.annToRLE(a)
             counts = rle["counts"]
             counts = counts.decode() if isinstance(counts, bytes) else counts
-            found = {**{k: a[k] for k in keys}, "segmentation": {**rle, "counts": counts}}
-            perfect.append({**found, "score": 1.0})
+            entry = {**{k: a[k] for k in keys}, "segmentation": {**rle, "counts": counts}}
+            perfect.append({**entry, "score": 1.0})
     (tmp_path / "perfect.json").write_text(json.dumps(perfect))
     (tmp_path / "empty.json").write_text("[]")
     for name, expected in (("perfect", 100.0), ("empty", 0.0)):
@@ -90,9 +92,9 @@ def test_perfect_and_empty(shapes, tmp_path):
 FIXTURE = ROOT.parent / "shared/data/cocoeval_fixture"
 
 
-@pytest.mark.skipif(not FIXTURE.is_dir(), reason=f"{FIXTURE} is not here")
+@pytest.mark.skipif(not FIXTURE.is_dir(), reason=f"{FIXTURE} is missing")
 def test_known_results(tmp_path):
-    """COCO's own example detections, whose AP is published."""
+    """COCO's example detections, whose AP is published."""
     path = FIXTURE / "instances_val2014_100.json"
     masks = coco_stats(path, FIXTURE / "instances_val2014_fakesegm100_results.json")
     assert masks["segm"]["AP"] == pytest.approx(31.9545, abs=1e-4)
@@ -103,5 +105,5 @@ def test_known_results(tmp_path):
     boxes = coco_stats(
         tmp_path / "boxes.json", FIXTURE / "instances_val2014_fakebbox100_results.json"
     )
-    assert list(boxes) == ["bbox"], "nothing to measure masks on"
+    assert list(boxes) == ["bbox"], "the ground truth has no masks"
     assert boxes["bbox"]["AP"] == pytest.approx(50.4581, abs=1e-4)

@@ -1,4 +1,4 @@
-"""What a report says of runs: folders made for it; tests/engine has real ones."""
+"""The report, tested with synthetic run folders; tests/comparison has real ones."""
 
 import json
 import re
@@ -15,29 +15,29 @@ from gn_det.evaluation.report import Run, write_report
 LINES = [
     {"iteration": 19, "time": 0.3, "total_loss": 3.0, "peak_memory_mib": 900.0},
     {"iteration": 39, "time": 9.0, "total_loss": 2.5, "peak_memory_mib": 950.0},
-    # Interrupted, and resumed from iteration 30: iteration 39 comes again
+    # Interrupted, and resumed from iteration 30: iteration 39 is repeated
     {"iteration": 39, "time": 0.1, "total_loss": 2.0, "peak_memory_mib": 800.0},
     {"iteration": 59, "time": 0.2, "total_loss": 1.0, "peak_memory_mib": 700.0},
     {"iteration": 60, "bbox/AP": 1.0, "segm/AP": 1.0},
 ]
-# Of a process that was killed
+# An incomplete line of a killed process
 HALF = '{"iteration": 79, "ti'
 
 
 def perfect(annotations: Path) -> list[dict]:
-    """Detections that are the ground truth."""
-    truth, found = COCO(str(annotations)), []
+    """Detections equal to the ground truth."""
+    truth, detections = COCO(str(annotations)), []
     for a in truth.anns.values():
         rle = truth.annToRLE(a)
         if isinstance(rle["counts"], bytes):
             rle = {**rle, "counts": rle["counts"].decode()}
         keys = {key: a[key] for key in ("image_id", "category_id", "bbox")}
-        found.append({**keys, "segmentation": rle, "score": 0.9})
-    return found
+        detections.append({**keys, "segmentation": rle, "score": 0.9})
+    return detections
 
 
 def make_run(folder: Path, norm: str, images: int, seed: int, detections: list[dict]) -> Run:
-    """What a training leaves."""
+    """Write the files of a finished training run."""
     (folder / "inference").mkdir(parents=True)
     (folder / "metrics.json").write_text("\n".join([*map(json.dumps, LINES), HALF]))
     record = {"seed": seed, "device": "abacus", "parameters": {"trainable": 1234, "frozen": 5}}
@@ -49,7 +49,7 @@ def make_run(folder: Path, norm: str, images: int, seed: int, detections: list[d
 
 @pytest.fixture
 def runs(tmp_path, shapes) -> list[Run]:
-    """One model that finds nothing, and one that finds everything."""
+    """One model without detections, and one with perfect detections."""
     found = {"nothing": [], "all <of it>": perfect(shapes / "instances_val.json")}
     return [make_run(tmp_path / norm, norm, 2, 0, found[norm]) for norm in found]
 
@@ -67,7 +67,7 @@ def test_numbers(runs, shapes, tmp_path):
     nothing, everything = results["runs"]
     assert nothing["bbox"]["AP"] == nothing["segm"]["AR100"] == 0
     assert everything["bbox"]["AP"] == everything["segm"]["AP"] == pytest.approx(100)
-    # the resumed 0.1 replaces the abandoned 9.0
+    # The 0.1 after the resume replaces the 9.0 before it
     assert nothing["seconds_per_iteration"] == 0.2
     assert nothing["peak_memory_mib"] == 900
     assert results["best"]["norm"] == "all <of it>"
@@ -75,11 +75,11 @@ def test_numbers(runs, shapes, tmp_path):
     assert results["validation"]["pictures"] == len(truth["images"])
 
 
-def test_says_what_was_found(runs, shapes, tmp_path):
+def test_answer_and_escaping(runs, shapes, tmp_path):
     report(runs, shapes, tmp_path)
     sentence = (
         "All <of it> against nothing: box AP 100.0 higher (+100.0 to +100.0), mask AP 100.0 higher "
-        "(+100.0 to +100.0) (95% intervals for one seed, so of the pictures alone)."
+        "(+100.0 to +100.0) (95% intervals for one seed, over images only)."
     )
     assert sentence.replace("<", "&lt;") in (tmp_path / "report.md").read_text()
     page = (tmp_path / "report.html").read_text()
@@ -89,7 +89,7 @@ def test_says_what_was_found(runs, shapes, tmp_path):
 
 
 def test_no_difference(shapes, tmp_path):
-    """Two models that find the same: the interval holds 0, and it is said."""
+    """Two models with equal detections: the interval includes 0."""
     found = perfect(shapes / "instances_val.json")[::2]
     runs = [make_run(tmp_path / norm, norm, 2, 0, found) for norm in ("one", "two")]
     results = report(runs, shapes, tmp_path)
@@ -97,8 +97,8 @@ def test_no_difference(shapes, tmp_path):
     assert {gap["verdict"] for gap in results["differences"]} == {"no difference seen"}
 
 
-def test_too_little_learnt(shapes, tmp_path):
-    """One object found against none: an interval that lies above 0, of models that know nothing."""
+def test_ap_too_low_to_compare(shapes, tmp_path):
+    """Both APs are below 1, so a significant difference is not reported as one."""
     truth = perfect(shapes / "instances_val.json")
     wrong = [{**d, "bbox": [0, 0, 1, 1], "score": 0.95} for d in truth]
     found = {"one": [], "two": [*truth[:1], *wrong, *wrong]}
@@ -107,14 +107,14 @@ def test_too_little_learnt(shapes, tmp_path):
     ap = {run["norm"]: run["bbox"]["AP"] for run in results["runs"]}
     assert ap["one"] == 0 < ap["two"] < 1
     box, mask = results["differences"]
-    assert box["verdict"] == "too little learnt" and mask["verdict"] == "higher"
-    told = "too little learnt to compare box AP (both below 1), mask AP"
-    assert told in results["answer"] and told in (tmp_path / "report.md").read_text()
+    assert box["verdict"] == "too low to compare" and mask["verdict"] == "higher"
+    text = "box AP too low to compare (both below 1), mask AP"
+    assert text in results["answer"] and text in (tmp_path / "report.md").read_text()
 
 
 @pytest.fixture
 def grid(tmp_path, shapes) -> list[Run]:
-    """Two norms, two batch sizes, two seeds; the more is found, the larger the batch and seed."""
+    """Two norms, two batch sizes, two seeds; larger batches and seeds have more detections."""
     truth = perfect(shapes / "instances_val.json")
     runs = []
     for seed in (0, 1):
@@ -127,10 +127,11 @@ def grid(tmp_path, shapes) -> list[Run]:
 
 
 def test_seeds_and_batches(grid, shapes, tmp_path):
-    """Means and deviations over seeds; differences at the same batch, over the same seeds."""
+    """Means and deviations over seeds; differences at equal batch size, over equal seeds."""
     results = report(grid, shapes, tmp_path)
     assert [m["model"] for m in results["models"]] == [
-        *("FrozenBN, 1 a batch", "GN, 1 a batch", "FrozenBN, 2 a batch", "GN, 2 a batch")
+        *("FrozenBN, batch size 1", "GN, batch size 1"),
+        *("FrozenBN, batch size 2", "GN, batch size 2"),
     ]
     entries = {(r["norm"], r["images_per_batch"], r["seed"]): r for r in results["runs"]}
     for model in results["models"]:
@@ -146,23 +147,23 @@ def test_seeds_and_batches(grid, shapes, tmp_path):
             for s in (0, 1)
         ]
         assert gap["mean"] == pytest.approx(sum(gaps) / 2) and gap["low"] <= gap["mean"]
-    assert results["answer"].startswith("At 1 a batch GN against FrozenBN: ")
-    assert "; at 2 a batch GN against FrozenBN: " in results["answer"]
+    assert results["answer"].startswith("At batch size 1 GN against FrozenBN: ")
+    assert "; at batch size 2 GN against FrozenBN: " in results["answer"]
     page = (tmp_path / "report.html").read_text()
-    # loss, box AP and mask AP over the training; box and mask AP by batch
+    # loss, box AP and mask AP by iteration; box and mask AP by batch size
     assert page.count("<svg") == 5
 
 
 def test_unpaired_seeds(grid, shapes, tmp_path):
-    """After a failure the seeds that both have are compared."""
+    """Norms are compared over their common seeds, as after a failed run."""
     left = [run for run in grid if run.folder.name not in ("GN_1_1", "FrozenBN_2_0")]
     results = report(left, shapes, tmp_path)
     seeds = {(g["images_per_batch"], g["of"]): g["seeds"] for g in results["differences"]}
     assert seeds == {(1, "box"): [0], (2, "box"): [1], (1, "mask"): [0], (2, "mask"): [1]}
 
 
-def test_boxes_alone(shapes, tmp_path):
-    """Nothing is said of masks where there are none."""
+def test_boxes_only(shapes, tmp_path):
+    """Without masks the report does not mention them."""
     truth = json.loads((shapes / "instances_val.json").read_text())
     for annotation in truth["annotations"]:
         del annotation["segmentation"]
@@ -188,7 +189,7 @@ HOSTILE = [
 
 
 class Page(HTMLParser):
-    """The tags of a page, with their attributes, and the texts of the cells of its tables."""
+    """Tags of a page with their attributes, and texts of its table cells."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -207,7 +208,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def hostile(shapes, tmp_path) -> Path:
-    """The report of data whose classes, images, norms, folders and facts have hostile names."""
+    """A report with hostile names of classes, images, norms, folders and facts."""
     truth = json.loads((shapes / "instances_val.json").read_text())
     for category, name in zip(truth["categories"], HOSTILE, strict=True):
         category["name"] = name
@@ -226,13 +227,13 @@ def hostile(shapes, tmp_path) -> Path:
 
 
 def test_hostile_names_in_markdown(hostile):
-    """Each is one cell of its row, and nothing but text."""
+    """Each name is the text of one table cell, without markup."""
     text = (hostile / "report.md").read_text()
     assert text.isprintable() or set(filter(lambda c: not c.isprintable(), text)) == {"\n"}
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     assert len(tables) == 4
     for table in tables:
-        # A bar with a backslash before it is text
+        # An escaped bar is text
         rows = [re.split(r"(?<!\\)(?:\\\\)*\|", row) for row in table.splitlines()]
         assert len({len(row) for row in rows}) == 1 and set(rows[1][1:-1]) == {"---"}
     names = [row.split(" | ")[0] for row in tables[-1].splitlines()[2:]]
@@ -243,7 +244,8 @@ def test_hostile_names_in_markdown(hostile):
 
 
 def test_ordinary_names_stay_readable_in_markdown():
-    names = ["traffic light", "R-50", "BN*", "BN*, 2 a batch", "shapes_val", "R&D", "+1.0", "1.5"]
+    names = ["traffic light", "R-50", "BN*", "BN*, batch size 2", "shapes_val", "R&D"]
+    names += ["+1.0", "1.5"]
     assert [literal(name) for name in names] == names
 
 
@@ -267,7 +269,7 @@ def test_ordinary_names_stay_readable_in_markdown():
         ("a\u2028b\u202ec", "a b c"),
     ],
 )
-def test_what_markdown_would_take_for_markup(name, expected):
+def test_markdown_markup_is_escaped(name, expected):
     assert literal(name) == expected
 
 
@@ -282,33 +284,33 @@ def test_hostile_names_in_html(hostile):
     assert {*HOSTILE[:5]} <= {*page.cells}
 
 
-# In a real browser
+# Tests in a browser
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture
 def page(grid, shapes, tmp_path):
-    """The report in headless Chromium; what its console says fails the test."""
+    """The report in headless Chromium; any console message fails the test."""
     playwright = pytest.importorskip("playwright.sync_api")
     report(grid, shapes, tmp_path)
-    said = []
+    messages = []
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 900}, offline=True)
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
         page.goto((tmp_path / "report.html").as_uri())
         yield page
         browser.close()
-    assert not said
+    assert not messages
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
 def test_in_a_browser(page):
-    """Every picture shows, tables sort by what is clicked, pictures open large and close."""
+    """All images load, tables sort by the clicked column, and images can be enlarged."""
     shown = "[...document.images].filter(i => i.alt).every(i => i.complete && i.naturalWidth > 0)"
-    assert page.evaluate(shown) and page.locator(".pictures img").count() >= 3
+    assert page.evaluate(shown) and page.locator(".images img").count() >= 3
     table = page.locator("table.sortable").first
     column = 3  # box AP
     head = table.locator("th").nth(column)
@@ -319,7 +321,7 @@ def test_in_a_browser(page):
         values = [float(cell.split()[0]) for cell in cells]
         assert values == sorted(values, reverse=direction == "descending")
         assert len(set(values)) > 1
-    small = page.locator(".pictures button").first
+    small = page.locator(".images button").first
     small.click()
     dialog = page.locator("dialog")
     assert dialog.is_visible()
@@ -332,7 +334,7 @@ def test_in_a_browser(page):
 
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
 def test_on_a_phone_and_on_paper(page, tmp_path):
-    """Nothing but wide tables is wider than the screen, and these scroll by themselves."""
+    """Only wide tables exceed the screen, and scroll on their own; in print nothing does."""
     page.set_viewport_size({"width": 375, "height": 700})
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
     assert page.evaluate("[...document.querySelectorAll('svg')].every(s => s.clientWidth > 250)")

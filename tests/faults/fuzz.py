@@ -1,9 +1,9 @@
-"""Files of others, damaged at random or made to do harm: annotations, images, weights, configs.
+"""Read randomly damaged or malicious annotations, images, weights and configs.
 
     python tests/faults/fuzz.py [N] [--seed S]
 
-N of each kind are read, in a process of their own. A reader may take a file or refuse it with an
-`InputError`. Nothing may be run or overwritten; no file may crash the process, or hang it.
+N files of each kind are read in a child process. A reader may accept a file or refuse it with an
+`InputError`. No file may run code, overwrite files, crash the process or hang it.
 """
 
 import argparse
@@ -64,7 +64,7 @@ class Canary:
 
 
 def damage_bytes(content: bytes, rng: random.Random) -> bytes:
-    """A few bytes changed, left out, doubled, or everything after a place missing."""
+    """Change, remove, duplicate or reverse a few bytes, or truncate the rest."""
     damaged = bytearray(content)
     for _ in range(rng.choice([1, 1, 2, 8, 64])):
         place, length = rng.randrange(len(damaged) + 1), rng.choice([1, 2, 8, 200])
@@ -80,7 +80,7 @@ def damage_bytes(content: bytes, rng: random.Random) -> bytes:
 
 
 def damage_values(content: Any, rng: random.Random) -> Any:
-    """Some values, anywhere in lists and dicts, replaced by strange ones, or gone."""
+    """Replace some values in nested lists and dicts by unusual ones, or remove them."""
     holders: list[Any] = []
 
     def collect(value: Any) -> None:
@@ -105,29 +105,29 @@ def damage_values(content: Any, rng: random.Random) -> Any:
 
 
 class Annotations:
-    """A COCO instances file, as `--train` and `--val` take it."""
+    """Reads COCO annotations, as `--train` and `--val` do."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         make_shapes(folder / "data", num_train=3, num_val=1, seed=3)
-        self.whole = (folder / "data" / "instances_train.json").read_bytes()
+        self.intact = (folder / "data" / "instances_train.json").read_bytes()
         self.val = Source(folder / "data" / "instances_val.json", folder / "data" / "images")
 
     def read(self, rng: random.Random) -> None:
         path = self.folder / "data" / "damaged.json"
         if rng.random() < 0.5:
-            path.write_text(json.dumps(hostile_annotations(rng, json.loads(self.whole))))
+            path.write_text(json.dumps(hostile_annotations(rng, json.loads(self.intact))))
         elif rng.random() < 0.5:
-            path.write_bytes(damage_bytes(self.whole, rng))
+            path.write_bytes(damage_bytes(self.intact, rng))
         else:
-            path.write_text(json.dumps(damage_values(json.loads(self.whole), rng)))
+            path.write_text(json.dumps(damage_values(json.loads(self.intact), rng)))
         written = self.folder / "prepared"
         shutil.rmtree(written, ignore_errors=True)
         prepare(Source(path, self.folder / "data" / "images"), self.val, written)
 
 
 class Images:
-    """An image, as `--train` names it and `predict` takes it."""
+    """Reads images, as `--train` and `predict` do."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -139,47 +139,48 @@ class Images:
 
 
 class Weights:
-    """A checkpoint, as `MODEL.WEIGHTS` takes it."""
+    """Reads checkpoints, as `MODEL.WEIGHTS` does."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GroupNorm(2, 4))
         state = self.model.state_dict()
-        torch.save({"model": state, "iteration": 3}, folder / "whole.pth")
+        torch.save({"model": state, "iteration": 3}, folder / "intact.pth")
         torch.save(state, folder / "bare.pth", _use_new_zipfile_serialization=False)
         arrays = {name: tensor.numpy() for name, tensor in state.items()}
-        (folder / "whole.pkl").write_bytes(
+        (folder / "intact.pkl").write_bytes(
             pickle.dumps({"model": arrays, "__author__": "somebody"}, protocol=2)
         )
-        np.savez(folder / "whole.npz", **arrays)
-        self.files = [folder / name for name in ("whole.pth", "bare.pth", "whole.pkl", "whole.npz")]
+        np.savez(folder / "intact.npz", **arrays)
+        self.files = [
+            folder / name for name in ("intact.pth", "bare.pth", "intact.pkl", "intact.npz")
+        ]
 
     def read(self, rng: random.Random) -> None:
         if rng.random() < 0.6:
             path = hostile_weights(rng, self.folder)
             read_weights(path, rng.choice(["cpu", "meta"]))
             describe_file(path)
-            StrictCheckpointer(self.model, whole=True).load(str(path))
+            StrictCheckpointer(self.model, complete=True).load(str(path))
             return
-        whole = rng.choice(self.files)
-        path = self.folder / f"damaged{rng.choice([whole.suffix, '.pth', '.pkl', '.pyth'])}"
-        path.write_bytes(damage_bytes(whole.read_bytes(), rng))
+        intact = rng.choice(self.files)
+        path = self.folder / f"damaged{rng.choice([intact.suffix, '.pth', '.pkl', '.pyth'])}"
+        path.write_bytes(damage_bytes(intact.read_bytes(), rng))
         if rng.random() < 0.1:
             content = {"model": self.model.state_dict(), "x": Canary(self.folder / "canary")}
             torch.save(content, path) if rng.random() < 0.5 else path.write_bytes(
                 pickle.dumps(content)
             )
-        StrictCheckpointer(self.model, whole=True).load(str(path))
+        StrictCheckpointer(self.model, complete=True).load(str(path))
 
 
 class Configs:
-    """A config, as `--config-file` takes it."""
+    """Reads configs, as `--config-file` does."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # One that says much by itself
-        cfg = read_config(SHIPPED)
-        self.whole = cfg.dump()
+        # A config with all keys
+        self.intact = read_config(SHIPPED).dump()
 
     def read(self, rng: random.Random) -> None:
         path = self.folder / "damaged.yaml"
@@ -188,9 +189,9 @@ class Configs:
             read_config(str(path))
             return
         if rng.random() < 0.4:
-            text = damage_bytes(self.whole.encode(), rng)
+            text = damage_bytes(self.intact.encode(), rng)
         else:
-            values = damage_values(yaml.safe_load(self.whole), rng)
+            values = damage_values(yaml.safe_load(self.intact), rng)
             if rng.random() < 0.2:
                 bases = [*STRANGE, "damaged.yaml", find_config(SHIPPED), ".", "none.yaml"]
                 values["_BASE_"] = rng.choice(bases)
@@ -208,7 +209,17 @@ READERS = {"annotations": Annotations, "images": Images, "weights": Weights, "co
 
 
 def fuzz(kind: str, count: int, seed: int, folder: Path) -> list[str]:
-    """Read so many files of a kind; what went wrong, a traceback or a few words for each."""
+    """Read random files of a kind.
+
+    Args:
+        kind: a key of `READERS`.
+        count: number of files.
+        seed: of the random numbers.
+        folder: is created for the files.
+
+    Returns:
+        a description, or a traceback, of each failure.
+    """
     folder.mkdir()
     reader = READERS[kind](folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -217,35 +228,40 @@ def fuzz(kind: str, count: int, seed: int, folder: Path) -> list[str]:
         try:
             reader.read(random.Random(f"{seed}/{kind}/{number}"))
         except InputError as error:
-            # What was noticed in a data set is reported line by line
+            # Findings in annotations are reported line by line
             if "\n" in str(error) and kind != "annotations":
                 return f"more than one line: {error}"
         return ""
 
-    lost = []
-    for number, why in calls(read, count):
+    failures = []
+    for number, failure in calls(read, count):
         if (folder / "canary").exists():
-            why = f"it has run what a file brought along; {why}"
+            failure = f"code in the file was run; {failure}"
             (folder / "canary").unlink()
-        if why:
-            lost.append(f"{kind} {number}: {why}")
+        if failure:
+            failures.append(f"{kind} {number}: {failure}")
     if [path for path, content in before.items() if path.read_bytes() != content]:
-        lost.append(f"{kind}: files have been changed")
-    return lost
+        failures.append(f"{kind}: files have been changed")
+    return failures
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("count", nargs="?", type=int, default=1250, help="of each (default 1250)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        epilog="example: python tests/faults/fuzz.py 100 --seed 1",
+    )
+    help_ = "number of files of each kind (default: %(default)s)"
+    parser.add_argument("count", nargs="?", type=int, default=1250, metavar="N", help=help_)
+    help_ = "random seed (default: %(default)s)"
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help=help_)
     args = parser.parse_args()
     failed = 0
     for kind in READERS:
         with tempfile.TemporaryDirectory(prefix="fuzz_") as folder:
-            lost = fuzz(kind, args.count, args.seed, Path(folder, kind))
-        print(*lost, sep="\n", end="\n" * bool(lost))
-        print(f"{args.count} damaged {kind}: {len(lost)} not refused as they should", flush=True)
-        failed += len(lost)
+            failures = fuzz(kind, args.count, args.seed, Path(folder, kind))
+        print(*failures, sep="\n", end="\n" * bool(failures))
+        print(f"{args.count} damaged {kind}: {len(failures)} failures", flush=True)
+        failed += len(failures)
     raise SystemExit(failed > 0)
 
 

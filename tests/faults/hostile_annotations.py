@@ -1,6 +1,6 @@
-"""Annotations and image files that a stranger may have made to crash, hang or fool what reads them.
+"""Generate annotations and image files that may crash, hang or mislead their readers.
 
-What comes back is one random case a call; a reader has to take it or refuse it in one sentence.
+Each call returns one random case. A reader must accept it, or reject it with one sentence.
 """
 
 import copy
@@ -44,7 +44,7 @@ def nested(depth: int) -> list:
 
 
 def hostile_annotations(rng: random.Random, content: dict) -> dict:
-    """A valid COCO instances file's content with something nasty in it, to be written as JSON."""
+    """Damage the content of a valid COCO instances file in one to three random ways."""
     content = copy.deepcopy(content)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         rng.choice([_mask, _mask, _polygons, _polygons, _box, _ids, _size, _names, _many])(
@@ -54,7 +54,7 @@ def hostile_annotations(rng: random.Random, content: dict) -> dict:
 
 
 def _mask(rng: random.Random, content: dict) -> None:
-    """RLE that is read otherwise, or past the image's end."""
+    """RLE that may be misread, or read beyond the image's end."""
     annotation = rng.choice(content["annotations"])
     size = next(
         ([i["height"], i["width"]] for i in content["images"] if i["id"] == annotation["image_id"]),
@@ -63,7 +63,7 @@ def _mask(rng: random.Random, content: dict) -> None:
     try:
         counts: Any = hostile_counts(rng, size[0] * size[1])
     except (TypeError, ValueError, OverflowError):
-        counts = "0"  # the size is nasty already
+        counts = "0"  # the image size is invalid already
     if rng.random() < 0.2:
         size = rng.choice([[*map(str, size)], [True, True], size[::-1], size * 2, None])
     annotation["segmentation"] = {"size": size, "counts": counts}
@@ -72,11 +72,11 @@ def _mask(rng: random.Random, content: dict) -> None:
 
 
 def hostile_counts(rng: random.Random, pixels: int) -> Any:
-    """Run lengths for an image of so many pixels, seldom valid ones."""
+    """Run lengths for an image with the given number of pixels, rarely valid ones."""
     letters = "".join(map(chr, range(48, 112)))
     drawn = np.random.default_rng(rng.getrandbits(32)).random((min(pixels, 100_000), 1))
-    made = np.asfortranarray(drawn < rng.random(), dtype=np.uint8)
-    valid = coco_mask.encode(made)["counts"].decode()
+    mask = np.asfortranarray(drawn < rng.random(), dtype=np.uint8)
+    valid = coco_mask.encode(mask)["counts"].decode()
     place = rng.randrange(len(valid) + 1)
     kinds: list[Callable[[], Any]] = [
         *([lambda: valid] * 3),
@@ -85,12 +85,12 @@ def hostile_counts(rng: random.Random, pixels: int) -> Any:
         lambda: valid[:place],
         lambda: valid[:place] + rng.choice("\0ÿ\n\ud800p/٣") + valid[place:],
         lambda: "".join(rng.choice(letters) for _ in range(rng.randrange(40))),
-        # A run of the whole image, and differences that go round 32 bits and come back
+        # A run of the whole image, and differences that overflow 32 bits and return
         lambda: compress([pixels, 0, 0]) + rng.choice(["", "0", "00", "ooooo?ooooo_"]),
         lambda: compress([pixels + rng.choice([2**30, 2**32, 2**64])]),
         lambda: compress([0, 2**31, 2**31, pixels]),
         lambda: compress([0, -1, 1, pixels]),
-        # Valid but for runs of length 0, or for letters that pycocotools moves out of 32 bits
+        # Valid, except for runs of length 0, or characters that pycocotools shifts out of 32 bits
         lambda: compress([pixels - 1, 0, 0, 1]),
         lambda: compress([0, 9, 0, 0, 5, 0, pixels - 14]),
         lambda: compress([pixels - 18, 9, 5, 3, 1], rng.choice([0, 4, 7, 12])),
@@ -107,7 +107,7 @@ def hostile_counts(rng: random.Random, pixels: int) -> Any:
 
 
 def compress(runs: list[int], padding: int = 0) -> str:
-    """COCO's text for run lengths of any size, each with so many letters more than it needs."""
+    """Encode run lengths of any size as COCO's string, with superfluous characters per run."""
     text = ""
     for i, run in enumerate(runs):
         value, codes = run - runs[i - 2] if i > 2 else run, []
@@ -120,16 +120,16 @@ def compress(runs: list[int], padding: int = 0) -> str:
 
 
 def _polygons(rng: random.Random, content: dict) -> None:
-    """Polygons that are huge, long, many, or no polygons."""
+    """Polygons that are huge, long, too many, or malformed."""
     annotation = rng.choice(content["annotations"])
-    whole = [[10, 10, 20, 10, 20, 20, 10, 20]]
+    intact = [[10, 10, 20, 10, 20, 20, 10, 20]]
     far = [rng.choice(NUMBERS[:18]) if rng.random() < 0.4 else 10 for _ in range(8)]
     zigzag = [x for i in range(rng.choice([100, 20_000])) for x in (i % 2 * 30, i * 1e-3)]
     annotation["segmentation"] = rng.choice(
         [
-            *([far], [*whole, far], [far[:4]], [[*whole[0], 1e8]], far, [zigzag]),
-            *(whole * 20_000, [[]], [[], *whole], nested(500), [whole], "text", {"a": 1}, 5),
-            [[*whole[0], rng.choice(NUMBERS), 5]],
+            *([far], [*intact, far], [far[:4]], [[*intact[0], 1e8]], far, [zigzag]),
+            *(intact * 20_000, [[]], [[], *intact], nested(500), [intact], "text", {"a": 1}, 5),
+            [[*intact[0], rng.choice(NUMBERS), 5]],
             [[1e-320, 0, 0, 1e-320, 0, 0]],
             [[5, 5] * rng.choice([3, 50_000])],
         ]
@@ -146,7 +146,7 @@ def _box(rng: random.Random, content: dict) -> None:
 
 
 def _ids(rng: random.Random, content: dict) -> None:
-    """An id, changed wherever it is named, or in one place alone."""
+    """Change an id, either wherever it is used or in one place only."""
     key, field = rng.choice([("images", "image_id"), ("categories", "category_id")])
     entry, new = rng.choice(content[key]), rng.choice([*NUMBERS, nested(300), {"a": []}])
     if rng.random() < 0.5:
@@ -169,7 +169,7 @@ def _names(rng: random.Random, content: dict) -> None:
 
 
 def _many(rng: random.Random, content: dict) -> None:
-    """More of something than anyone has, or where nobody looks."""
+    """Very many entries, crowds only, or invalid values in unused fields."""
     kind = rng.choice(["categories", "annotations", "field", "crowds"])
     if kind == "categories":
         content["categories"] += [{"id": 1000 + i, "name": f"name {i}"} for i in range(50_000)]
@@ -177,15 +177,15 @@ def _many(rng: random.Random, content: dict) -> None:
         first = content["annotations"][0]
         content["annotations"] += [{**first, "id": 1000 + i} for i in range(2_000)]
     elif kind == "field":
-        holder = rng.choice([content, *content["images"], *content["categories"]])
-        holder[rng.choice(["info", "\ud800", "\x1b[0m"])] = rng.choice([nested(500), *NAMES])
+        entry = rng.choice([content, *content["images"], *content["categories"]])
+        entry[rng.choice(["info", "\ud800", "\x1b[0m"])] = rng.choice([nested(500), *NAMES])
     else:
         for annotation in content["annotations"]:
             annotation["iscrowd"] = rng.choice([1, *NUMBERS])
 
 
 def hostile_image(rng: random.Random, folder: Path) -> Path:
-    """A new file in a folder that is called an image: damaged, of another kind, or no file."""
+    """Create a path with an image suffix: damaged, of another format, or not a regular file."""
     path = folder / f"{rng.getrandbits(64):016x}{rng.choice(['.png', '.jpg', '.tif', '.webp'])}"
     kinds = [_damaged] * 8 + [_no_file, _other_format, _bomb, _odd_exif]
     rng.choice(kinds)(rng, path)
@@ -196,7 +196,7 @@ SUPPORTED = ("BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEB
 
 
 def small_image(rng: random.Random, kind: str) -> bytes:
-    """A small image of a format, sound, in one of several modes, with or without EXIF."""
+    """An intact small image of a format, in a random mode, with or without EXIF."""
     noise = np.random.default_rng(rng.getrandbits(32))
     image = Image.fromarray(noise.integers(0, 256, (24, 32, 3), dtype=np.uint8))
     exif = Image.Exif()
@@ -211,14 +211,14 @@ def small_image(rng: random.Random, kind: str) -> bytes:
         mode = rng.choice(["RGB", "L", "P", "1", "F", "CMYK", "RGBA", "LA"])
         image.convert(mode).save(file, format=kind, **options)
     except (OSError, ValueError, KeyError, RuntimeError):
-        # The format has no such mode or option
+        # The format does not support the mode or option
         file = io.BytesIO()
         image.save(file, format=kind)
     return file.getvalue()
 
 
 def damage(content: bytes, rng: random.Random) -> bytes:
-    """A few bytes changed, left out or doubled, most often in the header."""
+    """Change, remove or double a few bytes, mostly in the header."""
     damaged = bytearray(content)
     for _ in range(rng.choice([1, 1, 2, 8, 64])):
         end = len(damaged) if rng.random() < 0.5 else min(len(damaged), 200)
@@ -250,7 +250,7 @@ def _no_file(rng: random.Random, path: Path) -> None:
 
 
 def _other_format(rng: random.Random, path: Path) -> None:
-    """What Pillow or a browser would open by its content; EPS starts Ghostscript."""
+    """A format that Pillow or a browser opens by content; for EPS, Pillow starts Ghostscript."""
     eps = io.BytesIO()
     Image.new("RGB", (8, 8)).save(eps, format="EPS")
     text = [b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.4\n", b"GIF89a", b"\xff\xd8"]
@@ -259,12 +259,12 @@ def _other_format(rng: random.Random, path: Path) -> None:
 
 
 def png(*chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG file of chunks, their sums right."""
-    whole = b"\x89PNG\r\n\x1a\n"
+    """A PNG file made of chunks, with correct checksums."""
+    content = b"\x89PNG\r\n\x1a\n"
     for name, body in chunks:
-        whole += struct.pack(">I", len(body)) + name + body
-        whole += struct.pack(">I", zlib.crc32(name + body))
-    return whole
+        content += struct.pack(">I", len(body)) + name + body
+        content += struct.pack(">I", zlib.crc32(name + body))
+    return content
 
 
 def header(width: int, height: int, bits: int = 8) -> tuple[bytes, bytes]:
@@ -272,7 +272,7 @@ def header(width: int, height: int, bits: int = 8) -> tuple[bytes, bytes]:
 
 
 def _bomb(rng: random.Random, path: Path) -> None:
-    """Small files that become large, or that say so."""
+    """Small files that decompress to large images, or claim to."""
     zeros = zlib.compress(bytes(30_000_000))
     lines = b"IDAT", zlib.compress(bytes(9 * 8))
     width, height = rng.choice([(2**31 - 1, 2**31 - 1), (0, 5), (100_000, 1), (13_000, 13_000)])
@@ -292,7 +292,7 @@ def _bomb(rng: random.Random, path: Path) -> None:
 
 
 def _odd_exif(rng: random.Random, path: Path) -> None:
-    """A JPEG whose EXIF's tags have damaged values."""
+    """A JPEG file with a damaged EXIF block."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010F], exif[0x829A] = rng.randrange(1, 9), "maker", 0.5
     tags = bytearray(exif.tobytes())

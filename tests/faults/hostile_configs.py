@@ -1,4 +1,4 @@
-"""Configs that try to run something, to hang their reader or to fill its memory."""
+"""Malicious configs, which try to run code, hang the reader or exhaust its memory."""
 
 import os
 import random
@@ -6,10 +6,17 @@ from pathlib import Path
 
 
 def hostile_config(rng: random.Random, folder: Path, shipped: str) -> Path:
-    """A new config in a folder; `folder / "canary"` is there once anything has been run.
+    """Write a random malicious config to a folder.
+
+    If its code is run, `folder / "canary"` is created.
 
     Args:
-        shipped: the path of a config that may be derived from.
+        rng: the random generator.
+        folder: the folder, in which other files are created too.
+        shipped: the path of a valid config, for use as a base.
+
+    Returns:
+        the path of the config.
     """
     path = folder / "hostile.yaml"
     evil = f"X: !!python/object/apply:os.system ['touch {folder}/canary']\n"
@@ -19,7 +26,7 @@ def hostile_config(rng: random.Random, folder: Path, shipped: str) -> Path:
 
 
 def bases(rng: random.Random, folder: Path, shipped: str, evil: str) -> list[str]:
-    """Values of `_BASE_`, most of which lead to a config that would run something."""
+    """Values of `_BASE_`; most of them refer to a config with code."""
     (folder / "evil.yaml").write_text(evil)
     for scheme in ("x:", "detectron2:", "https:", "file:"):
         (folder / scheme).mkdir(exist_ok=True)
@@ -60,7 +67,7 @@ def bases(rng: random.Random, folder: Path, shipped: str, evil: str) -> list[str
 
 
 def bomb(rng: random.Random) -> str:
-    """YAML that grows when it is read or copied."""
+    """YAML that expands to more than the memory, or is nested too deeply."""
     depth = rng.choice([30, 300])
     kind = rng.choice(["lists", "dicts", "merge", "nested", "itself", "long", "keys"])
     if kind == "lists":
@@ -84,7 +91,7 @@ def bomb(rng: random.Random) -> str:
 
 
 def string(rng: random.Random) -> str:
-    """A string that looks like a Python literal, as which Detectron2 reads it."""
+    """A config with a string that Detectron2 parses as a Python literal."""
     value = rng.choice(
         ["-" * 9000 + "1", "(" * 9000, "[" * 99 + "]" * 99, "1+" * 4000 + "1", "9" * 9000]
     )

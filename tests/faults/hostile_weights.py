@@ -1,4 +1,4 @@
-"""Files of weights that try to run something, to crash their reader or to fill its memory."""
+"""Generator of weight files that try to run code, crash the reader or exhaust memory."""
 
 import io
 import pickle
@@ -12,33 +12,33 @@ from typing import Any
 import numpy as np
 import torch
 
-SECRET = b"\x10\x00\x00\x00\x00\x00\x00\x00"  # as a pointer, an address that nobody may read
+POINTER = b"\x10\x00\x00\x00\x00\x00\x00\x00"  # reading from this address crashes the process
 
 
 def text(value: str) -> bytes:
+    """The pickle instruction for a text."""
     content = value.encode()
     return b"X" + struct.pack("<I", len(content)) + content
 
 
 def name(module: str, attribute: str) -> bytes:
+    """The pickle instruction that looks up `module.attribute`."""
     return f"c{module}\n{attribute}\n".encode()
 
 
 def literal(value: Any) -> bytes:
-    """The instructions for a plain value, without protocol and end."""
+    """The pickle instructions for a plain value, without the protocol and end marks."""
     return pickle.dumps(value, protocol=2)[2:-1]
 
 
 def weights(value: bytes) -> bytes:
-    """A whole pickle of `{"model": {"weight": value}}`."""
+    """A complete pickle of `{"model": {"weight": value}}`."""
     inner = b"}" + text("weight") + value + b"s"
     return b"\x80\x02}" + text("model") + inner + b"s."
 
 
-# Instructions that call, set attributes or look up in some way, each for one command
-
-
 def commands(canary: Path) -> list[bytes]:
+    """Instructions that would each run code which creates `canary`."""
     shell = f"touch {canary}"
     system = name("os", "system")
     hidden = b"\x80\x04\x8c\x02os\x8c\x06system\x93"
@@ -60,7 +60,7 @@ def commands(canary: Path) -> list[bytes]:
         + system
         + arguments
         + b"}tR",
-        # Attributes of what is handed out
+        # Set attributes of the replacement values
         name("collections", "OrderedDict") + b")R}" + text("get") + system + b"sb",
         name("_codecs", "encode") + b"N}" + text("__defaults__") + arguments + b"s\x86b",
         name("collections", "OrderedDict") + b"N}" + text("__setstate__") + system + b"s\x86b",
@@ -68,7 +68,7 @@ def commands(canary: Path) -> list[bytes]:
 
 
 def dtype(rng: random.Random) -> bytes:
-    """A dtype of any kind, with any state."""
+    """A random dtype with a random state."""
     code = rng.choice(["O8", "O", "f4", "f8", "V8", "U1", "S0", "i8", "f4,O", "b1", "M8", "i3", ""])
     made = (
         name("numpy", "dtype") + b"(" + text(code) + rng.choice([b"K\x00K\x01", b"\x89\x88", b""])
@@ -91,38 +91,41 @@ def dtype(rng: random.Random) -> bytes:
 
 
 def scalar(rng: random.Random) -> bytes:
-    raw = rng.choice([SECRET, b"", b"\x00" * 4, b"\xff" * 16])
+    """A NumPy scalar with a random dtype."""
+    raw = rng.choice([POINTER, b"", b"\x00" * 4, b"\xff" * 16])
     module = rng.choice(["numpy.core.multiarray", "numpy._core.multiarray"])
     return name(module, "scalar") + b"(" + dtype(rng) + literal(raw) + b"tR"
 
 
 def array(rng: random.Random) -> bytes:
+    """A NumPy array whose dtype, shape and bytes may disagree."""
     module = rng.choice(["numpy.core.multiarray", "numpy._core.multiarray"])
     kind = rng.choice([name("numpy", "ndarray"), name("numpy", "dtype"), literal(3)])
     shape = rng.choice([(0,), (0,), (2**40,), (-1,), ()])
     made = name(module, "_reconstruct") + b"(" + kind + literal(shape) + b"C\x01btR"
     size = rng.choice([(1,), (2,), (2**40,), (-1,), (2**62, 0), (1,) * 70, "x", (True,), (1.0,)])
     fortran = rng.choice([False, True, 0, "x"])
-    raw = rng.choice([SECRET, SECRET * 2, b"", [1, 2], "text"])
+    raw = rng.choice([POINTER, POINTER * 2, b"", [1, 2], "text"])
     state = b"(K\x01" + literal(size) + dtype(rng) + literal(fortran) + literal(raw) + b"t"
     return made + (state + b"b") * rng.choice([1, 1, 2])
 
 
 def from_buffer(rng: random.Random) -> bytes:
+    """The same in the form that pickle protocol 5 uses."""
     module = rng.choice(["numpy.core.numeric", "numpy._core.numeric"])
     shape = rng.choice([(1,), (2,), (2**40,), (-1,), (1, 1)])
-    raw = literal(rng.choice([SECRET, b"", "text"]))
+    raw = literal(rng.choice([POINTER, b"", "text"]))
     order = literal(rng.choice(["C", "F", "Z", None]))
     return name(module, "_frombuffer") + b"(" + raw + dtype(rng) + literal(shape) + order + b"tR"
 
 
 def colliding(number: int) -> bytes:
-    """An integer, all of which have one hash."""
+    """An integer; all of them have the same hash."""
     return b"\x8a\x0a" + (number * (2**61 - 1)).to_bytes(10, "little")
 
 
 def bombs(rng: random.Random) -> bytes:
-    """Instructions that ask for time or memory out of proportion."""
+    """A few instructions that need a very long time or very much memory."""
     deep = rng.choice([30, 60, 400])
     return rng.choice(
         [
@@ -139,7 +142,7 @@ def bombs(rng: random.Random) -> bytes:
             b"I" + b"9" * 50_000 + b"\n",
             b"U\x00" * 3 + b"\x95" + struct.pack("<Q", 2**62),
             b"}" + b"".join(colliding(n) + b"K\x00s" for n in range(5_000)),
-            # The same million bytes again and again
+            # The same million bytes 2000 times
             b"X"
             + struct.pack("<I", 10**6)
             + b"a" * 10**6
@@ -150,14 +153,14 @@ def bombs(rng: random.Random) -> bytes:
 
 
 def nest(rng: random.Random) -> bytes:
-    """A dict that holds itself many times."""
+    """A dict that contains itself many times."""
     count = rng.choice([3, 300])
     keys = b"".join(text(f"k{i}") + b"h\x07" for i in range(count))
     return b"}q\x07(" + keys + b"u"
 
 
 def pickled(rng: random.Random, canary: Path) -> bytes:
-    """A whole hostile pickle."""
+    """A complete hostile pickle."""
     kinds: list[Callable[[], bytes]] = [
         lambda: rng.choice(commands(canary)),
         lambda: scalar(rng),
@@ -174,7 +177,7 @@ def pickled(rng: random.Random, canary: Path) -> bytes:
 
 
 def storage(rng: random.Random) -> bytes:
-    """A tensor whose storage, size and strides need not fit."""
+    """A tensor whose storage, size and strides may disagree."""
     kind = name("torch", rng.choice(["FloatStorage", "QInt8Storage", "UntypedStorage", "Tensor"]))
     key = rng.choice(["0", "1", "../0", "data.pkl", 0])
     count = rng.choice([4, 4, 0, -1, 3, 5, 2**28, 2**40, 2**62, 2**70, 4.0])
@@ -190,7 +193,7 @@ def storage(rng: random.Random) -> bytes:
 
 
 def archive(content: bytes, rng: random.Random, path: Path) -> None:
-    """A file such as `torch.save` writes, with this pickle."""
+    """Write a file in the format of `torch.save` with the given pickle."""
     packed = rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
     with zipfile.ZipFile(path, "w", packed) as file:
         file.writestr("w/data.pkl", content)
@@ -204,16 +207,16 @@ def legacy(content: bytes, rng: random.Random, path: Path) -> None:
     """The same in the format of PyTorch before 1.6."""
     buffer = io.BytesIO()
     torch.save(torch.ones(2), buffer, _use_new_zipfile_serialization=False)
-    whole = buffer.getvalue()
-    start = whole.index(b"\x80\x02ctorch._utils")
+    intact = buffer.getvalue()
+    start = intact.index(b"\x80\x02ctorch._utils")
     raw = np.arange(4, dtype=np.float32).tobytes()
     keys = pickle.dumps(rng.choice([["0"], [], ["0", "0"], [0], "0"]), protocol=2)
     count = struct.pack("<q", rng.choice([4, 4, 2**40, -1]))
-    path.write_bytes(whole[:start] + content + keys + count + raw[: rng.choice([16, 16, 3])])
+    path.write_bytes(intact[:start] + content + keys + count + raw[: rng.choice([16, 16, 3])])
 
 
 def arrays(rng: random.Random, path: Path) -> None:
-    """An .npz whose headers do not hold what they say."""
+    """Write an .npz file whose header and content may disagree."""
     shape = rng.choice(["(4,)", "(2**40,)", f"({2**40},)", "(-1,)", "(4", "()", "(4.0,)", "(0,)"])
     kind = rng.choice(["'<f4'", "'|O'", "'<f4,O'", "[('a', '|O')]", "'|V0'", "'|S0'", "'>f4'", "7"])
     header = f"{{'descr': {kind}, 'fortran_order': False, 'shape': {shape}, }}"
@@ -226,7 +229,7 @@ def arrays(rng: random.Random, path: Path) -> None:
 
 
 def own_facts(rng: random.Random, path: Path) -> None:
-    """What gn_det writes beside weights, with values that it does not write."""
+    """Write a file of gn_det's own format with invalid records."""
     strange = [None, True, -1, 2**40, 10**30, "x" * 999, "a\nb", [], [1] * 9, {}, float("nan")]
     keys = ["MODEL.RESNETS.NORM", "MODEL.RESNETS.DEPTH", "MODEL.RESNETS.WIDTH_PER_GROUP"]
     keys += ["MODEL.PIXEL_MEAN", "INPUT.FORMAT", "MODEL.GROUP_NORM.NUM_GROUPS", "x"]
@@ -240,7 +243,15 @@ def own_facts(rng: random.Random, path: Path) -> None:
 
 
 def hostile_weights(rng: random.Random, folder: Path) -> Path:
-    """A new file in a folder; `folder / "canary"` is there once anything has been run."""
+    """Write a random hostile file.
+
+    Args:
+        rng: source of all random choices.
+        folder: where to write; the file creates `folder / "canary"` if its code is run.
+
+    Returns:
+        path of the file.
+    """
     path = folder / f"hostile{rng.choice(['.pth', '.pkl', '.pyth', '.npz', '.safetensors'])}"
     canary = folder / "canary"
     kind = rng.randrange(6)

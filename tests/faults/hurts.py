@@ -1,4 +1,4 @@
-"""What happens inside of a training: from the trainer to one that is hurt."""
+"""Faults inside the training process: each function takes a trainer class and modifies it."""
 
 import contextlib
 import io
@@ -18,27 +18,29 @@ from gn_det.engine.trainer import Trainer
 
 
 def killed_in_step(trainer: type[Trainer], iteration: int, number: int) -> type[Trainer]:
-    class Hurt(trainer):  # type: ignore[valid-type,misc]
+    """Send a signal to the process in an iteration."""
+
+    class Faulty(trainer):  # type: ignore[valid-type,misc]
         def run_step(self) -> None:
             if self.iter == iteration:
                 os.kill(os.getpid(), number)
             super().run_step()
 
-    return Hurt
+    return Faulty
 
 
 def killed_in_save(trainer: type[Trainer], count: int, share: float) -> type[Trainer]:
-    """The process is gone when a share of the count-th checkpoint has been written."""
+    """Kill the process when a fraction of the count-th checkpoint has been written."""
 
     def save(content: Any, file: io.IOBase) -> None:
         nonlocal count
         count -= 1
-        whole = io.BytesIO()
-        torch_save(content, whole)
+        buffer = io.BytesIO()
+        torch_save(content, buffer)
         if count:
-            file.write(whole.getvalue())
+            file.write(buffer.getvalue())
             return
-        file.write(whole.getvalue()[: int(share * len(whole.getvalue()))])
+        file.write(buffer.getvalue()[: int(share * len(buffer.getvalue()))])
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -48,7 +50,7 @@ def killed_in_save(trainer: type[Trainer], count: int, share: float) -> type[Tra
 
 
 def killed_before_tag(trainer: type[Trainer], count: int) -> type[Trainer]:
-    """The process is gone between the count-th checkpoint and `last_checkpoint`."""
+    """Kill the process between the count-th checkpoint and `last_checkpoint`."""
 
     def tag(self: Any, name: str) -> None:
         nonlocal count
@@ -63,47 +65,49 @@ def killed_before_tag(trainer: type[Trainer], count: int) -> type[Trainer]:
 
 
 def disk_full(trainer: type[Trainer], iteration: int, size: int) -> type[Trainer]:
-    """From an iteration on no file may grow beyond a size."""
+    """Limit the size of files, starting after an iteration."""
 
-    class Hurt(trainer):  # type: ignore[valid-type,misc]
+    class Faulty(trainer):  # type: ignore[valid-type,misc]
         def run_step(self) -> None:
             super().run_step()
             if self.iter == iteration:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-    return Hurt
+    return Faulty
 
 
 def disk_gone(trainer: type[Trainer], iteration: int, code: int) -> type[Trainer]:
-    """From an iteration on no checkpoint can be opened for writing."""
+    """Let opening a checkpoint for writing fail, starting after an iteration."""
 
     @contextlib.contextmanager
     def write_whole(path: Path, mode: str = "w") -> Iterator[None]:
         raise OSError(code, os.strerror(code), str(path))
         yield
 
-    class Hurt(trainer):  # type: ignore[valid-type,misc]
+    class Faulty(trainer):  # type: ignore[valid-type,misc]
         def run_step(self) -> None:
             super().run_step()
             if self.iter == iteration:
                 checkpointer.write_whole = write_whole
 
-    return Hurt
+    return Faulty
 
 
 def loader_killed(trainer: type[Trainer], iteration: int) -> type[Trainer]:
-    class Hurt(trainer):  # type: ignore[valid-type,misc]
+    """Kill a worker process of the data loader after an iteration."""
+
+    class Faulty(trainer):  # type: ignore[valid-type,misc]
         def run_step(self) -> None:
             super().run_step()
             if self.iter == iteration:
                 children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
                 os.kill(int(children[-1]), signal.SIGKILL)
 
-    return Hurt
+    return Faulty
 
 
 class SpoiledMapper(DatasetMapper):
-    """Detectron2's, but one picture in so many comes as NaN."""
+    """Detectron2's mapper, but 10% of the images consist of NaN."""
 
     def __call__(self, record: dict) -> dict:
         sample = super().__call__(record)
@@ -113,9 +117,11 @@ class SpoiledMapper(DatasetMapper):
 
 
 def not_a_number(trainer: type[Trainer]) -> type[Trainer]:
-    class Hurt(trainer):  # type: ignore[valid-type,misc]
+    """Let random images consist of NaN."""
+
+    class Faulty(trainer):  # type: ignore[valid-type,misc]
         @classmethod
         def build_train_loader(cls, cfg):
             return build_train_loader(cfg, SpoiledMapper(cfg, True))
 
-    return Hurt
+    return Faulty

@@ -1,4 +1,4 @@
-"""Calls in a process of their own, where a crash, a hang or too much memory is seen as such."""
+"""Calls in a child process, which detect crashes, hangs and excessive use of memory."""
 
 import contextlib
 import os
@@ -8,18 +8,19 @@ from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
-# A reader may take so long, and so many bytes more than there were before
+# Limits of a call: time, and bytes of memory in addition to those at the start
 SECONDS, MEMORY = 30, 3 * 2**30
 
 
 def calls(work: Callable[[int], str], count: int) -> Iterator[tuple[int, str]]:
-    """Call `work` with the numbers below `count`.
+    """Call `work` with each number below `count`.
 
     Args:
-        work: returns what was lost, "" for nothing.
+        work: returns a description of a failure, or "".
+        count: number of calls.
 
     Yields:
-        each number with what was lost, a traceback, a signal or a hang included.
+        each number with the failure; this can be a traceback, a signal or a hang.
     """
     context = get_context("fork")
     done = 0
@@ -32,11 +33,11 @@ def calls(work: Callable[[int], str], count: int) -> Iterator[tuple[int, str]]:
         while alive and done < count:
             try:
                 alive = receiver.poll(SECONDS)
-                lost = receiver.recv() if alive else f"it hangs for {SECONDS} s"
+                failure = receiver.recv() if alive else f"no result after {SECONDS} s"
             except EOFError:
                 child.join()
-                alive, lost = False, f"the process ends with {child.exitcode}"
-            yield done, lost
+                alive, failure = False, f"the process ends with exit code {child.exitcode}"
+            yield done, failure
             done += 1
         child.kill()
         child.join()
@@ -44,13 +45,14 @@ def calls(work: Callable[[int], str], count: int) -> Iterator[tuple[int, str]]:
 
 
 def _serve(work: Callable[[int], str], numbers: range, sender: Connection) -> None:
+    """Call `work` in the child process, with limited memory."""
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
     for number in numbers:
         try:
-            lost = work(number)
+            failure = work(number)
         except BaseException:
-            lost = traceback.format_exc()
+            failure = traceback.format_exc()
         with contextlib.suppress(BrokenPipeError):
-            sender.send(lost)
+            sender.send(failure)

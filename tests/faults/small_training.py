@@ -1,4 +1,4 @@
-"""A small training in a process of its own, and its variants."""
+"""A small training run in a separate process, and its variants."""
 
 import os
 import random
@@ -43,7 +43,7 @@ SMALL = {
     "TEST.EVAL_PERIOD": EVALUATION,
     "SEED": 5,
 }
-# Of every kind of training one; what is resumed must be exact in all of them
+# Different kinds of training; resuming must be exact in all of them
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {"INPUT.MIN_SIZE_TRAIN": "(64,)", "DATALOADER.NUM_WORKERS": 0},
     "bfloat16, accumulated, multi-scale": {
@@ -59,49 +59,51 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Training:
-    """One training's folder, with a data set of its own."""
+    """A training run, with a folder and a dataset of its own."""
 
     folder: Path
     variant: str
     rng: random.Random
-    told: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
 
     @property
     def output(self) -> Path:
         return self.folder / "output"
 
-    def start(self, hurt: Callable[[type[Trainer]], type[Trainer]] | None = None, *flags: str):
-        """A process that trains, going on if something is there."""
+    def start(self, fault: Callable[[type[Trainer]], type[Trainer]] | None = None, *flags: str):
+        """Start a process that trains with --resume; `fault` modifies its trainer."""
         process = get_context("forkserver").Process(
-            target=train, args=(self.folder, self.variant, hurt, flags)
+            target=train, args=(self.folder, self.variant, fault, flags)
         )
         process.start()
         return process
 
     def finish(self, process) -> int:
-        """Its exit code, at its end; what it said is kept."""
+        """Wait for a process, keep its output, and return its exit code."""
         process.join(300)
         assert process.exitcode is not None, "it hangs"
-        said = self.folder / "said.txt"
-        self.told.append(said.read_text() if said.exists() else "")
+        output = self.folder / "output.txt"
+        self.outputs.append(output.read_text() if output.exists() else "")
         return process.exitcode
 
-    def run(self, hurt=None, *flags: str) -> int:
-        return self.finish(self.start(hurt, *flags))
+    def run(self, fault=None, *flags: str) -> int:
+        """Train in a process, and return its exit code."""
+        return self.finish(self.start(fault, *flags))
 
     def checkpoints(self) -> list[Path]:
+        """Paths of the periodic checkpoints, from old to new."""
         return sorted(self.output.glob("model_0*.pth"))
 
 
-def train(folder: Path, variant: str, hurt: Any, flags: tuple[str, ...]) -> None:
-    """A whole training in this process, as `tools/train_net.py` runs it."""
-    os.setpgrp()  # as torchrun does, so that a signal can be given to all that it starts
-    said = os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
+def train(folder: Path, variant: str, fault: Any, flags: tuple[str, ...]) -> None:
+    """Train in this process, as `tools/train_net.py` does."""
+    os.setpgrp()  # as torchrun does; signals can be sent to the process group
+    output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     torch.set_num_threads(1)
-    # As it is by default on Linux for the processes that load
+    # The default for worker processes of data loaders on Linux
     set_start_method("fork", force=True)
     for split in ("train", "val"):
         data = folder / "data"
@@ -110,4 +112,4 @@ def train(folder: Path, variant: str, hurt: Any, flags: tuple[str, ...]) -> None
     keys = SMALL | VARIANTS[variant] | {"OUTPUT_DIR": folder / "output"}
     words = [str(word) for pair in keys.items() for word in pair]
     config = ["--config-file", "Shapes/mask_rcnn_R_18_FPN_gn.yaml"]
-    run([*config, "--resume", *flags, *words], hurt(Trainer) if hurt else Trainer)
+    run([*config, "--resume", *flags, *words], fault(Trainer) if fault else Trainer)

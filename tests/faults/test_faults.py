@@ -1,4 +1,4 @@
-"""The short form of `make faults`: faults of a machine, and damaged files of others."""
+"""A short form of `make faults`: faults of the machine, and damaged or malicious files."""
 
 import pytest
 from campaign import campaign
@@ -9,11 +9,11 @@ KINDS = [
     "SIGTERM in an iteration",
     "SIGKILL while a checkpoint is written",
     "disk full, read-only or broken",
-    "picture missing or damaged, passed over",
+    "image missing or damaged, skipped",
 ]
 
 
-def test_a_hurt_training_ends_as_if_nothing_had_happened(tmp_path):
+def test_resuming_after_a_fault_is_exact(tmp_path):
     assert set(KINDS) <= set(FAULTS)
     assert campaign(KINDS, seed=1, at_once=1, folder=tmp_path) == [""] * len(KINDS)
 

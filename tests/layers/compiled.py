@@ -1,6 +1,6 @@
-"""Compiles every kernel for a GPU that need not be there, and prints what became of it.
+"""Compile every kernel for a GPU, which need not be present, and print spills, loads and stores.
 
-Arguments: the compute capability, as in 90, and data types, as in bf16 fp32. It prints JSON.
+Arguments: the compute capability, as 90, and data types, as bf16 fp32. The output is JSON.
 """
 
 import json
@@ -23,12 +23,12 @@ BIN = Path(nvidia.__file__).parent / "bin"
 
 
 def kernels():
-    """Name, kernel, warps and constants, as the launchers choose them for R50-FPN."""
+    """Name, kernel, number of warps and constants, as the launchers choose them for R50-FPN."""
     flags = {"HAS_RESIDUAL": True, "RELU": True}
     for last, p, c in ((False, 2048, 1), (True, 32, 64)):
         tile = {"ALIGNED": True, "CHANNELS_LAST": last, "BLOCK_P": p, "BLOCK_C": c}
         yield "moments", split._moments_kernel, 4, tile
-        yield "normalise", split._normalise_kernel, 4, {**flags, **tile}
+        yield "normalize", split._normalize_kernel, 4, {**flags, **tile}
         yield "sums", split._gradient_sums_kernel, 4, {**flags, **tile}
         yield "input gradient", split._input_gradient_kernel, 4, {"RELU": True, **tile}
         yield "frozen bn", frozen_bn._forward_kernel, 4, {**flags, **tile}
@@ -41,7 +41,7 @@ def kernels():
         warps = max(1, p * g * 8 // 256)
         yield "whole", whole._forward_kernel, warps, {**flags, **tile}
         yield "whole backward", whole._backward_kernel, warps, {**flags, **tile}
-    # Triton takes sizes of 1, and what is not given, for constants
+    # Triton treats sizes of 1 and missing tensors as constants
     one = {"HW": 1, "HAS_RESIDUAL": False, "RELU": False}
     tile = {"CHANNELS_LAST": False, "BLOCK_P": 1, "GROUPS": 1, "D": 8, "BLOCK_D": 8}
     yield "whole of one", whole._forward_kernel, 1, {"RESIDUAL": None, **one, **tile}
@@ -61,7 +61,7 @@ def compile_one(kernel, warps: int, constants: dict, dtype: str, capability: int
         else:
             pointer = f"*{dtype}" if name in IMAGES else "*fp32"
             signature[name] = "fp32" if name == "eps" else pointer
-        # Of positions no more is known than ALIGNED tells
+        # The launchers promise nothing about HW except by ALIGNED
         if name in ("C", "CHUNK", "G") or signature[name].startswith("*"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", capability, 32)
@@ -73,10 +73,10 @@ def compile_one(kernel, warps: int, constants: dict, dtype: str, capability: int
         assembler = BIN / ("ptxas-blackwell" if capability >= 100 else "ptxas")
         arch = f"--gpu-name=sm_{capability}{'a' if capability >= 90 else ''}"
         words = [assembler, "-v", arch, file.name, "-o", "/dev/null"]
-        told = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+        report = subprocess.run(words, capture_output=True, text=True, check=True).stderr
     pattern = r"(\d+) bytes spill stores, (\d+) bytes spill loads"
     return {
-        "spills": sum(int(n) for found in re.findall(pattern, told) for n in found),
+        "spills": sum(int(n) for counts in re.findall(pattern, report) for n in counts),
         "loads": re.findall(r"ld\.global\.(?:\w+\.)*(?:v\d\.)?b\d+", ptx),
         "stores": re.findall(r"st\.global\.(?:\w+\.)*(?:v\d\.)?b\d+", ptx),
     }
@@ -84,10 +84,10 @@ def compile_one(kernel, warps: int, constants: dict, dtype: str, capability: int
 
 if __name__ == "__main__":
     capability, dtypes = int(sys.argv[1]), sys.argv[2:]
-    found = [
+    results = [
         {"name": name, "dtype": dtype, **constants}
         | compile_one(k, w, constants, dtype, capability)
         for name, k, w, constants in kernels()
         for dtype in dtypes
     ]
-    print(json.dumps(found))
+    print(json.dumps(results))

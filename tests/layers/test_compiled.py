@@ -1,4 +1,4 @@
-"""The kernels as machine code, without a GPU: nothing spills, and memory is read in 16 bytes."""
+"""The kernels' machine code, compiled without a GPU: no spills, and 16-byte memory accesses."""
 
 import json
 import os
@@ -23,8 +23,8 @@ def test_machine_code(capability, dtypes, tmp_path):
     for kernel in kernels:
         assert kernel["spills"] == 0, kernel
         if kernel["name"].startswith("group ") or " of one" in kernel["name"]:
-            continue  # they read the workspace, or single values
-        # RoIs of 7 x 7 in NCHW begin anywhere
+            continue  # these read the workspace, or single values
+        # RoIs of 7 x 7 in NCHW are not aligned to 16 bytes
         if kernel["name"].startswith("whole") and not kernel["CHANNELS_LAST"]:
             continue
         assert "ld.global.v4.b32" in kernel["loads"], kernel

@@ -1,4 +1,4 @@
-"""GroupNorm against the paper's formulas in float64, and against worked numbers."""
+"""GroupNorm against the paper's formulas in float64, and against numbers worked out by hand."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ BATCH = torch.tensor([A, B, C], dtype=torch.float32).unsqueeze(2)
 
 
 def reference(x: torch.Tensor, num_groups: int, eps: float = 1e-5) -> torch.Tensor:
-    """Equations 1 and 7 of the paper, group by group."""
+    """Equations 1 and 7 of the paper, one group at a time."""
     x = x.double()
     y = torch.empty_like(x)
     width = x.shape[1] // num_groups
@@ -29,7 +29,7 @@ def reference(x: torch.Tensor, num_groups: int, eps: float = 1e-5) -> torch.Tens
 
 
 @pytest.mark.parametrize(
-    ("division", "expected"),
+    ("grouping", "expected"),
     [
         ({"num_groups": 2}, [[-1.172, -0.651], [0.391, 1.432], [-1.265, -0.633], [0.633, 1.265]]),
         ({"num_groups": 1}, [[-1.276, -1.108], [-0.773, -0.439], [0.230, 0.565], [1.234, 1.568]]),
@@ -37,13 +37,13 @@ def reference(x: torch.Tensor, num_groups: int, eps: float = 1e-5) -> torch.Tens
     ],
     ids=["GN", "LN", "IN"],
 )
-def test_worked_example(division, expected):
-    y = GroupNorm(4, **division)(BATCH)
+def test_worked_example(grouping, expected):
+    y = GroupNorm(4, **grouping)(BATCH)
     assert_close(y[0, :, 0], torch.tensor(expected, dtype=torch.float32), atol=1e-3, rtol=0)
 
 
 def test_worked_example_of_batch_norm():
-    """The contrast: BN's numbers for the same picture come from the two others too."""
+    """In contrast, BN's result for the same image depends on the two other images too."""
     y = nn.BatchNorm2d(4)(BATCH)
     expected = [[0.522, 1.567], [0.676, 1.690], [1.071, 1.630], [1.066, 1.492]]
     assert_close(y[0, :, 0], torch.tensor(expected), atol=1e-3, rtol=0)
@@ -67,7 +67,7 @@ def test_gradients_in_float64():
     assert torch.autograd.gradcheck(layer, x)
 
 
-def test_width_of_groups():
+def test_channels_per_group():
     x = torch.randn(2, 48, 4, 4)
     assert_close(GroupNorm(48, dim_per_gp=16)(x), reference(x, 3).float(), atol=1e-5, rtol=1e-5)
 
@@ -86,14 +86,14 @@ def test_no_rois():
     assert_close(layer.weight.grad, torch.zeros(64))
 
 
-def test_is_what_optimizers_and_checkpoints_know():
+def test_type_and_state_are_those_of_nn_group_norm():
     layer = GroupNorm(64, 32)
     assert isinstance(layer, nn.GroupNorm)
     assert set(layer.state_dict()) == {"weight", "bias"}
 
 
 @pytest.mark.parametrize(
-    ("channels", "division", "near"),
+    ("channels", "grouping", "nearest"),
     [
         (48, {"num_groups": 32}, "24 or 48"),
         (64, {"num_groups": 0}, "1"),
@@ -101,6 +101,6 @@ def test_is_what_optimizers_and_checkpoints_know():
         (48, {"dim_per_gp": 32}, "24 or 48"),
     ],
 )
-def test_channels_that_do_not_divide(channels, division, near):
-    with pytest.raises(ValueError, match=rf"{channels} channels .* \(use {near}\)"):
-        GroupNorm(channels, **division)
+def test_channels_that_do_not_divide(channels, grouping, nearest):
+    with pytest.raises(ValueError, match=rf"{channels} channels .* \(use {nearest}\)"):
+        GroupNorm(channels, **grouping)

@@ -1,4 +1,4 @@
-"""The Triton kernels against float64; without a GPU they run in Triton's interpreter."""
+"""The Triton kernels against formulas in float64; without a GPU, in Triton's interpreter."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from gn_det.layers.kernels import split, tile, whole
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-# (N, C, H, W) and groups: odd sizes, a RoI, one position, one group, one channel a group, and
-# channels a group that are no power of two
+# (N, C, H, W) and groups: odd sizes, a RoI, one position, one group, one channel per group, and a
+# number of channels per group that is not a power of two
 SHAPES = {
     "odd": ((2, 8, 5, 7), 4),
     "roi": ((3, 16, 7, 7), 2),
@@ -32,8 +32,8 @@ def on_any_device(monkeypatch) -> None:
 
 
 @pytest.fixture(params=["split", "whole"])
-def path(request, monkeypatch) -> str:
-    """Both ways, whatever the size; small tiles, so that there are several."""
+def kernels(request, monkeypatch) -> str:
+    """Force either kind of kernel at any size, with small tiles, so that there are several."""
     monkeypatch.setattr(whole, "LARGEST_TILE", 0 if request.param == "split" else 1 << 20)
     monkeypatch.setattr(tile, "TILE", 32)
     monkeypatch.setattr(tile, "CHANNELS", 4)
@@ -55,7 +55,7 @@ def run(function, dy: Tensor, *inputs: Tensor | None) -> list[Tensor]:
 
 
 def formula(groups, eps, relu):
-    """Wu and He's Equations 1 to 7, as they stand."""
+    """Wu and He's Equations 1 to 7."""
 
     def norm(x, weight, bias, residual):
         grouped = x.reshape(len(x), groups, -1)
@@ -73,8 +73,8 @@ def double(*tensors):
     return [t if t is None else t.double() for t in tensors]
 
 
-def compare(found: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -> None:
-    for one, two in zip(found, wanted, strict=True):
+def compare(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    for one, two in zip(actual, expected, strict=True):
         scale = two.abs().max().clamp(min=1e-2)
         assert_close(one.double() / scale, two / scale, rtol=0, atol=TOLERANCE[dtype])
 
@@ -87,8 +87,8 @@ def compare(found: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -> No
         *((shape, True, True) for shape in SHAPES if shape != "odd"),
     ],
 )
-def test_group_norm(shape, layout, relu, residual, path):
-    """Every path, in each dtype, on inputs whose mean is 15 deviations off."""
+def test_group_norm(shape, layout, relu, residual, kernels):
+    """Both kinds of kernel in each dtype, on inputs whose mean is 15 standard deviations from 0."""
     torch.manual_seed(0)
     size, groups = SHAPES[shape]
     for dtype in TOLERANCE if shape == "odd" else [torch.float32]:
@@ -96,12 +96,12 @@ def test_group_norm(shape, layout, relu, residual, path):
         dy = make(size, dtype, layout)
         weight, bias = torch.randn(2, size[1], device=DEVICE)
         inputs = x, weight, bias, make(size, dtype, layout) if residual else None
-        found = run(lambda x, w, b, r: group_norm_act(x, w, b, groups, 1e-5, r, relu), dy, *inputs)
-        wanted = run(formula(groups, 1e-5, relu), dy.double(), *double(*inputs))
-        compare(found, wanted, dtype)
-        for image in (found[0], found[1]):
+        actual = run(lambda x, w, b, r: group_norm_act(x, w, b, groups, 1e-5, r, relu), dy, *inputs)
+        expected = run(formula(groups, 1e-5, relu), dy.double(), *double(*inputs))
+        compare(actual, expected, dtype)
+        for image in (actual[0], actual[1]):
             assert image.dtype == dtype and image.stride() == x.stride()
-        assert found[2].dtype == torch.float32
+        assert actual[2].dtype == torch.float32
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
@@ -124,13 +124,13 @@ def test_frozen_bn(layout, relu, residual):
     for dtype in TOLERANCE:
         x, dy = make(size, dtype, layout), make(size, dtype, layout)
         inputs = x, make(size, dtype, layout) if residual else None
-        found = run(act(vectors), dy, *inputs)
-        compare(found, run(formula, dy.double(), *double(*inputs)), dtype)
-        assert found[0].dtype == found[1].dtype == dtype and found[1].stride() == x.stride()
+        actual = run(act(vectors), dy, *inputs)
+        compare(actual, run(formula, dy.double(), *double(*inputs)), dtype)
+        assert actual[0].dtype == actual[1].dtype == dtype and actual[1].stride() == x.stride()
 
 
-def test_gradients_of_what_is_rebuilt(path, monkeypatch):
-    """Bit by bit those of what is kept."""
+def test_gradients_with_recomputation(kernels, monkeypatch):
+    """They equal those without recomputation to the bit."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     torch.manual_seed(0)
     convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)).to(DEVICE)
@@ -149,7 +149,7 @@ def test_gradients_of_what_is_rebuilt(path, monkeypatch):
         assert torch.equal(one, two)
 
 
-def test_the_same_bits_each_time(path):
+def test_repeated_runs_give_the_same_bits(kernels):
     torch.manual_seed(0)
     x, dy = (make((2, 8, 9, 9), torch.float32, "channels_last") for _ in range(2))
     weight, bias = torch.randn(2, 8, device=DEVICE)
@@ -161,15 +161,15 @@ def test_the_same_bits_each_time(path):
         assert torch.equal(one, two)
 
 
-def test_nan_is_not_cut_off(path):
-    """As in PyTorch's ReLU: what diverged has to be seen, in losses and in gradients."""
+def test_relu_passes_nan(kernels):
+    """As PyTorch's ReLU does, so that divergence shows in losses and in gradients."""
     x = make((1, 8, 3, 5), torch.float32, "NCHW")
     x[0, 0, 0, 0] = torch.nan
     weight, bias = torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)
     act = lambda x, w, b: group_norm_act(x, w, b, 4, relu=True)  # noqa: E731
-    found = run(act, torch.ones_like(x), x, weight, bias)
-    assert found[0][0, :2].isnan().all() and not found[0][0, 2:].isnan().any()
-    assert found[1][0, :2].isnan().all() and found[2][:2].isnan().all()
+    actual = run(act, torch.ones_like(x), x, weight, bias)
+    assert actual[0][0, :2].isnan().all() and not actual[0][0, 2:].isnan().any()
+    assert actual[1][0, :2].isnan().all() and actual[2][:2].isnan().all()
     frozen = lambda x: frozen_bn_act(x, weight, bias, bias, weight, relu=True)  # noqa: E731
     assert frozen(x)[0, 0, 0, 0].isnan()
 
@@ -189,20 +189,20 @@ def test_strided_vectors():
     )
 
 
-def test_layouts_that_differ(path):
-    """A gradient that is one number spread out, and a residual in the other layout and dtype."""
+def test_inputs_of_different_layouts(kernels):
+    """A gradient with stride 0, and a residual in another memory format and dtype."""
     torch.manual_seed(0)
     x = make((2, 8, 5, 3), torch.bfloat16, "channels_last")
     weight, bias = torch.randn(2, 8, device=DEVICE)
     inputs = x, weight, bias, make(x.shape, torch.float32, "NCHW")
     dy = torch.ones(1, device=DEVICE).expand_as(x)
-    found = run(lambda x, w, b, r: group_norm_act(x, w, b, 4, 1e-5, r, True), dy, *inputs)
-    wanted = run(formula(4, 1e-5, True), dy.double(), *double(*inputs))
-    compare(found, wanted, torch.bfloat16)
-    assert found[4].dtype == torch.float32 and found[4].is_contiguous()
+    actual = run(lambda x, w, b, r: group_norm_act(x, w, b, 4, 1e-5, r, True), dy, *inputs)
+    expected = run(formula(4, 1e-5, True), dy.double(), *double(*inputs))
+    compare(actual, expected, torch.bfloat16)
+    assert actual[4].dtype == torch.float32 and actual[4].is_contiguous()
 
 
-def test_what_the_kernels_leave_to_pytorch():
+def test_inputs_without_a_kernel():
     x = make((2, 8, 4, 6), torch.float32, "NCHW")
     assert dispatch.has_kernel(x) and dispatch.has_kernel(x.to(memory_format=torch.channels_last))
     for other in (x.double(), x[:, ::2], x[:0], x[0], x.transpose(2, 3)):

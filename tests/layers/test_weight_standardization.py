@@ -1,4 +1,4 @@
-"""The standardised weight: its moments, its gradient, and its numerics."""
+"""Moments, gradient and precision of the standardized weight."""
 
 import pytest
 import torch
@@ -26,13 +26,13 @@ def test_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype):
-    """A mean rounded to half precision would be off by a good part of this standard deviation."""
+    """Rounding the mean to half precision would cost a large part of the standard deviation."""
     torch.manual_seed(0)
     weight = (1.001 + 5e-3 * torch.randn(4, 64, 3, 3)).to(dtype)
     expected = standardize_weight(weight.float())
-    found = standardize_weight(weight)
-    assert found.dtype == dtype
-    assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+    actual = standardize_weight(weight)
+    assert actual.dtype == dtype
+    assert_close(actual.float(), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_constant_filters_become_zero():

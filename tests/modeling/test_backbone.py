@@ -1,4 +1,4 @@
-"""Backbones and heads against Detectron2's stock ones: names, tensors, outputs."""
+"""Backbones and heads compared with Detectron2's own: names, tensors, outputs."""
 
 from collections import Counter
 
@@ -79,7 +79,7 @@ def test_c4_equals_stock(norm):
 
 
 def test_convs_are_those_of_the_baseline():
-    """At one seed, BN* and GN differ in their norms and in nothing else."""
+    """With the same seed, BN* and GN models differ only in their norm layers."""
     gn, frozen = build("MODEL.FPN.NORM", ""), build(name="mask_rcnn_R_18_FPN_frozenbn")
     for name, tensor in frozen.backbone.state_dict().items():
         if "norm" not in name:
@@ -87,7 +87,7 @@ def test_convs_are_those_of_the_baseline():
 
 
 def test_where_the_norms_are():
-    """ResNet-18 has 20 convs, the FPN 8, each head 4; RPN, deconv and predictors have no norm."""
+    """Norms follow 20 convs of ResNet-18, 8 of the FPN, 4 per head; none in RPN and predictors."""
     model = build()
     parts = Counter(
         ".".join(name.split(".")[:2]).partition(".fpn")[0]
@@ -123,8 +123,8 @@ def test_groups_reach_every_layer(norm, opts, groups_of_64):
     assert {m.eps for m in layers} == {1e-3}
 
 
-def test_heads_are_divided_apart_from_the_resnet():
-    """And C4's res5, which comes with the ResNet's weights, as the ResNet."""
+def test_heads_num_groups_applies_outside_the_resnet():
+    """C4's res5 belongs to the ResNet, because its weights are pretrained with it."""
     opts = ("MODEL.GROUP_NORM.DIM_PER_GP", 16, "MODEL.GROUP_NORM.HEADS_NUM_GROUPS", 8)
     fpn, c4 = build(*norm_everywhere("GN"), *opts), build(*C4, *opts)
     resnets = [fpn.backbone.bottom_up, c4.backbone, c4.roi_heads.res5]
@@ -134,10 +134,10 @@ def test_heads_are_divided_apart_from_the_resnet():
     assert [m.num_groups for m in layers if id(m) not in inside] == 16 * [8]
 
 
-def test_trunk_and_fpn_norms_are_independent():
-    """Table 5 needs a BN* trunk with GN elsewhere; a BN trunk must survive a GN FPN."""
-    for trunk, kind in (("FrozenBN", FrozenBatchNorm2d), ("BN", nn.BatchNorm2d)):
-        backbone = build("MODEL.RESNETS.NORM", trunk, "MODEL.BACKBONE.FREEZE_AT", 0).backbone
+def test_backbone_and_fpn_norms_are_independent():
+    """Table 5 needs BN* with GN elsewhere; GN in the FPN must not replace the ResNet's BN."""
+    for norm, kind in (("FrozenBN", FrozenBatchNorm2d), ("BN", nn.BatchNorm2d)):
+        backbone = build("MODEL.RESNETS.NORM", norm, "MODEL.BACKBONE.FREEZE_AT", 0).backbone
         assert sum(isinstance(m, kind) for m in backbone.bottom_up.modules()) == 20
         assert sum(isinstance(m, nn.GroupNorm) for m in backbone.modules()) == 8
     backbone = build("MODEL.FPN.NORM", "BN").backbone
@@ -146,25 +146,25 @@ def test_trunk_and_fpn_norms_are_independent():
 
 
 def test_frozen_stages():
-    """FREEZE_AT 2 holds stem and res2 still, and turns their BN into BN*."""
+    """FREEZE_AT 2 freezes stem and res2, and turns their BN into BN*."""
     gn, bn = build().backbone.bottom_up, build(name="mask_rcnn_R_18_FPN_bn").backbone.bottom_up
-    for trunk in (gn, bn):
-        for name, parameter in trunk.named_parameters():
+    for resnet in (gn, bn):
+        for name, parameter in resnet.named_parameters():
             assert parameter.requires_grad != name.startswith(("stem", "res2")), name
     assert isinstance(bn.stem.conv1.norm, FrozenBatchNorm2d)
     assert isinstance(bn.res3[0].conv1.norm, nn.BatchNorm2d)
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_an_image_does_not_see_its_batch(training):
-    """The point of GN; the BN model in training shows that the test can fail."""
+def test_results_do_not_depend_on_other_images(training):
+    """This is the purpose of GN. The BN model in training shows that the test can fail."""
     torch.manual_seed(0)
     image, others = torch.rand(1, 3, 64, 64), torch.rand(3, 3, 64, 64) * 9
 
     def difference(name: str) -> float:
         backbone = build(name=name).backbone.train(training)
-        alone, among = backbone(image), backbone(torch.cat([image, others]))
-        return max((alone[p] - among[p][:1]).abs().max().item() for p in alone)
+        alone, batched = backbone(image), backbone(torch.cat([image, others]))
+        return max((alone[p] - batched[p][:1]).abs().max().item() for p in alone)
 
     assert difference("mask_rcnn_R_18_FPN_gn") < 1e-4
     if training:
@@ -187,7 +187,7 @@ def test_groups_that_do_not_divide_name_the_layer(parts, layer):
 
 
 def test_published_gn_checkpoints_load(tmp_path):
-    """A file that a stock Detectron2 GN model wrote fills ours whole, by name."""
+    """A checkpoint of a stock Detectron2 GN model provides every tensor of ours, by name."""
     stock = build(*STOCK_FPN)
     DetectionCheckpointer(stock, save_dir=str(tmp_path)).save("stock")
     torch.manual_seed(8)

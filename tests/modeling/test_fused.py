@@ -1,4 +1,4 @@
-"""The fused models against Detectron2's own blocks: same results, gradients, names; less memory."""
+"""Fused models compared with Detectron2's blocks: same results, gradients, names; less memory."""
 
 import multiprocessing
 from collections import Counter
@@ -28,8 +28,8 @@ UNFROZEN = ("MODEL.BACKBONE.FREEZE_AT", 0)
 NORMS = {"GN": "mask_rcnn_R_18_FPN_gn", "FrozenBN": "mask_rcnn_R_18_FPN_frozenbn"}
 
 
-def scatter(module: nn.Module) -> None:
-    """Affine and statistics as training leaves them, not all 1 and 0."""
+def randomize_norms(module: nn.Module) -> None:
+    """Set affine parameters and statistics to random values, as after training."""
     for layer in module.modules():
         if isinstance(layer, nn.GroupNorm | FrozenBatchNorm2d):
             nn.init.normal_(layer.weight, 1.0, 0.3)
@@ -40,9 +40,9 @@ def scatter(module: nn.Module) -> None:
 
 
 def pair(build, *opts, name: str = NORMS["GN"]) -> tuple[nn.Module, nn.Module]:
-    """What `build` makes of a config, fused and native, with the same values."""
+    """Two modules from `build`, fused and native, with the same values."""
     fused, native = (build(shapes_config(name, *opts, *more)) for more in ((), NATIVE))
-    scatter(native)
+    randomize_norms(native)
     fused.load_state_dict(native.state_dict())
     assert list(fused.state_dict()) == list(native.state_dict())
     return fused, native
@@ -57,7 +57,7 @@ def leaves(output) -> list[Tensor]:
 
 
 def gradients(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Of all that is trained, and of the input, for a fixed mixture of the outputs."""
+    """Gradients of all parameters and of the input, for a fixed random weighting of the outputs."""
     x = x.clone().requires_grad_()
     module.zero_grad()
     torch.manual_seed(1)
@@ -70,14 +70,14 @@ def gradients(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def compare(fused: nn.Module, native: nn.Module, x: Tensor) -> None:
-    """Outputs in float32; gradients in float64, where no ReLU opens by rounding."""
+    """Compare outputs in float32, and gradients in float64, where rounding flips no ReLU."""
     for one, two in zip(leaves(fused(x)), leaves(native(x)), strict=True):
         assert_close(one, two, rtol=1e-5, atol=1e-5 * two.abs().max().item())
-    found, wanted = (gradients(m.double(), x.double()) for m in (fused, native))
-    assert list(found) == list(wanted)
-    for name, gradient in wanted.items():
+    actual, expected = (gradients(m.double(), x.double()) for m in (fused, native))
+    assert list(actual) == list(expected)
+    for name, gradient in expected.items():
         scale = gradient.abs().max().item()
-        assert_close(found[name], gradient, rtol=1e-9, atol=1e-9 * scale, msg=name)
+        assert_close(actual[name], gradient, rtol=1e-9, atol=1e-9 * scale, msg=name)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -92,7 +92,7 @@ def test_backbones(model, norm):
 @pytest.mark.parametrize("count", [0, 5])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_heads(channels_last, count):
-    """Boxes and masks; a batch may have no RoI at all."""
+    """Box head and mask head; a batch may have no RoIs."""
     torch.manual_seed(0)
     opts = ("MODEL.CHANNELS_LAST", channels_last, "MODEL.ROI_BOX_HEAD.NUM_FC", 0)
     box = lambda cfg: build_box_head(cfg, ShapeSpec(channels=64, height=7, width=7))  # noqa: E731
@@ -110,7 +110,7 @@ def test_heads(channels_last, count):
         assert not any(p.any() for p in gradients(fused, x).values())
 
 
-def test_c4_s_res5():
+def test_res5_of_c4():
     torch.manual_seed(0)
     build = lambda cfg: build_model(cfg).roi_heads.res5  # noqa: E731
     compare(*pair(build, *C4), torch.randn(3, 1024, 14, 14))
@@ -119,10 +119,10 @@ def test_c4_s_res5():
 def batch() -> list[dict]:
     cfg = shapes_config(NORMS["GN"])
     mapper = DatasetMapper(cfg, is_train=True, augmentations=[])
-    return [mapper(dict(picture)) for picture in DatasetCatalog.get("shapes_train")[:2]]
+    return [mapper(dict(record)) for record in DatasetCatalog.get("shapes_train")[:2]]
 
 
-class Operators(TorchDispatchMode):
+class OperatorCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter = Counter()
@@ -134,43 +134,43 @@ class Operators(TorchDispatchMode):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_norm_of_a_model_is_fused(model):
-    """PyTorch's own kernel runs nowhere, and ReLU only where no norm stands before it."""
+    """PyTorch's group norm never runs, and its ReLU runs only after layers without a norm."""
     trained = build_model(shapes_config(NORMS["GN"], *MODELS[model], *UNFROZEN))
-    pictures = batch()
-    with EventStorage(), Operators() as operators:
-        trained(pictures)
+    images = batch()
+    with EventStorage(), OperatorCounter() as operators:
+        trained(images)
     norms = sum(isinstance(m, nn.GroupNorm) for m in trained.modules())
     assert operators.counts["group_norm_act"] == norms
     assert not operators.counts["native_group_norm"]
-    # RPN, deconvolution, and the fully connected layer that C4 has not
-    own = sum(v for k, v in operators.counts.items() if k in ("relu", "relu_"))
-    assert own == (2 if model == "R-50 C4" else 3 + 4)
+    # RPN and deconvolution; with FPN also a fully connected layer, and the RPN on 4 more levels
+    num_relus = sum(v for k, v in operators.counts.items() if k in ("relu", "relu_"))
+    assert num_relus == (2 if model == "R-50 C4" else 3 + 4)
 
 
 LEVELS = ("none", "norm", "conv3", "block")
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_recomputing_changes_no_bit(model):
+def test_recomputation_gives_the_same_bits(model):
     torch.manual_seed(0)
     opts = (*MODELS[model], *UNFROZEN)
     models = [
         backbone(shapes_config(NORMS["GN"], *opts, "MODEL.GROUP_NORM.RECOMPUTE", level))
         for level in LEVELS
     ]
-    scatter(models[0])
+    randomize_norms(models[0])
     x = torch.randn(2, 3, 64, 96)
-    wanted = gradients(models[0], x)
+    expected = gradients(models[0], x)
     kept = []
     for trained in models:
         trained.load_state_dict(models[0].state_dict())
         for name, gradient in gradients(trained, x).items():
-            assert torch.equal(gradient, wanted[name]), name
+            assert torch.equal(gradient, expected[name]), name
         kept.append(saved_bytes(lambda t=trained: sum(y.sum() for y in leaves(t(x)))))
     assert kept == sorted(kept, reverse=True) and kept[3] < 0.5 * kept[0] and kept[1] < kept[0]
 
 
-def test_heads_that_recompute():
+def test_recomputation_in_heads():
     torch.manual_seed(0)
     shape = ShapeSpec(channels=64, height=7, width=7)
     heads = [
@@ -182,16 +182,16 @@ def test_heads_that_recompute():
     one, two = (gradients(head, x) for head in heads)
     assert all(torch.equal(one[name], two[name]) for name in one)
     kept = [saved_bytes(lambda h=head: h(x).sum()) for head in heads]
-    # 4 convolutions' outputs, and what 4 ReLUs give of which the last is kept by the linear layer
+    # The outputs of the first 3 ReLUs are not saved; the linear layer still saves the last one
     assert kept[0] - kept[1] == pytest.approx(3 * x.numel() * 4, rel=0.01)
 
 
-# Bytes in float32, per element of a bottleneck's first output, that a block leaves
+# Bytes that a bottleneck block saves in float32, per element of its first convolution's output
 BOTTLENECK = {"none": 48, "norm": 40, "conv3": 24, "block": 16}
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_bytes_of_a_bottleneck(level):
+def test_bytes_saved_by_a_bottleneck(level):
     cfg = shapes_config(NORMS["GN"], *R50, *UNFROZEN, "MODEL.GROUP_NORM.RECOMPUTE", level)
     blocks = backbone(cfg).bottom_up.res4[1:]
     x = torch.randn(1, 1024, 12, 14, requires_grad=True)
@@ -203,23 +203,23 @@ def test_bytes_of_a_bottleneck(level):
     assert (many - fewer) / 2 / (256 * 12 * 14) == pytest.approx(24, rel=0.02)
 
 
-def test_channels_last_to_the_end():
+def test_outputs_are_channels_last():
     torch.manual_seed(0)
     opts = (*R50, *UNFROZEN)
-    plain = backbone(shapes_config(NORMS["GN"], *opts))
+    contiguous = backbone(shapes_config(NORMS["GN"], *opts))
     last = backbone(shapes_config(NORMS["GN"], *opts, "MODEL.CHANNELS_LAST", True))
-    last.load_state_dict(plain.state_dict())
+    last.load_state_dict(contiguous.state_dict())
     x = torch.randn(2, 3, 64, 96)
     for name, y in last(x).items():
         assert y.is_contiguous(memory_format=torch.channels_last), name
-    compare(last, plain, x)
+    compare(last, contiguous, x)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
 def test_on_a_gpu(norm, channels_last):
-    """The kernels in a whole backbone, in float32 and in half precision, against PyTorch's."""
+    """A backbone with Triton kernels, in float32 and bfloat16, compared with PyTorch's."""
     torch.manual_seed(0)
     opts = (*UNFROZEN, "MODEL.DEVICE", "cuda", "MODEL.CHANNELS_LAST", channels_last)
     fused, native = (m.cuda() for m in pair(backbone, *R50, *opts, name=NORMS[norm]))
@@ -227,33 +227,33 @@ def test_on_a_gpu(norm, channels_last):
     torch.backends.cudnn.allow_tf32 = False
     for one, two in zip(leaves(fused(x)), leaves(native(x)), strict=True):
         assert_close(one, two, rtol=1e-4, atol=1e-4 * two.abs().max().item())
-    found, wanted = gradients(fused, x), gradients(native, x)
+    actual, expected = gradients(fused, x), gradients(native, x)
     with torch.autocast("cuda", torch.bfloat16):
         half = gradients(fused, x)
-    for name, gradient in wanted.items():
-        for other, least in ((found[name], 0.9999), (half[name], 0.95)):
+    for name, gradient in expected.items():
+        for other, least in ((actual[name], 0.9999), (half[name], 0.95)):
             cosine = torch.cosine_similarity(other.flatten(), gradient.flatten(), dim=0)
             assert cosine > least, name
 
 
 def test_an_already_built_model():
-    """As in Detectron2's LazyConfigs, where no config builds the backbone."""
+    """As with Detectron2's LazyConfigs, which call `implement` on a built model."""
     model = build_model(shapes_config(NORMS["GN"], *NATIVE, *UNFROZEN))
     x = torch.randn(1, 3, 64, 64)
-    wanted = model.backbone(x)["p2"]
+    expected = model.backbone(x)["p2"]
     implement(model)
-    with Operators() as operators:
-        found = model.backbone(x)["p2"]
-    assert_close(found, wanted)
+    with OperatorCounter() as operators:
+        actual = model.backbone(x)["p2"]
+    assert_close(actual, expected)
     assert not operators.counts["native_group_norm"] and not operators.counts["relu_"]
 
 
 def test_a_trace_runs_without_gn_det(tmp_path):
-    """What Detectron2's export tools trace is made of PyTorch's own operators."""
+    """A traced model, as from Detectron2's export tools, has only PyTorch's own operators."""
     torch.manual_seed(0)
     for name in NORMS.values():
         model = build_backbone(shapes_config(name)).eval().requires_grad_(False)
-        scatter(model)
+        randomize_norms(model)
         x = torch.randn(1, 3, 64, 64)
         with torch.no_grad():
             traced = torch.jit.trace(lambda x, m=model: m(x)["p2"], x)
@@ -262,11 +262,11 @@ def test_a_trace_runs_without_gn_det(tmp_path):
 
 
 def test_scaled_gradients():
-    """A GradScaler over half precision gives the gradients that float32 gives."""
+    """With a GradScaler and half precision, gradients are close to those in float32."""
     torch.manual_seed(0)
     model = backbone(shapes_config(NORMS["GN"], *UNFROZEN))
     x = torch.randn(2, 3, 64, 64)
-    wanted = gradients(model, x)
+    expected = gradients(model, x)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     optimizer.zero_grad()
@@ -277,12 +277,12 @@ def test_scaled_gradients():
     scaler.scale(mixture).backward()
     scaler.unscale_(optimizer)
     for name, parameter in model.named_parameters():
-        cosine = torch.cosine_similarity(parameter.grad.flatten(), wanted[name].flatten(), dim=0)
+        cosine = torch.cosine_similarity(parameter.grad.flatten(), expected[name].flatten(), dim=0)
         assert cosine > 0.95, name
 
 
-def halves(rank: int, path: str, results) -> None:
-    """One of two processes, with half of the batch."""
+def train_on_half(rank: int, path: str, results) -> None:
+    """One of two processes, each with half of the batch."""
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = backbone(shapes_config(NORMS["GN"], *UNFROZEN)).double()
@@ -296,16 +296,16 @@ def halves(rank: int, path: str, results) -> None:
 
 
 def test_two_processes(tmp_path):
-    """GN needs no communication: gradients are those of the batch in one process."""
+    """GN needs no communication: gradients equal those of the same batch in one process."""
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     processes = [
-        context.Process(target=halves, args=(rank, str(tmp_path / "store"), results))
+        context.Process(target=train_on_half, args=(rank, str(tmp_path / "store"), results))
         for rank in range(2)
     ]
     for process in processes:
         process.start()
-    found = results.get()
+    actual = results.get()
     for process in processes:
         process.join()
         assert process.exitcode == 0
@@ -315,5 +315,5 @@ def test_two_processes(tmp_path):
     sum(y.square().mean() for y in model(x).values()).backward()
     for name, parameter in model.named_parameters():
         scale = parameter.grad.abs().max().item()
-        one, two = torch.from_numpy(found[name]), parameter.grad
+        one, two = torch.from_numpy(actual[name]), parameter.grad
         assert_close(one, two, rtol=1e-9, atol=1e-9 * scale, msg=name)

@@ -1,4 +1,4 @@
-"""Zero-initialised residual branches and weight standardisation, in every backbone."""
+"""Zero-initialized residual branches and weight standardization, in every backbone."""
 
 import pytest
 import torch
@@ -26,9 +26,9 @@ def build(*opts: object) -> nn.Module:
 
 
 def blocks(model: nn.Module) -> list[CNNBlockBase]:
-    """Residual blocks, which are the blocks with a second convolution."""
-    found = [m for m in model.modules() if isinstance(m, CNNBlockBase)]
-    return [block for block in found if hasattr(block, "conv2")]
+    """The residual blocks: all blocks with a second convolution, that is, not the stem."""
+    candidates = [m for m in model.modules() if isinstance(m, CNNBlockBase)]
+    return [block for block in candidates if hasattr(block, "conv2")]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -51,7 +51,7 @@ def test_blocks_start_as_the_identity(backbone, norm):
 
 
 def test_frozen_gamma_is_never_zeroed():
-    """It could not leave 0: the branch would be dead for ever."""
+    """It is not trained: at 0 it would disable the residual branch for good."""
     frozen = build("MODEL.RESNETS.NORM", "FrozenBN", *ZERO)
     assert all((block.conv2.norm.weight == 1).all() for block in blocks(frozen))
 
@@ -68,18 +68,18 @@ def standardized(weight: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("norm", ["GN", "BN"])
-def test_equals_a_plain_model_with_standardised_weights(backbone, norm):
+def test_equals_a_plain_model_with_standardized_weights(backbone, norm):
     opts = (*BACKBONES[backbone], "MODEL.RESNETS.NORM", norm, "MODEL.BACKBONE.FREEZE_AT", 0)
-    # In training, since BN that has seen no pictures normalises nothing
+    # In training mode, because untrained BN does not normalize in evaluation mode
     ours, plain = build(*opts, *STANDARDIZED).train(), build(*opts).train()
     state = plain.state_dict()
     assert list(ours.state_dict()) == list(state)
     for name, tensor in ours.state_dict().items():
         assert_close(tensor, state[name], rtol=0, atol=0, msg=name)
-    trunk = ("backbone.bottom_up.", "backbone.stem", "backbone.res", "roi_heads.res5.")
+    prefixes = ("backbone.bottom_up.", "backbone.stem", "backbone.res", "roi_heads.res5.")
     count = 0
     for name, layer in plain.named_modules():
-        if isinstance(layer, Conv2d) and layer.norm is not None and name.startswith(trunk):
+        if isinstance(layer, Conv2d) and layer.norm is not None and name.startswith(prefixes):
             layer.weight.data = standardized(layer.weight.data)
             count += 1
     assert count == (20 if backbone == "R-18 FPN" else 53)

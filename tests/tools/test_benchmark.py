@@ -1,4 +1,4 @@
-"""`tools/benchmark.py`, at sizes of seconds: what it measures, and what it leaves."""
+"""`tools/benchmark.py` with small sizes: its measurements and output files."""
 
 import json
 
@@ -27,7 +27,7 @@ def test_facts(results):
 def test_operators(results):
     rows = results["operators"]
     assert {"fused", "native"} <= {row["operator"] for row in rows}
-    # Stem, two kinds of layers in each of four stages, four levels, two heads; two ways
+    # Stem, two kinds of layers in each of four stages, four FPN levels, two heads
     assert len({row["layer"] for row in rows}) == 1 + 8 + 4 + 2
     assert all(row["ms"] > 0 and row["bandwidth"] > 0 for row in rows)
 
@@ -37,9 +37,9 @@ def test_detectors(results):
     assert {name for name, _ in rows} == {"Detectron2 BN*", *RIVALS}
     baseline = rows["Detectron2 BN*", "train"]
     assert baseline["time ratio"] == baseline["memory ratio"] == 1
-    kept = {name: row["memory ratio"] for (name, way), row in rows.items() if way == "train"}
-    assert kept["gn_det GN, none"] == pytest.approx(kept["Detectron2 GN"], abs=0.02)
-    assert 0.9 < kept["gn_det GN, conv3"] < kept["gn_det GN, none"]
+    memory = {name: row["memory ratio"] for (name, way), row in rows.items() if way == "train"}
+    assert memory["gn_det GN, none"] == pytest.approx(memory["Detectron2 GN"], abs=0.02)
+    assert 0.9 < memory["gn_det GN, conv3"] < memory["gn_det GN, none"]
 
 
 def test_steps_take_turns():

@@ -1,4 +1,4 @@
-"""The linear probe against formulas: the ROC curve's area, ridge regression in its primal."""
+"""The linear probe, compared with the area under the ROC curve and primal ridge regression."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from studies.linear_probe import RIDGE, auc, mean_auc
 
 
 def curve_auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """The ROC curve, threshold by threshold, and the trapezoids below it."""
+    """Area under the ROC curve, by thresholds and the trapezoidal rule."""
     thresholds = [np.inf, *sorted(set(scores), reverse=True)]
     hits = np.array([(scores[positive] >= t).mean() for t in thresholds])
     alarms = np.array([(scores[~positive] >= t).mean() for t in thresholds])
@@ -17,15 +17,15 @@ def curve_auc(scores: np.ndarray, positive: np.ndarray) -> float:
 def test_auc_with_ties():
     rng = np.random.default_rng(0)
     scores, positive = rng.integers(0, 9, 80).astype(float), rng.random(80) < 0.3
-    found = auc(torch.from_numpy(scores), torch.from_numpy(positive))
-    assert found == pytest.approx(curve_auc(scores, positive))
+    area = auc(torch.from_numpy(scores), torch.from_numpy(positive))
+    assert area == pytest.approx(curve_auc(scores, positive))
 
 
-def test_mean_auc_is_that_of_ridge_regression():
+def test_mean_auc_equals_primal_ridge_regression():
     rng = np.random.default_rng(1)
     x = rng.normal(3.0, 2.0, (120, 10))
     labels = np.stack([x @ rng.normal(size=10) + rng.normal(size=120) > c for c in (-5, 0, 9)], 1)
-    found = mean_auc(torch.from_numpy(x), torch.from_numpy(labels), seed=5, num_classes=2)
+    result = mean_auc(torch.from_numpy(x), torch.from_numpy(labels), seed=5, num_classes=2)
     order = torch.randperm(120, generator=torch.Generator().manual_seed(5)).numpy()
     fit, test = order[:60], order[60:]
     z = (x - x[fit].mean(0)) / x[fit].std(0, ddof=1)
@@ -34,6 +34,6 @@ def test_mean_auc_is_that_of_ridge_regression():
     gram = z[fit].T @ z[fit] + RIDGE * np.eye(10)
     weights = np.linalg.solve(gram, z[fit].T @ (y[fit] - y[fit].mean(0)))
     scores = z[test] @ weights
-    wanted = [curve_auc(scores[:, c], y[test, c] > 0) for c in range(2)]
-    assert found == pytest.approx(np.mean(wanted))
-    assert found > 0.6
+    expected = [curve_auc(scores[:, c], y[test, c] > 0) for c in range(2)]
+    assert result == pytest.approx(np.mean(expected))
+    assert result > 0.6

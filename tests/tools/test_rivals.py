@@ -1,4 +1,4 @@
-"""The benchmark's rival that is compiled by PyTorch."""
+"""The benchmark's implementation with torch.compile."""
 
 import torch
 from conftest import shapes_config
@@ -12,7 +12,7 @@ NATIVE = ("MODEL.GROUP_NORM.IMPL", "native")
 
 
 def test_compiled_blocks():
-    """Every block and every other convolution with a norm is compiled, and computes the same."""
+    """Every block and every other convolution with a norm is compiled, with equal outputs."""
     model, native = (build_model(shapes_config(GN, *NATIVE)) for _ in range(2))
     compile_blocks(model)
     compiled = [name for name, m in model.named_modules() if m._compiled_call_impl is not None]
@@ -25,13 +25,13 @@ def test_compiled_blocks():
 
 
 def test_every_block_is_compiled_in_training_and_in_evaluation(monkeypatch):
-    """A ResNet-50 has more kinds of blocks than PyTorch compiles of one class by default."""
+    """A ResNet-50 needs more compiled variants of a block than PyTorch's default limit."""
     torch._dynamo.reset()
     counter = CompileCounter()
     compile_ = torch.nn.Module.compile
     model = build_backbone(shapes_config(GN, "MODEL.RESNETS.DEPTH", "50", *NATIVE))
     with monkeypatch.context() as patch:
-        # The graphs run as they are: what is made of them is PyTorch's affair
+        # A counting backend, which runs the graphs without compiling them
         patch.setattr(torch.nn.Module, "compile", lambda m, **k: compile_(m, backend=counter, **k))
         compile_blocks(model)
     blocks = sum(type(m).__name__ in ("BottleneckBlock", "BasicStem") for m in model.modules())

@@ -1,1 +1,1 @@
-"""Code that only the studies and the benchmark need."""
+"""Helpers of the studies and the benchmark."""

@@ -1,4 +1,4 @@
-"""The outputs that BN's beta and gamma promise, instead of those measured on images."""
+"""Output moments of BN layers as given by beta and gamma, instead of measured on images."""
 
 from torch import Tensor, nn
 
@@ -6,13 +6,16 @@ from gn_det.checkpoint.calibrate import Moments, norm_layers
 
 
 def promised_moments(network: nn.Module, _: Tensor) -> Moments:
-    """Mean and standard deviation, by layer, that BN's beta and gamma stand for on its own data.
+    """Mean and standard deviation of each BN layer's outputs on its training data.
+
+    These are beta and the absolute value of gamma, so the network is not run. The second argument
+    is only there to match `measured_moments`.
 
     Args:
-        network: a BN ResNet. It is not run; images are an argument as in `measured_moments`.
+        network: a BN ResNet.
 
     Returns:
-        name of the norm layer -> (mean, standard deviation), each of shape (C,).
+        {name of the norm layer: (mean, standard deviation)}, each of shape (C,).
     """
     layers = norm_layers(network)
     return {name: (norm.bias.detach(), norm.weight.abs()) for name, norm in layers.items()}

@@ -1,4 +1,4 @@
-"""Detectors whose price is compared: Detectron2's, gn_det's, torchvision's."""
+"""Detector implementations for the benchmark: Detectron2's, gn_det's and torchvision's."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -21,16 +21,16 @@ STOCK = [
     *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
     *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
 ]
-# Name: configs with BN* and GN, and the builders that make it stock
+# Name: configs with BN* and GN, and the names of backbone and RoI heads of stock Detectron2
 MODELS = {
     "R50-FPN": ("FPN_1x_4conv1fc", "FPN_1x_gn", ("build_resnet_fpn_backbone", "StandardROIHeads")),
     "R50-C4": ("C4_1x", "C4_1x_gn", ("build_resnet_backbone", "Res5ROIHeads")),
 }
-# Variants of one block class that PyTorch compiles; a ResNet has more than its default of 8
+# Limit of compiled variants per block class; a ResNet needs more than PyTorch's default of 8
 COMPILED_VARIANTS = 64
 BASELINE, TORCHVISION = "Detectron2 BN*", "torchvision, GN in the backbone"
 COMPILED = "GN through torch.compile"
-OBJECTS = 20  # in each picture
+OBJECTS = 20  # per image
 
 
 def build_rivals(
@@ -41,15 +41,20 @@ def build_rivals(
     device: str,
     only: Sequence[str] = (),
 ) -> dict[str, "Detector"]:
-    """The rivals by name, all with the same pictures.
+    """Build all implementations of a detector, each with the same batch.
 
     Args:
         model: one of `MODELS`.
-        images: pictures in a batch, all of `size`, height and width.
-        dtype: float32, or what autocast computes in.
-        only: names beside the baseline; all by default.
+        images: images per batch.
+        size: height and width of the images.
+        dtype: float32, or the dtype of autocast.
+        device: "cpu" or "cuda".
+        only: names to build beside the baseline; all if empty.
+
+    Returns:
+        detectors by name.
     """
-    batch = _pictures(images, *size, device)
+    batch = _random_batch(images, *size, device)
     rivals = {
         name: Detector(_build(cfg), batch, dtype)
         for name, cfg in _configs(model, device).items()
@@ -81,7 +86,7 @@ def _configs(model: str, device: str) -> dict[str, CfgNode]:
     few = few if device == "cpu" else []
     common = [
         *("MODEL.DEVICE", device, "MODEL.WEIGHTS", "", "MODEL.PIXEL_STD", "[57.0,57.0,57.0]"),
-        # As many detections as there may be, whatever a network without training finds
+        # Always the maximum number of detections, although the network is untrained
         *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", *few),
     ]
     return {
@@ -93,18 +98,18 @@ def _configs(model: str, device: str) -> dict[str, CfgNode]:
 
 
 def _build(cfg: CfgNode) -> nn.Module:
-    """With random weights that let signals through, in whatever norm."""
+    """Build a model with random weights whose activations stay finite with any norm."""
     torch.manual_seed(0)
     model = build_model(cfg)
     for name, module in model.named_modules():
         if name.endswith("conv3.norm"):
-            # BN* without a pretraining's statistics would let 16 blocks add up
+            # Without pretrained statistics BN* does not normalize: the 16 blocks would add up
             nn.init.constant_(module.weight, 0.2)
     return model
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Compile every block, and every convolution with a norm outside of blocks, in place."""
+    """Compile every block, and every convolution with a norm outside blocks, in place."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, COMPILED_VARIANTS)
     for child in module.children():
@@ -114,8 +119,8 @@ def compile_blocks(module: nn.Module) -> None:
             compile_blocks(child)
 
 
-def _pictures(images: int, height: int, width: int, device: str) -> list[dict[str, Any]]:
-    """Noise, with objects at random places."""
+def _random_batch(images: int, height: int, width: int, device: str) -> list[dict[str, Any]]:
+    """A batch of noise images in Detectron2's format, with objects at random locations."""
     generator = torch.Generator().manual_seed(0)
     batch = []
     for _ in range(images):
@@ -134,7 +139,13 @@ def _pictures(images: int, height: int, width: int, device: str) -> list[dict[st
 
 
 class Detector:
-    """A detector with its optimizer, on one batch."""
+    """A detector with its optimizer and one batch.
+
+    Args:
+        model: takes `batch`, or its elements if it is a tuple.
+        batch: inputs for training; a tuple (images, targets) for torchvision.
+        dtype: float32, or the dtype of autocast.
+    """
 
     def __init__(self, model: nn.Module, batch: Any, dtype: torch.dtype) -> None:
         self.model, self.batch = model, batch
@@ -152,48 +163,52 @@ class Detector:
             return sum(self.model(*inputs).values(), torch.zeros((), device=self.device))
 
     def resident_mib(self, way: str) -> float:
-        """Between two steps: weights, and for training a gradient and a momentum of each."""
+        """Memory held between steps in MiB: weights, and for training gradients and momentum.
+
+        Args:
+            way: "train" or "infer".
+        """
         tensors = [*self.model.parameters(), *self.model.buffers()]
         tensors += [*self.trained, *self.trained] if way == "train" else []
         return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
     def train(self) -> None:
-        """One step."""
+        """One training step."""
         self.loss().backward()
         self.optimizer.step()
-        # Kept in memory: what a step frees must not depend on its rivals
+        # Keep the gradients allocated, so that all implementations allocate the same per step
         self.optimizer.zero_grad(set_to_none=False)
 
     @torch.no_grad()
     def infer(self) -> None:
-        """The pictures' detections, as one batch."""
+        """Inference on the batch."""
         self.model.eval()
         with self.cast():
             self.model(self.batch[0] if isinstance(self.batch, tuple) else self.batch)
 
 
 def _torchvision_detector(height: int, width: int) -> nn.Module:
-    """Torchvision's Mask R-CNN with GN in its backbone, the one place where it takes a norm."""
+    """Torchvision's Mask R-CNN with GN in the backbone, the only part with a configurable norm."""
     torch.manual_seed(0)
     norm = partial(nn.GroupNorm, 32)
+    # trainable_layers=3 freezes the same stages as FREEZE_AT 2
     backbone = resnet_fpn_backbone(
         backbone_name="resnet50", weights=None, norm_layer=norm, trainable_layers=3
     )
-    # Frozen as FREEZE_AT 2 does
     return MaskRCNN(backbone, 81, min_size=height, max_size=width, box_score_thresh=0.0)
 
 
 def _torchvision_batch(
     batch: list[dict[str, Any]], device: str
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """The same pictures, as torchvision takes them."""
-    images = [(picture["image"].float() / 255).to(device) for picture in batch]
+    """The same batch in torchvision's format: images and targets."""
+    images = [(entry["image"].float() / 255).to(device) for entry in batch]
     targets = [
         {
-            "boxes": picture["instances"].gt_boxes.tensor.to(device),
-            "labels": picture["instances"].gt_classes.to(device) + 1,
-            "masks": picture["instances"].gt_masks.tensor.to(device, torch.uint8),
+            "boxes": entry["instances"].gt_boxes.tensor.to(device),
+            "labels": entry["instances"].gt_classes.to(device) + 1,
+            "masks": entry["instances"].gt_masks.tensor.to(device, torch.uint8),
         }
-        for picture in batch
+        for entry in batch
     ]
     return images, targets

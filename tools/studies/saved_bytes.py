@@ -1,4 +1,4 @@
-"""What a forward pass leaves in memory for the backward pass."""
+"""Measure the memory that a forward pass saves for the backward pass."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,10 +10,13 @@ from torch.utils._pytree import tree_leaves
 
 
 def saved_bytes(forward: Callable[[], Tensor]) -> int:
-    """Bytes of all that `forward` computes and that its result's graph keeps alive.
+    """Bytes of the tensors that `forward` computes and its result's autograd graph keeps alive.
 
-    Unlike saved-tensor hooks, of which PyTorch runs the innermost alone, it sees what is kept
-    whatever hooks `forward` sets itself. It works on any device, and needs no allocator's help.
+    This works on any device, and also if `forward` sets saved-tensor hooks itself. Measuring with
+    such hooks would not, as PyTorch runs only the innermost ones.
+
+    Args:
+        forward: returns a tensor with an autograd graph; the tensor itself is not counted.
     """
     with _Outputs() as outputs:
         result = forward()
@@ -22,7 +25,7 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
 
 
 class _Outputs(TorchDispatchMode):
-    """Remembers the storage of every tensor that is computed, and keeps none alive."""
+    """Records weak references to the storages of all tensors that are computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,10 +35,10 @@ class _Outputs(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in _storages((args, kwargs))}
+        inputs = {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(outputs):
-            # A view of an input is nothing new
-            if storage._cdata not in given:
+            # A view shares the storage of an input
+            if storage._cdata not in inputs:
                 self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         return outputs
 

@@ -1,4 +1,4 @@
-"""Times of rivals, measured side by side."""
+"""Time several functions in turns."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,19 +10,24 @@ import torch
 
 @dataclass
 class Times:
-    """Seconds of each round, and the peak memory of one, in MiB, where there is a GPU."""
+    """Measurements of one function.
+
+    Attributes:
+        seconds: of each round.
+        peak_mib: peak GPU memory of a round above that before it, in MiB; 0 on a CPU.
+    """
 
     seconds: list[float] = field(default_factory=list)
     peak_mib: float = 0.0
 
     @property
     def median(self) -> float:
-        """Half of the rounds took less."""
+        """Median of the seconds."""
         return median(self.seconds)
 
     @property
     def spread(self) -> float:
-        """The middle half of the rounds lies this far apart, as a share of the median."""
+        """Interquartile range as a fraction of the median; 0 for a single round."""
         if len(self.seconds) < 2:
             return 0.0
         low, _, high = quantiles(self.seconds, n=4)
@@ -32,35 +37,39 @@ class Times:
 def interleave(
     steps: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 3, cold: bool = False
 ) -> dict[str, Times]:
-    """Time every step once a round, so that whatever slows the machine down slows down all alike.
+    """Time every function once per round, so that disturbances affect all of them alike.
 
     Args:
-        steps: by name; what a step returns is dropped at once.
-        rounds: that count.
-        warm_up: rounds before them, in which kernels are compiled and chosen.
-        cold: on a GPU, count its own time alone, from empty caches. Filling them keeps it busy
-            while the step is launched; else a step's time is what a user waits.
+        steps: functions by name.
+        rounds: number of timed rounds.
+        warm_up: rounds before them that are not timed, for compilation and autotuning.
+        cold: on a GPU, measure GPU time with cleared caches. Clearing them keeps the GPU busy
+            while the function is launched, so launch overhead does not count. By default
+            wall-clock time is measured.
+
+    Returns:
+        measurements by name.
     """
     cuda = torch.cuda.is_available()
     times = {name: Times() for name in steps}
     for i in range(warm_up + rounds):
         for name, step in steps.items():
             if cuda:
-                seconds = _cold_seconds(step) if cold else _watch(step, times[name])
+                seconds = _cold_seconds(step) if cold else _gpu_wall_seconds(step, times[name])
             else:
-                seconds = _wait(step)
+                seconds = _wall_seconds(step)
             if i >= warm_up:
                 times[name].seconds.append(seconds)
     return times
 
 
-def _wait(step: Callable[[], object]) -> float:
+def _wall_seconds(step: Callable[[], object]) -> float:
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
 
 
-def _watch(step: Callable[[], object], times: Times) -> float:
+def _gpu_wall_seconds(step: Callable[[], object], times: Times) -> float:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -74,7 +83,7 @@ def _watch(step: Callable[[], object], times: Times) -> float:
 
 def _cold_seconds(step: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # More than any cache holds, and longer than a launch takes
+    # Larger than any cache, and slower than a kernel launch
     torch.empty(2**30, dtype=torch.uint8, device="cuda").zero_()
     start.record()
     step()

@@ -1,4 +1,4 @@
-"""Training by a recipe that the checks refuse, to measure what the accident costs."""
+"""Train with a recipe that the checks refuse, to measure the damage to AP."""
 
 from detectron2.config import CfgNode
 
@@ -6,8 +6,8 @@ from gn_det.engine.train import run
 from gn_det.engine.trainer import Trainer
 
 
-class AccidentTrainer(Trainer):
-    """The trainer without its checks of the recipe."""
+class UncheckedTrainer(Trainer):
+    """The trainer without the checks of the recipe."""
 
     @classmethod
     def check_recipe(cls, cfg: CfgNode, num_gpus: int | None = None) -> None:
@@ -15,4 +15,4 @@ class AccidentTrainer(Trainer):
 
 
 if __name__ == "__main__":
-    run(trainer_class=AccidentTrainer)
+    run(trainer_class=UncheckedTrainer)

@@ -1,1 +1,1 @@
-"""Triton kernels of the normalisations, imported when a tensor first needs them."""
+"""Triton kernels of the normalization operators, imported on first use."""

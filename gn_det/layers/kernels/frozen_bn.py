@@ -1,11 +1,11 @@
-"""BatchNorm with fixed statistics, residual and ReLU in one pass each way."""
+"""Frozen BatchNorm, residual and ReLU: one kernel for the forward and one for the backward pass."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import let_through, offsets, tiles
+from .tile import offsets, relu_gradient, tiles
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def _forward_kernel(
     HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, ALIGNED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = relu?((x - mean) / sqrt(variance + eps) * weight + bias + residual?)"""
+    """y = relu((x - mean) / sqrt(variance + eps) * weight + bias + residual)"""
     if ALIGNED:
         HW = HW // 8 * 8
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -45,7 +45,7 @@ def _backward_kernel(
     HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, ALIGNED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx, and what the ReLU lets through as the residual's gradient."""
+    """Gradients of x and of the residual, which is dy masked by the ReLU."""
     if ALIGNED:
         HW = HW // 8 * 8
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -54,7 +54,7 @@ def _backward_kernel(
     offset = tl.program_id(2).to(tl.int64) * C * HW + offsets(p, c, HW, C, CHANNELS_LAST)
     dy = tl.load(DY + offset, inside, 0.0).to(tl.float32)
     if RELU:
-        dy = let_through(dy, tl.load(Y + offset, inside, 0.0).to(tl.float32))
+        dy = relu_gradient(dy, tl.load(Y + offset, inside, 0.0).to(tl.float32))
         if HAS_RESIDUAL:
             tl.store(DRESIDUAL + offset, dy.to(DRESIDUAL.dtype.element_ty), inside)
     dx = dy * _scale(VARIANCE, WEIGHT, c, C, eps)[None, :]
@@ -70,7 +70,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor,
     residual: Tensor | None, eps: float, relu: bool,
 ) -> Tensor:  # fmt: skip
-    """y of `frozen_bn_act`'s operator."""
+    """Compute `frozen_bn_act`; arguments and result are those of `eager.frozen_bn`."""
     tile, y = tiles(x), torch.empty_like(x)
     _forward_kernel[_grid(x, tile)](
         x, residual, y, mean, variance, weight, bias, x.shape[1], x.shape[2] * x.shape[3], eps,
@@ -82,7 +82,7 @@ def forward(
 def backward(
     dy: Tensor, y: Tensor | None, weight: Tensor, variance: Tensor, eps: float, residual: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `eager.frozen_bn_backward`."""
+    """Compute the gradients; arguments and results are those of `eager.frozen_bn_backward`."""
     tile, dx = tiles(dy), torch.empty_like(dy)
     dresidual = torch.empty_like(dy) if residual and y is not None else dy.new_empty(0)
     _backward_kernel[_grid(dy, tile)](

@@ -1,12 +1,12 @@
-"""Groups split over many programs, for feature maps of images.
+"""Kernels that split each group over many programs, for large feature maps.
 
-At 2 images and 32 groups, one program a group would leave half of a GPU idle, and a group of a
+At 2 images and 32 groups, one program per group would leave half of a GPU idle, and a group of a
 megabyte does not fit in registers. So every channel of every image is cut into S chunks of
-positions: a first kernel reduces the chunks, a second one, tiny, the chunks to groups, and a third
-one goes over all elements again. Each slot of the workspace has one writer, so that results are the
-same in every run.
+positions. The first kernel reduces each chunk, a small second one combines the chunks of a group,
+and the third processes all elements again. Results are the same in every run, because each element
+of the workspace has a single writer.
 
-Loops are `while` loops, since Triton's interpreter cannot count a `range` to a tensor.
+Loops are `while` loops because Triton's interpreter does not support `range` up to a tensor.
 """
 
 import torch
@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import let_through, offsets, tiles
+from .tile import offsets, relu_gradient, tiles
 
-# Programs that keep the largest of today's GPUs busy
+# Number of programs that keeps a large GPU busy: 16 for each of an H100's 132 multiprocessors
 PROGRAMS = 16 * 132
 
 
@@ -25,7 +25,7 @@ def _moments_kernel(
     X, MEANS, M2S, C, HW, CHUNK, ALIGNED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of each channel, chunk by chunk, both (N, S, C)."""
+    """Mean and sum of squared deviations of each channel in each chunk, both (N, S, C)."""
     if ALIGNED:
         HW = HW // 8 * 8
     s, n = tl.program_id(0), tl.program_id(2)
@@ -34,7 +34,7 @@ def _moments_kernel(
     x_ptr = X + n.to(tl.int64) * C * HW
     start = s * CHUNK
     end = tl.minimum(start + CHUNK, HW)
-    # Welford's algorithm in every lane of the tile, and Chan's over the lanes at the end
+    # Welford's algorithm in each lane of the tile; then Chan's formula combines the lanes
     mean = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     m2 = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     count = 0.0
@@ -62,7 +62,7 @@ def _group_moments_kernel(
     MEANS, M2S, MEAN, RSTD, C, HW, CHUNK, S, G, eps,
     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Mean and 1 / standard deviation of each group, both (N, G), from its channels' chunks."""
+    """Mean and 1 / standard deviation of each group, both (N, G), from `_moments_kernel`."""
     n, g = tl.program_id(0) // G, tl.program_id(0) % G
     D = C // G
     s = tl.arange(0, BLOCK_S)
@@ -92,12 +92,12 @@ def _group_moments_kernel(
 
 
 @triton.jit
-def _normalise_kernel(
+def _normalize_kernel(
     X, RESIDUAL, Y, MEAN, RSTD, WEIGHT, BIAS, C, HW, G,
     HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, ALIGNED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y = relu?((x - mean) * rstd * weight + bias + residual?)"""
+    """y = relu((x - mean) * rstd * weight + bias + residual)"""
     if ALIGNED:
         HW = HW // 8 * 8
     n = tl.program_id(2)
@@ -124,9 +124,9 @@ def _gradient_sums_kernel(
     HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, ALIGNED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dy and of dy * (x - mean) * rstd over each channel, chunk by chunk, both (N, S, C).
+    """Sums of dy and of dy * (x - mean) * rstd over each channel in each chunk, both (N, S, C).
 
-    dy is what the ReLU lets through, which is the residual's gradient and is written as such.
+    dy is first masked by the ReLU. With a residual, the masked dy is stored as its gradient.
     """
     if ALIGNED:
         HW = HW // 8 * 8
@@ -148,14 +148,14 @@ def _gradient_sums_kernel(
         inside = (p < end)[:, None] & (c < C)[None, :]
         offset = image + offsets(p, c, HW, C, CHANNELS_LAST)
         dy = tl.load(DY + offset, inside, 0.0).to(tl.float32)
-        centred = tl.load(X + offset, inside, 0.0).to(tl.float32) - mean[None, :]
+        centered = tl.load(X + offset, inside, 0.0).to(tl.float32) - mean[None, :]
         if RELU and HAS_RESIDUAL:
-            dy = let_through(dy, tl.load(Y + offset, inside, 0.0).to(tl.float32))
+            dy = relu_gradient(dy, tl.load(Y + offset, inside, 0.0).to(tl.float32))
             tl.store(DRESIDUAL + offset, dy.to(DRESIDUAL.dtype.element_ty), inside)
         elif RELU:
-            dy = let_through(dy, centred * (rstd * weight)[None, :] + bias[None, :])
+            dy = relu_gradient(dy, centered * (rstd * weight)[None, :] + bias[None, :])
         total += dy
-        dots += dy * (centred * rstd[None, :])
+        dots += dy * (centered * rstd[None, :])
         first += BLOCK_P
     slot = (n * tl.num_programs(0) + s) * C + c
     tl.store(SUMS + slot, tl.sum(total, 0), c < C)
@@ -166,7 +166,7 @@ def _gradient_sums_kernel(
 def _group_gradients_kernel(
     SUMS, DOTS, WEIGHT, SHIFT, SLOPE, C, HW, S, G, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr
 ):
-    """What dx needs to know of each group, both (N, G)."""
+    """Means over each group of weight * dy and of weight * dy * (x - mean) * rstd, both (N, G)."""
     n, g = tl.program_id(0) // G, tl.program_id(0) % G
     D = C // G
     s = tl.arange(0, BLOCK_S)
@@ -205,19 +205,19 @@ def _input_gradient_kernel(
     rstd = tl.load(RSTD + group, c < C, 0.0)
     weight = tl.load(WEIGHT + c, c < C, 0.0).to(tl.float32)
     dy = tl.load(DY + offset, inside, 0.0).to(tl.float32)
-    centred = tl.load(X + offset, inside, 0.0).to(tl.float32)
-    centred -= tl.load(MEAN + group, c < C, 0.0)[None, :]
+    centered = tl.load(X + offset, inside, 0.0).to(tl.float32)
+    centered -= tl.load(MEAN + group, c < C, 0.0)[None, :]
     if RELU:
         bias = tl.load(BIAS + c, c < C, 0.0).to(tl.float32)
-        dy = let_through(dy, centred * (rstd * weight)[None, :] + bias[None, :])
+        dy = relu_gradient(dy, centered * (rstd * weight)[None, :] + bias[None, :])
     shift = tl.load(SHIFT + group, c < C, 0.0) * rstd
     slope = tl.load(SLOPE + group, c < C, 0.0) * rstd * rstd
-    dx = dy * (rstd * weight)[None, :] - shift[None, :] - centred * slope[None, :]
+    dx = dy * (rstd * weight)[None, :] - shift[None, :] - centered * slope[None, :]
     tl.store(DX + offset, dx.to(DX.dtype.element_ty), inside)
 
 
 def _chunks(x: Tensor, tile: dict) -> tuple[int, int]:
-    """How many chunks a channel is cut into, and the positions in each."""
+    """Number of chunks per channel, and number of positions per chunk."""
     positions = x.shape[2] * x.shape[3]
     programs = x.shape[0] * triton.cdiv(x.shape[1], tile["BLOCK_C"])
     chunks = min(triton.cdiv(PROGRAMS, programs), triton.cdiv(positions, tile["BLOCK_P"]), 512)
@@ -235,7 +235,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
     residual: Tensor | None, relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, mean and 1 / standard deviation, as `group_norm_act`'s operator returns them."""
+    """Compute `group_norm_act`; arguments and results are those of `eager.group_norm`."""
     n, c, h, w = x.shape
     tile = tiles(x)
     chunks, size = _chunks(x, tile)
@@ -247,18 +247,18 @@ def forward(
     _group_moments_kernel[(n * groups,)](
         means, m2s, mean, rstd, c, h * w, size, chunks, groups, eps, **blocks
     )
-    return _normalise(x, mean, rstd, weight, bias, groups, residual, relu), mean, rstd
+    return _normalize(x, mean, rstd, weight, bias, groups, residual, relu), mean, rstd
 
 
-def normalise(
+def normalize(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
     groups: int, eps: float, relu: bool,
 ) -> Tensor:  # fmt: skip
-    """y once more, to the bit as `forward` gave it without a residual."""
-    return _normalise(x, mean, rstd, weight, bias, groups, None, relu)
+    """Recompute y from the saved statistics, with the same bits as `forward` without a residual."""
+    return _normalize(x, mean, rstd, weight, bias, groups, None, relu)
 
 
-def _normalise(
+def _normalize(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int,
     residual: Tensor | None, relu: bool,
 ) -> Tensor:  # fmt: skip
@@ -266,7 +266,7 @@ def _normalise(
     tile = tiles(x)
     y = torch.empty_like(x)
     grid = (triton.cdiv(h * w, tile["BLOCK_P"]), triton.cdiv(c, tile["BLOCK_C"]), n)
-    _normalise_kernel[grid](
+    _normalize_kernel[grid](
         x, residual, y, mean, rstd, weight, bias, c, h * w, groups,
         HAS_RESIDUAL=residual is not None, RELU=relu, **tile,
     )  # fmt: skip
@@ -277,7 +277,7 @@ def backward(
     dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor,
     mean: Tensor, rstd: Tensor, groups: int, relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, weight, bias and, with `y`, the residual, else an empty tensor."""
+    """Compute the gradients as `eager.group_norm_backward`; `y` is given only with a residual."""
     n, c, h, w = x.shape
     tile = tiles(x)
     chunks, size = _chunks(x, tile)
@@ -293,10 +293,10 @@ def backward(
     _group_gradients_kernel[(n * groups,)](
         *workspace, weight, shift, slope, c, h * w, chunks, groups, **_blocks(c // groups, chunks)
     )
-    # With a residual, what the ReLU lets through has just been written
-    passed, relu = (dy, relu) if y is None else (dresidual, False)
+    # With a residual, `_gradient_sums_kernel` has already masked dy and stored it
+    dy, relu = (dy, relu) if y is None else (dresidual, False)
     _input_gradient_kernel[(triton.cdiv(h * w, tile["BLOCK_P"]), columns, n)](
-        passed, x, dx, mean, rstd, weight, bias, shift, slope, c, h * w, groups,
+        dy, x, dx, mean, rstd, weight, bias, shift, slope, c, h * w, groups,
         RELU=relu, **tile,
     )  # fmt: skip
     dbias, dweight = workspace.sum((1, 2))

@@ -1,36 +1,38 @@
-"""Tiles that images are gone through by: BLOCK_P positions of BLOCK_C channels.
+"""The tiles in which kernels process an image: BLOCK_P positions of BLOCK_C channels.
 
-NCHW and channels_last differ in the strides alone.
+NCHW and channels_last differ only in strides and tile shape.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements of a tile; channels_last tiles are CHANNELS wide, NCHW ones go along one channel
+# TILE is the number of elements of a tile. channels_last tiles are CHANNELS channels wide, NCHW
+# tiles cover positions of a single channel
 TILE, CHANNELS = 2048, 64
 
 
 @triton.jit
 def offsets(p, c, HW, C, CHANNELS_LAST: tl.constexpr):
-    """Where positions p and channels c lie in an image."""
+    """Offsets of positions p and channels c from the start of an image, (BLOCK_P, BLOCK_C)."""
     if CHANNELS_LAST:
         return p[:, None] * C + c[None, :]
     return c[None, :] * HW + p[:, None]
 
 
 @triton.jit
-def let_through(dy, y):
-    """What a ReLU that gave y, or got it, passes of the gradient; like PyTorch's, all at NaN."""
+def relu_gradient(dy, y):
+    """Gradient of a ReLU with output (or input) y; like PyTorch's, it passes dy where y is NaN."""
     return tl.where(y <= 0, 0.0, dy)
 
 
 def tiles(x: Tensor) -> dict[str, int | bool]:
-    """Shape of the tiles that x is gone through by."""
+    """Compile-time arguments of a kernel that processes x: the shape and layout of its tiles."""
     channels, positions = x.shape[1], x.shape[2] * x.shape[3]
     last = not x.is_contiguous()
     width = min(CHANNELS, triton.next_power_of_2(channels)) if last else 1
     height = min(TILE // width, triton.next_power_of_2(positions))
-    # Half precision is read in pieces of 8, if the compiler knows that channels begin at such
+    # 16-bit values are loaded 8 at a time only if the compiler knows that every channel starts at a
+    # multiple of 8 elements; `HW = HW // 8 * 8` in the kernels tells it
     aligned = positions % 8 == 0
     return {"ALIGNED": aligned, "CHANNELS_LAST": last, "BLOCK_P": height, "BLOCK_C": width}

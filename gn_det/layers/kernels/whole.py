@@ -1,7 +1,8 @@
-"""Whole groups in one program, for RoIs and small feature maps: one launch each way.
+"""Kernels that process whole groups in one program, for RoIs and small feature maps.
 
-A tile is BLOCK_P positions of GROUPS groups of D channels (BLOCK_D with the padding), and stays in
-registers. A kernel is compiled for each power of two that the positions reach, and no other size.
+The forward and the backward pass take one launch each. A tile holds all positions (padded to
+BLOCK_P) of GROUPS groups of D channels (padded to BLOCK_D), and stays in registers. BLOCK_P is a
+power of two, so that one kernel is compiled per power of two and not per feature map size.
 """
 
 import torch
@@ -9,11 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import let_through
+from .tile import relu_gradient
 
-# Elements that a program keeps in registers without spilling them
+# Number of elements that a program keeps in registers without spilling
 LARGEST_TILE = 4096
-# channels_last lies group beside group: programs take so many channels, for long loads
+# In channels_last, groups are adjacent in memory: a program takes several, up to this number of
+# channels, so that its loads are long
 CHANNELS = 64
 
 
@@ -22,23 +24,28 @@ def _tile(
     C, HW, G, CHANNELS_LAST: tl.constexpr,
     BLOCK_P: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Channels (GROUPS, BLOCK_D) of this program, offsets of all elements, and which there are."""
+    """Indices and masks of this program's tile.
+
+    Returns:
+        groups (GROUPS,); channels (GROUPS, BLOCK_D) and their mask; offsets of all elements
+        (BLOCK_P, GROUPS, BLOCK_D) and their mask.
+    """
     n = tl.program_id(0)
     p = tl.arange(0, BLOCK_P)[:, None, None]
     g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     d = tl.arange(0, BLOCK_D)
     c = g[:, None] * D + d[None, :]
-    there = (g < G)[:, None] & (d < D)[None, :]
+    valid = (g < G)[:, None] & (d < D)[None, :]
     if CHANNELS_LAST:
         offset = p * C + c[None, :, :]
     else:
         offset = c[None, :, :] * HW + p
-    return g, c, there, n.to(tl.int64) * C * HW + offset, there[None, :, :] & (p < HW)
+    return g, c, valid, n.to(tl.int64) * C * HW + offset, valid[None, :, :] & (p < HW)
 
 
 @triton.jit
 def _mean(x, size):
-    """Mean over positions and channels, (GROUPS,), of a tile that is 0 outside."""
+    """Mean over positions and channels, (GROUPS,), of a tile that is 0 outside the mask."""
     return tl.sum(tl.sum(x, 0), 1) / size
 
 
@@ -48,16 +55,16 @@ def _forward_kernel(
     HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_P: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y = relu?((x - mean) * rstd * weight + bias + residual?), and mean and rstd, both (N, G)"""
-    g, c, there, offset, inside = _tile(C, HW, G, CHANNELS_LAST, BLOCK_P, GROUPS, D, BLOCK_D)
+    """y = relu((x - mean) * rstd * weight + bias + residual), and mean and rstd, both (N, G)."""
+    g, c, valid, offset, inside = _tile(C, HW, G, CHANNELS_LAST, BLOCK_P, GROUPS, D, BLOCK_D)
     size = 1.0 * D * HW
     x = tl.load(X + offset, inside, 0.0).to(tl.float32)
     mean = _mean(x, size)
-    centred = tl.where(inside, x - mean[None, :, None], 0.0)
-    rstd = 1.0 / tl.sqrt(_mean(centred * centred, size) + eps)
-    scale = rstd[:, None] * tl.load(WEIGHT + c, there, 0.0).to(tl.float32)
-    bias = tl.load(BIAS + c, there, 0.0).to(tl.float32)
-    y = centred * scale[None, :, :] + bias[None, :, :]
+    centered = tl.where(inside, x - mean[None, :, None], 0.0)
+    rstd = 1.0 / tl.sqrt(_mean(centered * centered, size) + eps)
+    scale = rstd[:, None] * tl.load(WEIGHT + c, valid, 0.0).to(tl.float32)
+    bias = tl.load(BIAS + c, valid, 0.0).to(tl.float32)
+    y = centered * scale[None, :, :] + bias[None, :, :]
     if HAS_RESIDUAL:
         y += tl.load(RESIDUAL + offset, inside, 0.0).to(tl.float32)
     if RELU:
@@ -74,54 +81,55 @@ def _backward_kernel(
     HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_P: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx, dresidual, and each image's share of the gradients of bias and weight, both (N, C)."""
-    g, c, there, offset, inside = _tile(C, HW, G, CHANNELS_LAST, BLOCK_P, GROUPS, D, BLOCK_D)
+    """Gradients of x and the residual, and each image's gradients of bias and weight, (N, C)."""
+    g, c, valid, offset, inside = _tile(C, HW, G, CHANNELS_LAST, BLOCK_P, GROUPS, D, BLOCK_D)
     n = tl.program_id(0)
     size = 1.0 * D * HW
     mean = tl.load(MEAN + n * G + g, g < G, 0.0)
     rstd = tl.load(RSTD + n * G + g, g < G, 0.0)
-    weight = tl.load(WEIGHT + c, there, 0.0).to(tl.float32)
+    weight = tl.load(WEIGHT + c, valid, 0.0).to(tl.float32)
     dy = tl.load(DY + offset, inside, 0.0).to(tl.float32)
     x = tl.load(X + offset, inside, 0.0).to(tl.float32)
-    centred = tl.where(inside, x - mean[None, :, None], 0.0)
+    centered = tl.where(inside, x - mean[None, :, None], 0.0)
     if RELU and HAS_RESIDUAL:
-        dy = let_through(dy, tl.load(Y + offset, inside, 0.0).to(tl.float32))
+        dy = relu_gradient(dy, tl.load(Y + offset, inside, 0.0).to(tl.float32))
         tl.store(DRESIDUAL + offset, dy.to(DRESIDUAL.dtype.element_ty), inside)
     elif RELU:
-        bias = tl.load(BIAS + c, there, 0.0).to(tl.float32)
-        dy = let_through(dy, centred * (rstd[:, None] * weight)[None, :, :] + bias[None, :, :])
-    normalised = centred * rstd[None, :, None]
-    tl.store(SUMS + n * C + c, tl.sum(dy, 0), there)
-    tl.store(DOTS + n * C + c, tl.sum(dy * normalised, 0), there)
+        bias = tl.load(BIAS + c, valid, 0.0).to(tl.float32)
+        dy = relu_gradient(dy, centered * (rstd[:, None] * weight)[None, :, :] + bias[None, :, :])
+    normalized = centered * rstd[None, :, None]
+    tl.store(SUMS + n * C + c, tl.sum(dy, 0), valid)
+    tl.store(DOTS + n * C + c, tl.sum(dy * normalized, 0), valid)
     dy *= weight[None, :, :]
     shift = _mean(dy, size)
-    slope = _mean(dy * normalised, size)
-    dx = rstd[None, :, None] * (dy - shift[None, :, None] - normalised * slope[None, :, None])
+    slope = _mean(dy * normalized, size)
+    dx = rstd[None, :, None] * (dy - shift[None, :, None] - normalized * slope[None, :, None])
     tl.store(DX + offset, dx.to(DX.dtype.element_ty), inside)
 
 
 def _tile_shape(x: Tensor, groups: int) -> dict[str, int | bool]:
+    """Compile-time arguments of the kernels for x."""
     last = not x.is_contiguous()
     channels = x.shape[1] // groups
     width = triton.next_power_of_2(channels)
     positions = triton.next_power_of_2(x.shape[2] * x.shape[3])
-    beside = 1
-    while last and beside < groups and beside * width < CHANNELS:
-        if 2 * beside * width * positions > LARGEST_TILE:
+    adjacent = 1
+    while last and adjacent < groups and adjacent * width < CHANNELS:
+        if 2 * adjacent * width * positions > LARGEST_TILE:
             break
-        beside *= 2
-    blocks = {"BLOCK_P": positions, "GROUPS": beside, "BLOCK_D": width}
+        adjacent *= 2
+    blocks = {"BLOCK_P": positions, "GROUPS": adjacent, "BLOCK_D": width}
     return {"CHANNELS_LAST": last, "D": channels, **blocks}
 
 
 def fits(x: Tensor, groups: int) -> bool:
-    """Whether the groups of x are small enough."""
+    """Whether a group of x is small enough for a single program."""
     tile = _tile_shape(x, groups)
     return tile["BLOCK_P"] * tile["GROUPS"] * tile["BLOCK_D"] <= LARGEST_TILE
 
 
 def _warps(tile: dict) -> int:
-    """8 elements for each of a warp's 32 threads, as far as there are so many."""
+    """Number of warps, from 1 to 16: one for each 256 elements, which is 8 for each thread."""
     return max(1, min(16, tile["BLOCK_P"] * tile["GROUPS"] * tile["BLOCK_D"] // 256))
 
 
@@ -129,7 +137,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
     residual: Tensor | None, relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `split.forward`."""
+    """Compute `group_norm_act`; arguments and results are those of `eager.group_norm`."""
     n, c, h, w = x.shape
     tile = _tile_shape(x, groups)
     y = torch.empty_like(x)
@@ -141,11 +149,11 @@ def forward(
     return y, mean, rstd
 
 
-def normalise(
+def normalize(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
     groups: int, eps: float, relu: bool,
 ) -> Tensor:  # fmt: skip
-    """As `split.normalise`; statistics cost nothing where the group is in registers."""
+    """Recompute y as `split.normalize`; statistics cost nothing once the group is in registers."""
     return forward(x, weight, bias, groups, eps, None, relu)[0]
 
 
@@ -153,7 +161,7 @@ def backward(
     dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor,
     mean: Tensor, rstd: Tensor, groups: int, relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `split.backward`."""
+    """Compute the gradients; arguments and results are those of `split.backward`."""
     n, c, h, w = x.shape
     tile = _tile_shape(x, groups)
     dx = torch.empty_like(x)
