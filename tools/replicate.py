@@ -227,7 +227,7 @@ class Replication:
         return {
             "date": datetime.date.today().isoformat(),
             "seeds": self.seeds,
-            "images_seen": self.seen,
+            "pictures_seen": self.seen,
             "opts": self.opts,
             "claims": claims,
             "runs": [
@@ -249,7 +249,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     facts = (
         f"{results['date']}, {first['device']}, {versions}, seeds {results['seeds']}, "
-        f"{results['images_seen']} images per training run, {first['git_commit'] or 'no commit'}."
+        f"{results['pictures_seen']} images per training run, {first['git_commit'] or 'no commit'}."
     )
     columns = ("table", "claim, and the paper's box AP on COCO", "difference", "95% interval")
     claims = []

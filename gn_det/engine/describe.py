@@ -204,7 +204,7 @@ def _initial_weights(cfg: CfgNode, model: nn.Module) -> Iterator[str]:
     else:
         yield f"{weights}: content unknown until it is downloaded"
         return
-    for title, names in (("filled", filled), ("random", tensors - filled)):
+    for title, names in (("loaded", filled), ("random", tensors - filled)):
         parts = ", ".join(f"{part} {count}" for part, count in count_parts(names).items())
         yield f"{title}: {len(names)} of {len(tensors)} tensors ({parts or 'none'})"
     if warning := grouping_mismatch(cfg):
