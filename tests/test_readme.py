@@ -257,7 +257,7 @@ def test_pretraining(runner):
     assert "top1" in runner.run(evaluate, *cpu)
     (weights,) = re.findall(r"`(MODEL.WEIGHTS \S+/backbone.pth)`", CONFIGS.text)
     printed = runner.run(f"{CHECK} {COCO} {weights}")
-    assert re.search(r"filled: 159 of 223 tensors \(ResNet 159\)", printed)
+    assert re.search(r"loaded: 159 of 223 tensors \(ResNet 159\)", printed)
 
 
 def test_keys():
@@ -309,7 +309,7 @@ def test_compare_in_full(runner, backbones):
     )
     assert "ResNet: 20 FrozenBN" in frozen and "ResNet: 20 GN (32 groups)" in gn
     assert "FPN: 8 GN (32 groups)" in frozen and "24.0 epochs" in frozen
-    assert "filled: 100 of 164 tensors (ResNet 100)" in frozen
+    assert "loaded: 100 of 164 tensors (ResNet 100)" in frozen
 
 
 def test_predict_in_full(checkout, runner):

@@ -104,7 +104,7 @@ def _kind(cfg: CfgNode, norm: nn.Module) -> str:
             return f"GN ({norm.num_groups} groups)"
         return "LN (one group)" if norm.num_groups == 1 else "IN (one channel per group)"
     name = type(norm).__name__
-    return name.removesuffix("2d").replace("BatchNorm", "BN")
+    return name.removesuffix("2d").removesuffix("Act").replace("BatchNorm", "BN")
 
 
 def _frozen(cfg: CfgNode, model: nn.Module) -> Iterator[str]:

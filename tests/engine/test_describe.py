@@ -61,7 +61,7 @@ def test_batch_and_schedule_by_number_of_gpus(gn):
 def test_published_weights(gn):
     """The released R-50-GN has 53 convolutions, each with gamma and beta: 159 tensors."""
     weights = section(gn, "initial weights")
-    assert weights[1] == "filled: 159 of 223 tensors (ResNet 159)"
+    assert weights[1] == "loaded: 159 of 223 tensors (ResNet 159)"
     assert weights[2].startswith("random: 64 of 223 tensors (FPN 24, RPN 6, ")
     c4 = check(f"{PAPER}/mask_rcnn_R_50_C4_noaug_2x_gn.yaml")
     assert "res5 (RoI head) 30" in section(c4, "initial weights")[1]
