@@ -138,7 +138,7 @@ def write(data: Cleaned, path: Path, masks: bool) -> None:
 
     Args:
         data: the cleaned dataset.
-        path: path of the annotation file; image copies go to the folder `pictures` next to it.
+        path: path of the annotation file; image copies go to the folder `images` next to it.
         masks: whether to write masks, if the dataset has any.
 
     Raises:
@@ -151,7 +151,7 @@ def write(data: Cleaned, path: Path, masks: bool) -> None:
     for entry, digest, how in zip(data.content["images"], data.digests, data.copies, strict=True):
         image = (data.images / entry["file_name"]).resolve()
         if how:
-            source, image = image, path.parent.resolve() / "pictures" / f"{digest[:32]}.png"
+            source, image = image, path.parent.resolve() / "images" / f"{digest[:32]}.png"
             if not image.is_file():
                 copy_image(source, image, how)
         entries.append({**entry, "file_name": str(image), "listed_as": entry["file_name"]})
