@@ -241,7 +241,7 @@ def report(plan: Plan, failed: Mapping[str, str], command: str) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog=EXAMPLE)
-    add_data_arguments(parser)
+    add_data_arguments(parser, required=True)
     add = parser.add_argument
     help_ = "norms of the backbone, or BACKBONE/HEADS; first the baseline (default FrozenBN GN)"
     add("--norms", nargs="+", default=["FrozenBN", "GN"], metavar="NORM", help=help_)
@@ -267,10 +267,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     # A flag with several values would take the first KEY as another value
     known = {*flatten(base_config())}
     first = next((i for i, word in enumerate(words) if word in known), len(words))
-    args = parser.parse_args([*words[:first], "--", *words[first:]])
-    if not args.train:
-        parser.error("--train JSON IMAGES is required")
-    return args
+    return parser.parse_args([*words[:first], "--", *words[first:]])
 
 
 def run(argv: Sequence[str] | None = None) -> None:

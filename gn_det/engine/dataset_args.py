@@ -17,13 +17,17 @@ from ..data.prepare import Prepared, keys_of, prepare
 from ..errors import InputError
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--train`, `--val`, `--val-fraction` and `--group-by` to a parser."""
+def add_data_arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """Add `--train`, `--val`, `--val-fraction` and `--group-by` to a parser.
+
+    Args:
+        required: whether `--train` must be given.
+    """
     add = parser.add_argument
     pair: dict[str, Any] = {"nargs": 2, "metavar": ("JSON", "IMAGES"), "type": Path}
-    help_ = "training set: COCO-format annotations and the folder of the images (default: the "
-    help_ += "DATASETS of the config)"
-    add("--train", help=help_, **pair)
+    help_ = "training set: COCO-format annotations and the folder of the images "
+    help_ += "(required)" if required else "(default: the DATASETS of the config)"
+    add("--train", help=help_, required=required, **pair)
     help_ = "validation set, in the same form (default: a part of --train)"
     add("--val", help=help_, **pair)
     help_ = "fraction of --train that is used for validation, without --val (default: 0.2)"
