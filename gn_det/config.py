@@ -1,10 +1,12 @@
 """The config keys that gn_det adds to those of Detectron2, and helpers for configs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+
+from .errors import InputError
 
 
 def add_gn_config(cfg: CfgNode) -> None:
@@ -106,3 +108,14 @@ def as_opts(keys: Mapping[str, object]) -> list[str]:
 def default_device() -> str:
     """The default `MODEL.DEVICE` of tools: "cuda" if PyTorch sees a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parse_opts(opts: Sequence[str]) -> dict[str, str]:
+    """Values by key of the `KEY VALUE` words of a command line; `as_opts` is the reverse.
+
+    Raises:
+        InputError: for a key without a value.
+    """
+    if len(opts) % 2:
+        raise InputError(f"{opts[-1]} has no value: give KEY VALUE pairs")
+    return dict(zip(opts[::2], opts[1::2], strict=True))

@@ -13,6 +13,7 @@ RoIAlign come from torchvision. Deformable convolutions and rotated boxes need t
 raise an ImportError when they are used.
 """
 
+import argparse
 import importlib.util
 import subprocess
 import sys
@@ -146,6 +147,11 @@ def apply_fixes(root: Path) -> None:
 
 def main() -> None:
     """Install Detectron2 unless it can be imported."""
+    argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example: python tools/install_detectron2.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     try:
         detectron2 = importlib.import_module("detectron2")
     except ModuleNotFoundError:

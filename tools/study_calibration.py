@@ -8,7 +8,6 @@ OUTPUT/results.json, so the same command resumes an interrupted study.
 
 import argparse
 import json
-import multiprocessing
 import random
 import statistics
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ import torch
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.env import seed_all_rng
 from studies.linear_probe import image_labels, mean_auc, pooled_features
-from studies.promised_moments import promised_moments
+from studies.pool import run_parallel
+from studies.promised_moments import to_promised_group_norm
 from studies.tables import markdown_table, spread
 
 from gn_det.checkpoint.bn_to_gn import to_group_norm
-from gn_det.checkpoint.calibrate import measured_moments
 from gn_det.checkpoint.convert import Conversion, convert
 from gn_det.checkpoint.read import read_weights
 from gn_det.checkpoint.save import facts_of, save_backbone
@@ -148,10 +147,11 @@ class Run:
         conversion = convert(read_weights(Path(self.backbone)))
         key, number = self.model.grouping
         keys = [f"MODEL.GROUP_NORM.{key}", str(number)]
-        if self.model.method in ("calibrated", "promised", "distilled"):
+        if self.model.method == "promised":
+            to_promised_group_norm(conversion, keys, self.images())
+        elif self.model.method in ("calibrated", "distilled"):
             steps = DISTILL_STEPS if self.model.method == "distilled" else 0
-            goal = promised_moments if self.model.method == "promised" else measured_moments
-            to_group_norm(conversion, keys, self.images(), steps, goal)
+            to_group_norm(conversion, keys, self.images(), steps)
         elif self.model.method in ("copied", "reset"):
             conversion.cfg.MODEL.RESNETS.NORM = "GN"
             tensors = {k: v for k, v in conversion.tensors.items() if "running" not in k}
@@ -322,13 +322,11 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.exists() else {}
     runs = all_runs(args)
     left = [run for run in runs if run.key not in results]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(args.processes, maxtasksperchild=1) as pool:
-        for key, result in pool.imap_unordered(execute, left):
-            print(key, result, flush=True)
-            results[key] = result
-            with write_whole(path) as file:
-                file.write(json.dumps(results, indent=1) + "\n")
+    for key, result in run_parallel(execute, [(run,) for run in left], args.processes):
+        print(key, result, flush=True)
+        results[key] = result
+        with write_whole(path) as file:
+            file.write(json.dumps(results, indent=1) + "\n")
     (args.output_dir / "table.md").write_text(markdown(runs, results))
     plot(runs, results, args.output_dir / "plot.png")
     print(markdown(runs, results))

@@ -11,8 +11,6 @@ import argparse
 import json
 import logging
 import shutil
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -21,6 +19,7 @@ try:
     import torch
     from detectron2.utils.env import seed_all_rng
     from matplotlib.figure import Figure
+    from studies.pool import run_parallel
     from studies.tables import markdown_table
 
     from gn_det.config import as_opts
@@ -30,6 +29,7 @@ try:
     from gn_det.engine.run_record import git_commit, versions
     from gn_det.errors import InputError, exit_on_input_error
     from gn_det.evaluation.figures import COLOURS
+    from gn_det.evaluation.metrics_file import metrics_of
     from gn_det.files import write_whole
 except ImportError as error:
     raise SystemExit(f"error: {error}") from None
@@ -104,7 +104,7 @@ def train(model: Model, seed: int, output: Path, opts: list[str]) -> dict[str, A
     seed_all_rng(seed)
     trainer = PretrainTrainer(cfg)
     trainer.train()
-    last = json.loads((folder / "metrics.json").read_text().splitlines()[-1])
+    last = metrics_of(folder)[-1]
     shutil.rmtree(folder)
     return {
         "model": model._asdict(),
@@ -142,19 +142,13 @@ def study(output: Path, seeds: int, opts: list[str]) -> dict[str, Any]:
         make_shapes(output / "shapes", *IMAGES)
     done = {(Model(**run["model"]), run["seed"]) for run in results["runs"]}
     todo = [(m, seed) for seed in range(seeds) for m in MODELS if (m, seed) not in done]
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(train, model, seed, output, opts) for model, seed in todo]
-        try:
-            for i, job in enumerate(as_completed(jobs), start=1):
-                run = job.result()
-                results["runs"].append(run)
-                with write_whole(path) as file:
-                    file.write(json.dumps(results, indent=1) + "\n")
-                name = " ".join(map(str, run["model"].values()))
-                print(f"{i}/{len(todo)} {name}, seed {run['seed']}: {run['error']:.1f}%")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    calls = [(model, seed, output, opts) for model, seed in todo]
+    for i, run in enumerate(run_parallel(train, calls, 2), start=1):
+        results["runs"].append(run)
+        with write_whole(path) as file:
+            file.write(json.dumps(results, indent=1) + "\n")
+        name = " ".join(map(str, run["model"].values()))
+        print(f"{i}/{len(todo)} {name}, seed {run['seed']}: {run['error']:.1f}%")
     return results
 
 

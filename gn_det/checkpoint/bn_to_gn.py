@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..data.unlabelled_images import load_images
 from ..errors import InputError
-from .calibrate import Moments, calibrate, measured_moments
+from .calibrate import calibrate, measured_moments
 from .convert import Conversion, build_resnet, merge_pairs
 from .distill import distill, feature_errors
 
@@ -27,7 +27,6 @@ def to_group_norm(
     opts: Sequence[str],
     images: Iterable[Path],
     distill_steps: int = 0,
-    moments: Callable[[nn.Module, Tensor], Moments] = measured_moments,
 ) -> None:
     """Convert a backbone to Group Normalization, in place, with unlabelled images.
 
@@ -39,22 +38,13 @@ def to_group_norm(
         opts: `KEY VALUE` pairs; the `MODEL.GROUP_NORM` keys set the new grouping.
         images: about 100 image files, preferably from the detector's training set.
         distill_steps: number of distillation steps, 0 for none.
-        moments: returns the target moments of each norm layer. It gets the network before the
-            conversion and the images, (N, 3, H, W) and normalised.
 
     Raises:
         InputError: if a tensor is missing, the groups do not divide a layer's channels, or an
             image cannot be read.
     """
-    cfg = conversion.cfg.clone()
-    cfg.MODEL.RESNETS.NORM = "GN"
-    if conversion.missing:
-        raise InputError(f"{conversion.missing[0]} is missing: --calibrate needs every tensor")
-    merge_pairs(cfg, opts)
-    network = build_resnet(cfg, conversion.tensors)
-    reference = build_resnet(conversion.cfg, conversion.tensors)
-    x = normalise(load_images(images, SIDE, cfg.INPUT.FORMAT), cfg)
-    calibrate(network, reference, x, moments(reference, x))
+    network, reference, x, cfg = build_pair(conversion, opts, images)
+    calibrate(network, reference, x, measured_moments(reference, x))
     tensors = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     errors = measure(network, reference, x)
     if distill_steps:
@@ -73,6 +63,32 @@ def to_group_norm(
         f"their variance: {text}"
     )
     conversion.cfg, conversion.tensors = cfg, tensors
+
+
+def build_pair(
+    conversion: Conversion, opts: Sequence[str], images: Iterable[Path]
+) -> tuple[nn.Module, nn.Module, Tensor, CfgNode]:
+    """Build the GN network and the one that it is converted from.
+
+    Args:
+        conversion, opts, images: as in `to_group_norm`.
+
+    Returns:
+        both networks, with equal filters; the images as a normalised batch (N, 3, H, W); and the
+        config of the GN network.
+
+    Raises:
+        InputError: as in `to_group_norm`.
+    """
+    cfg = conversion.cfg.clone()
+    cfg.MODEL.RESNETS.NORM = "GN"
+    if conversion.missing:
+        raise InputError(f"{conversion.missing[0]} is missing: --calibrate needs every tensor")
+    merge_pairs(cfg, opts)
+    network = build_resnet(cfg, conversion.tensors)
+    reference = build_resnet(conversion.cfg, conversion.tensors)
+    x = normalise(load_images(images, SIDE, cfg.INPUT.FORMAT), cfg)
+    return network, reference, x, cfg
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import ResNet, build_backbone
 from torch import Tensor
 
-from ..config import add_gn_config, value_of
+from ..config import add_gn_config, parse_opts, value_of
 from ..errors import InputError
 from ..modeling.norm import is_group_norm
 from .facts import (
@@ -163,7 +163,7 @@ def usual_facts(
         facts |= TORCH_PIXELS  # those of GN+WS come from PyTorch, those of GN from Detectron
     if source == "detectron" and norm == "BN" and shape.get("MODEL.RESNETS.NUM_GROUPS", 1) > 1:
         facts["MODEL.PIXEL_STD"] = TORCH_PIXELS["MODEL.PIXEL_STD"][::-1]  # X-101-32x8d
-    given = dict(zip(opts[::2], opts[1::2], strict=False))
+    given = parse_opts(opts)
     if given.get("INPUT.FORMAT", facts["INPUT.FORMAT"]) != facts["INPUT.FORMAT"]:
         # Mean and std have the channel order of INPUT.FORMAT
         facts |= {key: facts[key][::-1] for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")}

@@ -23,7 +23,7 @@ from detectron2.utils.logger import setup_logger
 from ..check import check_config
 from ..check.anchors import objects_out_of_reach
 from ..check.machine import check_machine, check_weights_file
-from ..config import add_gn_config, as_opts, default_device, flatten
+from ..config import add_gn_config, as_opts, default_device, flatten, parse_opts
 from ..config_file import add_base_argument, find_config, read_config
 from ..data.object_sizes import ObjectSizes
 from ..data.prepare import Prepared, keys_of
@@ -124,10 +124,9 @@ def check_overrides(opts: Sequence[str]) -> None:
     """
     if flags := [word for word in opts[::2] if word.startswith("--")]:
         raise InputError(f"{flags[0]}: put all flags before the KEY VALUE pairs")
-    if len(opts) % 2:
-        raise InputError(f"{opts[-1]} has no value: give KEY VALUE pairs")
+    given = parse_opts(opts)
     for flag, keys in FLAG_KEYS.items():
-        if wrong := [key for key in opts[::2] if key in keys]:
+        if wrong := [key for key in given if key in keys]:
             raise InputError(f"{wrong[0]} cannot be a KEY VALUE pair: set it with {flag}")
 
 

@@ -15,6 +15,7 @@ from ..data import make_shapes
 from ..engine.pretrain import CHECKPOINT
 from ..engine.run_record import RECORD
 from ..errors import InputError, exit_on_input_error
+from ..evaluation.metrics_file import metrics_of
 from ..evaluation.report import Run, write_report
 from ..model_zoo import get_config_file
 from .jobs import PRETRAIN, TRAIN, Training, run_trainings
@@ -110,8 +111,7 @@ class Demo:
             f"{cfg.SOLVER.MAX_ITER} iterations of {cfg.SOLVER.IMS_PER_BATCH} images"
         )
         for name in PRETRAININGS:
-            last = (self.output / name / "metrics.json").read_text().splitlines()[-1]
-            top1 = json.loads(last)["accuracy/top1"]
+            top1 = metrics_of(self.output / name)[-1]["accuracy/top1"]
             facts[name] = f"{top1:.1f}% top-1 on validation crops"
         facts["configs"] = [
             f"{name}: configs/Shapes/{config}.yaml" for name, _, config, _ in MODELS

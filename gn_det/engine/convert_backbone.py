@@ -23,6 +23,7 @@ from ..checkpoint.convert import convert, fold_input
 from ..checkpoint.names import SOURCES
 from ..checkpoint.read import read_weights
 from ..checkpoint.save import facts_of, keys_as_yaml, save_backbone
+from ..config import as_opts, parse_opts
 from ..data.unlabelled_images import choose_images
 from ..errors import InputError, exit_on_input_error
 from ..modeling.norm import is_group_norm
@@ -88,8 +89,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--distill must be 0 or larger")
     if args.distill and not args.calibrate:
         raise InputError("--distill needs images: add --calibrate IMAGES")
-    if len(args.opts) % 2:
-        raise InputError(f"{args.opts[-1]} has no value: give KEY VALUE pairs")
+    parse_opts(args.opts)
 
 
 def fetch(address: str) -> Path:
@@ -144,10 +144,10 @@ def run(argv: Sequence[str] | None = None) -> None:
     setup_logger(name="gn_det")
     with exit_on_input_error():
         check_arguments(args)
-        pairs = list(zip(args.opts[::2], args.opts[1::2], strict=True))
+        given = parse_opts(args.opts)
         # With --calibrate, the grouping in `opts` describes the output, not INPUT
-        new = [p for p in pairs if args.calibrate and p[0].startswith("MODEL.GROUP_NORM.")]
-        known = [word for pair in pairs if pair not in new for word in pair]
+        new = {k for k in given if args.calibrate and k.startswith("MODEL.GROUP_NORM.")}
+        known = as_opts({key: value for key, value in given.items() if key not in new})
         file = read_weights(fetch(args.input))
         conversion = convert(file, args.source, known, args.prefix)
         print("\n".join(conversion.summary()), flush=True)
@@ -159,7 +159,9 @@ def run(argv: Sequence[str] | None = None) -> None:
         if args.calibrate:
             torch.manual_seed(0)
             images = choose_images(args.calibrate, args.num_images)
-            to_group_norm(conversion, [word for p in new for word in p], images, args.distill)
+            to_group_norm(
+                conversion, as_opts({key: given[key] for key in new}), images, args.distill
+            )
         try:
             save_backbone(conversion.tensors, conversion.cfg, args.output)
         except OSError as error:

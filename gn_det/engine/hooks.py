@@ -16,8 +16,8 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
+from ..evaluation.metrics_file import drop_metrics_from, read_metrics
 from ..files import write_whole
-from .metrics_file import drop_metrics_from, read_metrics
 from .run_record import (
     RECORD,
     categories_of,

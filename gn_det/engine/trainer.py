@@ -28,10 +28,10 @@ from ..config import is_pretraining
 from ..data import check_dataset
 from ..data.loader import TrainLoader, build_train_loader
 from ..errors import InputError
+from ..evaluation.metrics_file import drop_metrics_from
 from ..solver import build_optimizer
 from .accumulate import accumulate_gradients
 from .hooks import Evaluation, MemoryRecorder, RunRecorder, StopOnSignal
-from .metrics_file import drop_metrics_from
 from .train_step import BadBatchError, TrainingStep
 
 

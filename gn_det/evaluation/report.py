@@ -18,6 +18,7 @@ from .bootstrap import Difference, ImageMatches, paired_difference
 from .coco_stats import STATS, coco_stats, kinds_of, load_coco
 from .figures import MIN_SCORE, batch_curve, data_uri, draw, learning_curves
 from .markdown import code, literal
+from .metrics_file import metrics_of
 
 # Below this AP a model has learned almost nothing, and a difference would be due to chance
 MIN_AP = 1.0
@@ -54,13 +55,7 @@ class Run:
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
         """The lines of `metrics.json`; after a resume the last one of each iteration is kept."""
-        newest = {}
-        for text in (self.folder / "metrics.json").read_text().splitlines():
-            # A killed run may have left an incomplete line
-            if text.endswith("}"):
-                line = json.loads(text)
-                newest[line["iteration"]] = line
-        return [newest[iteration] for iteration in sorted(newest)]
+        return metrics_of(self.folder)
 
 
 def summarize(run: Run, truth: COCO) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 METRICS = "metrics.json"
 
 
-def read_metrics(folder: str) -> list[tuple[bytes, dict[str, Any]]]:
+def read_metrics(folder: str | Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Read the lines of `metrics.json`.
 
     Args:
@@ -19,6 +19,18 @@ def read_metrics(folder: str) -> list[tuple[bytes, dict[str, Any]]]:
     path = Path(folder, METRICS)
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     return [(line, _content(line)) for line in lines]
+
+
+def metrics_of(folder: str | Path) -> list[dict[str, Any]]:
+    """Metrics of every iteration that has any, in order.
+
+    A resumed run may have written an iteration twice; the last line counts.
+
+    Args:
+        folder: `OUTPUT_DIR`.
+    """
+    newest = {content["iteration"]: content for _, content in read_metrics(folder) if content}
+    return [newest[iteration] for iteration in sorted(newest)]
 
 
 def drop_metrics_from(

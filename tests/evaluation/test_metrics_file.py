@@ -2,7 +2,7 @@
 
 import json
 
-from gn_det.engine.metrics_file import drop_metrics_from
+from gn_det.evaluation.metrics_file import drop_metrics_from
 
 
 def write(folder, *iterations: int, damaged: str = "") -> None:
