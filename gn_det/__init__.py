@@ -3,6 +3,7 @@
 Without Detectron2, only `gn_det.layers` can be imported; it needs nothing but PyTorch.
 """
 
+import warnings
 from importlib.util import find_spec
 from typing import NoReturn
 
@@ -12,10 +13,13 @@ __version__ = "0.1.0"
 __all__ = ["add_gn_config", "check_config", "get_config_file"]
 
 if find_spec("detectron2") is not None:
-    from . import data, modeling  # noqa: F401  (registers them)
-    from .check import check_config
-    from .config import add_gn_config
-    from .model_zoo import get_config_file
+    with warnings.catch_warnings():
+        # Detectron2 calls torch.jit.script while it is imported, which PyTorch has deprecated
+        warnings.filterwarnings("ignore", r".*torch\.jit\.", FutureWarning)
+        from . import data, modeling  # noqa: F401  (registration)
+        from .check import check_config
+        from .config import add_gn_config
+        from .model_zoo import get_config_file
 else:
 
     def __getattr__(name: str) -> NoReturn:

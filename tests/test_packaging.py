@@ -29,7 +29,9 @@ def test_wheel_contains_every_config(wheel):
     assert len(CONFIGS) > 10
     for config in CONFIGS:
         assert f"gn_det/configs/{config}" in names
-    assert "gn_det/evaluation/templates/report.html" in names
+    assert "gn_det/evaluation/templates/report.html" in names and "gn_det/py.typed" in names
+    (scripts,) = [name for name in names if name.endswith("entry_points.txt")]
+    assert "gn-det = gn_det.cli:main" in zipfile.ZipFile(wheel).read(scripts).decode()
     assert not [name for name in names if name.startswith(("tests", "tools"))]
 
 

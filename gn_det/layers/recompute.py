@@ -15,6 +15,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 _state = threading.local()
+# Older PyTorch cannot tell: there, a checkpoint around the context saves less memory
+_top_hooks = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None
+)
 
 
 @contextmanager
@@ -40,7 +44,7 @@ def recompute_activations(enabled: bool = True) -> Iterator[None]:
 
 
 def _has_hooks() -> bool:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return _top_hooks(True) is not None
 
 
 def is_recomputing() -> bool:
