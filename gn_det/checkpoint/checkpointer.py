@@ -166,7 +166,8 @@ def is_intact(path: Path) -> bool:
     """Whether a checkpoint exists, its checksums are correct, and it can be read."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None and "model" in read_content(path, "meta")
+            # First the reader, which refuses archives that expand without bound
+            return "model" in read_content(path, "meta") and archive.testzip() is None
     except READ_ERRORS:
         return False
 

@@ -169,10 +169,16 @@ def _read(path: Path, device: str) -> Any:
     return Unpickler(content, budget).load()
 
 
+# Others decompress without a limit in Python's zipfile
+_COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+
 def _read_zip(archive: zipfile.ZipFile, budget: Budget, device: str) -> Any:
     """Read an archive of `torch.save` or `numpy.savez`."""
     # A compressed archive can expand to thousands of times its size
     budget.spend(sum(info.file_size for info in archive.infolist()))
+    if any(info.compress_type not in _COMPRESSION for info in archive.infolist()):
+        raise zipfile.BadZipFile("its compression is neither that of PyTorch nor that of NumPy")
     names = archive.namelist()
     if any(name.endswith("/constants.pkl") for name in names):
         raise zipfile.BadZipFile("it is a TorchScript program: save only the model's state_dict")
@@ -201,7 +207,8 @@ def _read_npy(archive: zipfile.ZipFile, name: str, device: str) -> np.ndarray | 
         if device == "meta":
             empty = torch.from_numpy(np.empty(0, dtype.newbyteorder("=")))
             return empty.new_empty(shape, device="meta")
-        array = np.frombuffer(bytearray(file.read()), dtype)
+        size = math.prod(shape) * dtype.itemsize
+        array = np.frombuffer(bytearray(file.read(size)), dtype)
         # PyTorch accepts only the byte order of the machine
         native = array.astype(dtype.newbyteorder("="), copy=False)
         return native.reshape(shape, order="F" if fortran else "C")

@@ -80,7 +80,7 @@ def read_archive(archive: zipfile.ZipFile, budget: Budget, device: str) -> Any:
         raise pickle.UnpicklingError("it is a zip archive without weights")
     root = roots.pop()
     order = f"{root}/byteorder"
-    if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
+    if order in archive.namelist() and read_record(archive, order).decode() != sys.byteorder:
         raise pickle.UnpicklingError("it was written on a machine with another byte order")
     storages: dict[str, Storage] = {}
 
@@ -90,12 +90,27 @@ def read_archive(archive: zipfile.ZipFile, budget: Budget, device: str) -> Any:
             record, nbytes = f"{root}/data/{key}", count * kind.itemsize
             if archive.getinfo(record).file_size != nbytes:
                 raise pickle.UnpicklingError(f"its record {record} has the wrong size")
-            content = None if device == "meta" else bytearray(archive.read(record))
+            content = None if device == "meta" else bytearray(read_record(archive, record))
             storages[key] = Storage(kind, nbytes, content)
         return storages[key]
 
-    pickled = BytesIO(archive.read(f"{root}/data.pkl"))
+    pickled = BytesIO(read_record(archive, f"{root}/data.pkl"))
     return Unpickler(pickled, budget, _names(budget), find).load()
+
+
+def read_record(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Read one record of a zip archive, but no more bytes than its header claims.
+
+    Raises:
+        zipfile.BadZipFile: if it has another number of bytes, or a wrong checksum.
+    """
+    size = archive.getinfo(name).file_size
+    with archive.open(name) as file:
+        # `ZipFile.read` would first decompress up to 2 GB, whatever the header claims
+        content = file.read(size)
+        if len(content) != size or file.read(1):
+            raise zipfile.BadZipFile(f"the record {name} has the wrong size")
+    return content
 
 
 def _is_content(name: str) -> bool:

@@ -3,6 +3,7 @@
 import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -180,6 +181,21 @@ def compressed_archive(path: Path) -> None:
             file.writestr(name, content)
 
 
+def lying_header(path: Path) -> None:
+    """250 MB of zeros, deflated, of which the headers say that they are 64 bytes."""
+    size, lie = 250_123_457, 64
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("w/data.pkl", bytes(size))
+    content = path.read_bytes()
+    assert content.count(struct.pack("<I", size)) == 2
+    path.write_bytes(content.replace(struct.pack("<I", size), struct.pack("<I", lie)))
+
+
+def other_compression(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as file:
+        file.writestr("w/data.pkl", bytes(2**20))
+
+
 def huge_view(path: Path) -> None:
     torch.save({"w": torch.ones(3, 4)}, path)
     repickled(path, b"K\x04K\x01\x86", b"K\x00K\x00\x86")
@@ -215,6 +231,8 @@ def in_itself(path: Path) -> None:
 BOMBS = {
     "zeros.npz": compressed_npz,
     "deflated.pth": compressed_archive,
+    "lying.pth": lying_header,
+    "lzma.pth": other_compression,
     "view.pth": huge_view,
     "again.pkl": one_array_many_times,
     "key.pkl": long_key,
@@ -228,7 +246,12 @@ BOMBS = {
 def test_files_that_would_exhaust_memory_or_time_are_rejected(name, device, tmp_path):
     path = tmp_path / name
     BOMBS[name](path)
-    rejected(path, device)
+    tracemalloc.start()
+    try:
+        rejected(path, device)
+        assert tracemalloc.get_traced_memory()[1] < 2**27
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
