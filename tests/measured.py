@@ -233,7 +233,7 @@ def norms(table: Table) -> list[list[str]]:
 
 def claims(table: Table) -> list[list[str]]:
     """Verdicts, counted in the results, or, of the run whose results were not kept, in its page."""
-    verdicts = ("holds", "does not hold", "cannot be told")
+    verdicts = ("holds", "does not hold", "inconclusive")
     results = load("replicate.json")
     first = [sum(c["verdict"] == v for c in results["claims"]) for v in verdicts]
     page = (FOLDER / "replicate_480.md").read_text()
