@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Generate the synthetic dataset `shapes` in COCO format.
 
-python tools/make_shapes.py datasets/shapes --num-train 600 --num-val 100
+The same arguments give the same files. Example:
 
-The same arguments give the same files.
+    python tools/make_shapes.py datasets/shapes --num-train 600 --num-val 100
 """
 
 import argparse
