@@ -102,7 +102,7 @@ def finish(training: Training) -> None:
     (training.folder / "inference").mkdir(parents=True)
     (training.folder / "inference/coco_instances_results.json").write_text("[]")
     measured = {"iteration": 1, "peak_memory_mib": 1.0, "accuracy/top1": 50.0}
-    (training.folder / "metrics.json").write_text(json.dumps(measured))
+    (training.folder / "metrics.json").write_text(json.dumps(measured) + "\n")
     parameters = {"trainable": 1, "frozen": 0}
     record = {"seed": 0, "device": "abacus", "versions": {"torch": "2"}, "git_commit": None}
     (training.folder / training.product).write_text(
