@@ -9,7 +9,7 @@ import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import forkserver, get_context
@@ -162,12 +162,3 @@ def execute(words: Sequence[str], folder: Path, out: Path, err: Path) -> None:
     else:
         sys.argv = list(words)
         runpy.run_path(words[0], run_name="__main__")
-
-
-def config_values(cfg: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Whole keys and values of a config."""
-    for key, value in cfg.items():
-        if isinstance(value, dict):
-            yield from config_values(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

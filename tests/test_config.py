@@ -11,6 +11,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 import gn_det
+from gn_det.config import flatten
 from gn_det.config_file import read_config
 from gn_det.engine.trainer import Trainer
 from gn_det.errors import InputError
@@ -20,18 +21,10 @@ DETECTORS = [name for name in LEAVES if "mask_rcnn" in name]
 PRETRAININGS = [name for name in LEAVES if "/pretrain" in name or "ImageNet" in name]
 
 
-def leaves(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def test_add_gn_config_changes_only_the_given_config():
     cfg, other = get_cfg(), get_cfg()
     gn_det.add_gn_config(cfg)
-    added = {key: value for key, value in leaves(cfg) if key not in dict(leaves(other))}
+    added = {key: value for key, value in flatten(cfg).items() if key not in flatten(other)}
     assert added == {
         "MODEL.GROUP_NORM.NUM_GROUPS": 32,
         "MODEL.GROUP_NORM.DIM_PER_GP": -1,
@@ -167,7 +160,7 @@ def pairs() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize(("baseline", "other"), pairs())
 def test_comparisons_are_fair(baseline, other):
-    one, two = (dict(leaves(read_config(f"{name}.yaml"))) for name in (baseline, other))
+    one, two = (flatten(read_config(f"{name}.yaml")) for name in (baseline, other))
     different = {key for key in one if one[key] != two[key]}
     assert different and different <= ALLOWED
 

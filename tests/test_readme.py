@@ -17,11 +17,12 @@ from detectron2.config import get_cfg
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
-from readmes import Page, Runner, config_values, find_pages
+from readmes import Page, Runner, find_pages
 
 import gn_det
 from gn_det.comparison.demo import MODELS, PRETRAININGS, Demo
 from gn_det.comparison.jobs import Training
+from gn_det.config import flatten
 from gn_det.data import make_shapes
 from gn_det.engine import train
 
@@ -262,9 +263,9 @@ def test_pretraining(runner):
 
 def test_keys():
     """All that gn_det adds, with their defaults, and five of them in README."""
-    cfg, plain = get_cfg(), dict(config_values(get_cfg()))
+    cfg, plain = get_cfg(), flatten(get_cfg())
     gn_det.add_gn_config(cfg)
-    added = {key: str(value) for key, value in config_values(cfg) if key not in plain}
+    added = {key: str(value) for key, value in flatten(cfg).items() if key not in plain}
     (table,) = (t for t in CONFIGS.tables if t.head == ("key", "default", "meaning"))
     assert {key.strip("`"): default for key, default, _ in table.rows} == added
     (five,) = (t for t in README.tables if t.head[0] == "key")
