@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
 from .errors import InputError
 
@@ -51,6 +51,9 @@ def add_gn_config(cfg: CfgNode) -> None:
     cfg.SOLVER.NORM_LR_FACTOR = 1.0
     # Factor on the learning rate of the ResNet
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    # Factor on the learning rate of the mask head. 0 chooses it for a mask head with a norm, by its
+    # channels and the schedule (1 in published recipes), and is 1 for others
+    cfg.SOLVER.MASK_HEAD_MULTIPLIER = 0.0
     # Data type of SOLVER.AMP.ENABLED: "float16", as in Detectron2, or "bfloat16"
     cfg.SOLVER.AMP.DTYPE = "float16"
     # Keep only this many of the newest periodic checkpoints; 0 keeps all
@@ -70,6 +73,13 @@ def add_gn_config(cfg: CfgNode) -> None:
     cfg.PRETRAIN.IMAGE_SIZE = 224
     # Smallest area of a random training crop, as a fraction of the image
     cfg.PRETRAIN.MIN_CROP_AREA = 0.08
+
+
+def default_config() -> CfgNode:
+    """All config keys of Detectron2 and gn_det with their defaults."""
+    cfg = get_cfg()
+    add_gn_config(cfg)
+    return cfg
 
 
 def is_pretraining(cfg: CfgNode) -> bool:

@@ -39,6 +39,7 @@ def test_add_gn_config_changes_only_the_given_config():
         "SOLVER.AMP.DTYPE": "float16",
         "SOLVER.NORM_LR_FACTOR": 1.0,
         "SOLVER.BACKBONE_MULTIPLIER": 1.0,
+        "SOLVER.MASK_HEAD_MULTIPLIER": 0.0,
         "SOLVER.KEEP_CHECKPOINTS": 0,
         "SOLVER.SKIP_BAD_BATCHES": 0,
         "PRETRAIN.EPOCHS": 100,

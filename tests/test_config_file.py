@@ -19,7 +19,8 @@ from fvcore.common.config import CfgNode as FvcoreNode
 
 import gn_det
 from gn_det.comparison import jobs
-from gn_det.comparison.compare import make_plan, parse
+from gn_det.comparison.compare import parse
+from gn_det.comparison.plan import make_plan
 from gn_det.config_file import find_config, read_config, read_config_file
 from gn_det.engine import train
 from gn_det.engine.predict import load_run

@@ -3,18 +3,22 @@
 import logging
 
 import pytest
-from conftest import shapes_config
+from conftest import ROOT, shapes_config
 from torch import nn
 
+from gn_det.config_file import read_config
 from gn_det.engine.trainer import Trainer
 from gn_det.modeling import build_gn_resnet_fpn_backbone  # noqa: F401
+from gn_det.solver import mask_head_factor
 
+STOCK = ("SOLVER.MASK_HEAD_MULTIPLIER", 1.0)
 CASES = {
     "defaults": (),
     "biases decayed": ("SOLVER.WEIGHT_DECAY_BIAS", 0.01),
     "Detectron's biases": ("SOLVER.BIAS_LR_FACTOR", 2.0, "SOLVER.WEIGHT_DECAY_BIAS", 0.0),
     "small rate of norms": ("SOLVER.NORM_LR_FACTOR", 0.1, "SOLVER.BIAS_LR_FACTOR", 2.0),
     "small rate of the backbone": ("SOLVER.BACKBONE_MULTIPLIER", 0.1, "SOLVER.NORM_LR_FACTOR", 0.5),
+    "mask head as the rest": ("SOLVER.MASK_HEAD_MULTIPLIER", 1.0),
     "clipped": ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.WEIGHT_DECAY_BIAS", 0.01),
 }
 
@@ -30,6 +34,7 @@ def test_weight_decay(opts, name):
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(groups) == len(trained)
     norms = 0
     resnet = set(model.backbone.bottom_up.modules())
+    mask_head = set(model.roi_heads.mask_head.modules())
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
@@ -44,6 +49,7 @@ def test_weight_decay(opts, name):
             factor = cfg.SOLVER.BIAS_LR_FACTOR if key == "bias" else 1.0
             factor *= cfg.SOLVER.NORM_LR_FACTOR if is_norm else 1.0
             factor *= cfg.SOLVER.BACKBONE_MULTIPLIER if module in resnet else 1.0
+            factor *= cfg.SOLVER.MASK_HEAD_MULTIPLIER if module in mask_head else 1.0
             group = groups[id(parameter)]
             assert group["weight_decay"] == decay, (module, key)
             assert group["lr"] == pytest.approx(cfg.SOLVER.BASE_LR * factor), (module, key)
@@ -53,7 +59,8 @@ def test_weight_decay(opts, name):
 
 def test_backbone_multiplier_includes_res5_of_c4_models():
     """res5 is pretrained too, but belongs to the RoI heads."""
-    cfg = shapes_config("mask_rcnn_R_50_C4_gn", "SOLVER.BACKBONE_MULTIPLIER", 0.1)
+    factors = ("SOLVER.BACKBONE_MULTIPLIER", 0.1, "SOLVER.MASK_HEAD_MULTIPLIER", 1.0)
+    cfg = shapes_config("mask_rcnn_R_50_C4_gn", *factors)
     model = Trainer.build_model(cfg)
     optimizer = Trainer.build_optimizer(cfg, model)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -72,7 +79,8 @@ def test_weight_decay_norm_is_used():
 
 def test_the_schedule_keeps_norm_lr_factor():
     """Warm-up and steps change both rates by the same factor."""
-    cfg = shapes_config("mask_rcnn_R_18_FPN_gn", "SOLVER.NORM_LR_FACTOR", 0.1)
+    factors = ("SOLVER.NORM_LR_FACTOR", 0.1, "SOLVER.MASK_HEAD_MULTIPLIER", 1.0)
+    cfg = shapes_config("mask_rcnn_R_18_FPN_gn", *factors)
     optimizer = Trainer.build_optimizer(cfg, Trainer.build_model(cfg))
     scheduler = Trainer.build_lr_scheduler(cfg, optimizer)
     for _ in range(cfg.SOLVER.MAX_ITER):
@@ -89,6 +97,37 @@ def test_each_parameter_group_is_logged(caplog):
     with caplog.at_level(logging.INFO, logger="gn_det"):
         optimizer = Trainer.build_optimizer(cfg, model)
     lines = [r.getMessage() for r in caplog.records if r.name == "gn_det.solver"]
-    assert len(lines) == len(optimizer.param_groups) == 2
+    assert len(lines) == len(optimizer.param_groups) == 4
     # 36 norms minus 5 in the frozen stem and res2, each with gamma and beta
-    assert "62 norm tensors, learning rate 0.02, weight decay 0" in " ".join(lines)
+    assert "54 norm tensors, learning rate 0.02, weight decay 0" in " ".join(lines)
+    assert "8 norm tensors, learning rate 0.08, weight decay 0" in " ".join(lines)
+
+
+COCO = sorted((ROOT / "configs" / "COCO-InstanceSegmentation").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", COCO, ids=lambda path: path.stem)
+def test_published_recipes_keep_the_rate_of_the_mask_head(path):
+    assert mask_head_factor(read_config(str(path))) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("channels", "rate", "iterations", "expected"),
+    [
+        (64, 0.02, 90000, 4.0),  # 256 / 64
+        (256, 0.02, 100, 1.0),  # never above 0.02, if the base rate is not
+        (256, 0.005, 100, 4.0),  # 0.02 / 0.005
+        (256, 0.0025, 2000, 2.0),  # 10 / 2000 = 0.005
+        (128, 0.0025, 2000, 4.0),
+        (256, 0.0025, 100000, 1.0),
+        (512, 0.0025, 100000, 1.0),
+    ],
+)
+def test_factor_of_the_mask_head(channels, rate, iterations, expected):
+    """It depends on the head's width, the rate and the length, and only for a head with a norm."""
+    keys = {"MAX_ITER": iterations, "BASE_LR": rate, "MASK_HEAD_MULTIPLIER": 0.0}
+    opts = [word for key, value in keys.items() for word in (f"SOLVER.{key}", value)]
+    opts += ["MODEL.ROI_MASK_HEAD.CONV_DIM", channels]
+    assert mask_head_factor(shapes_config("mask_rcnn_R_18_FPN_gn", *opts)) == expected
+    assert mask_head_factor(shapes_config("mask_rcnn_R_18_FPN_bn", *opts)) == 1.0
+    assert mask_head_factor(shapes_config("mask_rcnn_R_18_FPN_gn", *opts, *STOCK)) == 1.0

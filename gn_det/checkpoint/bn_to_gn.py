@@ -9,11 +9,15 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
+from ..config import as_opts
 from ..data.unlabelled_images import load_images
 from ..errors import InputError
+from ..modeling.norm import is_group_norm
 from .calibrate import calibrate, measured_moments
 from .convert import Conversion, build_resnet, merge_pairs
 from .distill import distill, feature_errors
+from .facts import GROUP_NORM
+from .recipe import FINE_TUNING, GROUPING
 
 # Default number of images for calibration and distillation
 NUM_IMAGES = 128
@@ -35,7 +39,8 @@ def to_group_norm(
 
     Args:
         conversion: a BN or FrozenBN backbone, or a GN backbone with another grouping.
-        opts: `KEY VALUE` pairs; the `MODEL.GROUP_NORM` keys set the new grouping.
+        opts: `KEY VALUE` pairs; the `MODEL.GROUP_NORM` keys set the new grouping. Without any, a
+            BN backbone gets the `GROUPING` of the recipe.
         images: about 100 image files, preferably from the detector's training set.
         distill_steps: number of distillation steps, 0 for none.
 
@@ -62,6 +67,8 @@ def to_group_norm(
         f"converted to GN with {len(x)} images; mean squared error of the features, relative to "
         f"their variance: {text}"
     )
+    if not is_group_norm(conversion.cfg.MODEL.RESNETS.NORM):
+        conversion.recipe = dict(FINE_TUNING)
     conversion.cfg, conversion.tensors = cfg, tensors
 
 
@@ -84,6 +91,8 @@ def build_pair(
     cfg.MODEL.RESNETS.NORM = "GN"
     if conversion.missing:
         raise InputError(f"{conversion.missing[0]} is missing: --calibrate needs every tensor")
+    if not {*GROUP_NORM} & {*opts[::2]} and not is_group_norm(conversion.cfg.MODEL.RESNETS.NORM):
+        opts = [*as_opts(GROUPING), *opts]
     merge_pairs(cfg, opts)
     network = build_resnet(cfg, conversion.tensors)
     reference = build_resnet(conversion.cfg, conversion.tensors)

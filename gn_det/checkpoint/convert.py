@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -26,6 +27,7 @@ from .facts import (
 )
 from .names import AUTHORS, CAFFE_PIXELS, SOURCES, TORCH_PIXELS, find_source, rename
 from .read import WeightsFile
+from .recipe import recipe_in
 
 # Threshold for the median of |mean| / (std / sqrt(n)) over filters of n weights. Random filters
 # have 0.67, and trained ones more; with weight standardisation the mean decays towards 0
@@ -52,6 +54,8 @@ class Conversion:
     assumed: Facts
     # Place of other networks in the file -> number of tensors
     others: dict[str, int]
+    # Config keys that fine-tuning should use
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     def summary(self) -> Iterator[str]:
         """Lines that count the tensors: taken, added, dropped, missing, unknown and ignored."""
@@ -140,7 +144,10 @@ def convert(
     unknown = [*renamed.unknown, *(name for name in renamed.tensors if name not in tensors)]
     unknown = [name for name in unknown if name not in {m.split(" ")[0] for m in missing}]
     dropped, others = renamed.dropped, file.others
-    return Conversion(tensors, cfg, source, dropped, missing, unknown, added, assumed, others)
+    return Conversion(
+        *(tensors, cfg, source, dropped, missing, unknown, added, assumed, others),
+        recipe=recipe_in(file),
+    )
 
 
 def assumed_facts(cfg: CfgNode, known: Container[str]) -> Facts:

@@ -17,7 +17,12 @@ from .facts import GROUP_NORM, KEYS, NORM, STRIDE, Facts
 BOTTLENECK = (STRIDE, "MODEL.RESNETS.NUM_GROUPS", "MODEL.RESNETS.WIDTH_PER_GROUP")
 
 
-def save_backbone(tensors: Mapping[str, Tensor], cfg: CfgNode, path: Path) -> None:
+def save_backbone(
+    tensors: Mapping[str, Tensor],
+    cfg: CfgNode,
+    path: Path,
+    recipe: Mapping[str, Any] | None = None,
+) -> None:
     """Write a file for `MODEL.WEIGHTS`, and a YAML file with the matching config keys.
 
     Existing files are replaced only after both new files are complete.
@@ -26,11 +31,12 @@ def save_backbone(tensors: Mapping[str, Tensor], cfg: CfgNode, path: Path) -> No
         tensors: the weights under the names of Detectron2's ResNet, such as "res2.0.conv1.weight".
         cfg: the config that they were trained with.
         path: the file to write; the YAML file has the same name with the suffix ".yaml".
+        recipe: keys that fine-tuning should use; both files record them too.
 
     Raises:
         OSError: if the disk fails or is full.
     """
-    facts = facts_of(cfg)
+    facts = facts_of(cfg) | dict(recipe or {})
     content = {
         "model": {name: tensor.detach().cpu() for name, tensor in tensors.items()},
         "__author__": "gn_det",

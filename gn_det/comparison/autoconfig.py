@@ -11,6 +11,8 @@ from detectron2.config import CfgNode
 
 from ..data.object_sizes import ObjectSizes
 from ..errors import InputError
+from ..modeling.norm import parts_with_norm
+from ..solver import fitted_mask_head_factor
 
 # Target for the median object size, in pixels of the network's input
 GOOD_SIZE = 32
@@ -70,6 +72,20 @@ def propose_sizes(
         anchors = [[int(s * factor) for s in level] for level in cfg.MODEL.ANCHOR_GENERATOR.SIZES]
         reason = f"5% of the objects are smaller than {small:.0f} pixels in the resized images"
         yield Proposal("MODEL.ANCHOR_GENERATOR.SIZES", anchors, reason)
+
+
+def propose_mask_head(cfg: CfgNode) -> Iterator[Proposal]:
+    """Propose the factor on the mask head's rate, the same for all norms.
+
+    Args:
+        cfg: the config with its schedule; a factor that it sets is kept.
+    """
+    if "mask head" not in parts_with_norm(cfg) or cfg.SOLVER.MASK_HEAD_MULTIPLIER:
+        return
+    factor = fitted_mask_head_factor(cfg)
+    channels = cfg.MODEL.ROI_MASK_HEAD.CONV_DIM
+    reason = f"{channels} channels and {cfg.SOLVER.MAX_ITER} iterations at {cfg.SOLVER.BASE_LR:g}"
+    yield Proposal("SOLVER.MASK_HEAD_MULTIPLIER", factor, f"{reason}, for a mask head from scratch")
 
 
 def images_seen(budget: str | None, num_images: int, largest_batch: int) -> tuple[int, str]:

@@ -6,188 +6,34 @@ checkpoint.
 """
 
 import argparse
-import json
 import logging
+import math
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 
-from ..check import check_config
-from ..check.anchors import objects_out_of_reach
-from ..check.machine import check_machine, check_weights_file
-from ..config import add_gn_config, as_opts, default_device, flatten, parse_opts
-from ..config_file import add_base_argument, find_config, read_config
-from ..data.object_sizes import ObjectSizes
-from ..data.prepare import Prepared, keys_of
-from ..engine.dataset_args import add_data_arguments, prepare_data
+from ..check.machine import check_machine
+from ..config import default_config, flatten
+from ..config_file import add_base_argument, read_config
+from ..engine.dataset_args import add_data_arguments
 from ..engine.describe import describe_recipe
 from ..engine.run_record import RECORD
 from ..errors import InputError, exit_on_input_error
 from ..evaluation.report import Run, write_report
-from ..modeling.norm import NORM_KEYS
-from .autoconfig import Proposal, drop_overridden, images_seen, propose_schedule, propose_sizes
-from .initial_weights import DISTILL_STEPS, find_weights, missing_facts, weight_keys
-from .jobs import Training, run_trainings
-from .plan import Cell, check_pairs, describe_norms, make_cells, norm_keys
+from .cells import DEFAULT_NORMS, compared_pairs, describe_norms
+from .jobs import run_trainings
+from .plan import Plan, make_plan
+from .rates import DEFAULT_RATES, Trial, allows_trials, trial_rows, tune_rates
 
 BASE = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_4conv1fc.yaml"
-EXAMPLE = "example: gn-det compare --train train.json images/ --norms FrozenBN GN --seeds 0 1"
-# Flag -> the config keys that it sets
-FLAG_KEYS = {
-    "--norms": tuple(NORM_KEYS.values()),
-    "--images-per-batch": ("SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE"),
-    "--budget": ("SOLVER.MAX_ITER", "SOLVER.STEPS"),
-    "--seeds": ("SEED",),
-    "--init": ("MODEL.WEIGHTS",),
-    "--output-dir": ("OUTPUT_DIR",),
-    "--train": ("DATASETS.TRAIN",),
-    "--val": ("DATASETS.TEST",),
-}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that is decided before the first training run starts.
-
-    Args:
-        output: the folder of the comparison.
-        data: the prepared training and validation set.
-        cells: the training run of each cell.
-        notes: changes of the recipe and their reasons, as lines of text.
-    """
-
-    output: Path
-    data: Prepared
-    cells: dict[Cell, Training]
-    notes: list[str]
-
-
-def make_plan(args: argparse.Namespace) -> Plan:
-    """Prepare the data, adapt the recipe to it, choose weights, and check every training run.
-
-    Args:
-        args: as `parse` returns them.
-
-    Raises:
-        InputError: for errors that would corrupt training, or runs that differ in more than the
-            norm.
-    """
-    cells = make_cells(args.norms, args.images_per_batch, args.seeds)
-    check_overrides(args.opts)
-    opts = ["MODEL.DEVICE", default_device(), *args.opts]
-    config = find_config(args.base)
-    base = read_config(config, opts, args.allow_remote_base)
-    runs = args.output_dir / "runs"
-    data = prepare_data(args, base, args.output_dir / "data", runs.exists())
-    sizes = ObjectSizes.of(Path(data.train))
-    recipes = fit_recipes(base, sizes, args.images_per_batch, args.budget, opts)
-    # --check needs converted files, but not their quality
-    steps = 0 if args.check else DISTILL_STEPS
-    folder = args.output_dir / "backbones"
-    weights = find_weights(args.norms, args.init, base, list_images(data), folder, steps)
-    shared = keys_of(data, base)
-    trainings = {}
-    for cell in cells:
-        keys = {
-            **shared,
-            **{proposal.key: proposal.value for proposal in recipes[cell.images]},
-            **norm_keys(cell.norm, base),
-            **weight_keys(weights[cell.norm]),
-            "SEED": cell.seed,
-            "OUTPUT_DIR": str((runs / cell.folder).resolve()),
-        }
-        # The user's pairs come last, so that they override the rest
-        words, remote = (*as_opts(keys), *opts), args.allow_remote_base
-        output = Path(keys["OUTPUT_DIR"])
-        trainings[cell] = Training(str(cell), output, config, words, allow_remote_base=remote)
-    check_trainings(trainings)
-    proposals = (str(proposal) for recipe in recipes.values() for proposal in recipe)
-    notes = list(dict.fromkeys(proposals))
-    notes += describe_fallbacks(weights.values(), base)
-    notes += objects_out_of_reach(trainings[cells[0]].cfg, sizes)
-    return Plan(args.output_dir, data, trainings, notes)
-
-
-def check_overrides(opts: Sequence[str]) -> None:
-    """Refuse `KEY VALUE` pairs whose key is set by a flag.
-
-    Raises:
-        InputError: naming the flag.
-    """
-    if flags := [word for word in opts[::2] if word.startswith("--")]:
-        raise InputError(f"{flags[0]}: put all flags before the KEY VALUE pairs")
-    given = parse_opts(opts)
-    for flag, keys in FLAG_KEYS.items():
-        if wrong := [key for key in given if key in keys]:
-            raise InputError(f"{wrong[0]} cannot be a KEY VALUE pair: set it with {flag}")
-
-
-def fit_recipes(
-    base: CfgNode,
-    sizes: ObjectSizes,
-    batches: Sequence[int],
-    budget: str | None,
-    opts: Sequence[str],
-) -> dict[int, list[Proposal]]:
-    """The recipe's changes for the dataset, for each batch size.
-
-    Args:
-        base: the base config, merged with `opts`.
-        sizes: image and object sizes of the training set.
-        batches: images per batch.
-        budget: as in `images_seen`.
-        opts: the user's `KEY VALUE` pairs, which are not changed.
-    """
-    seen, reason = images_seen(budget, len(sizes.images), max(batches))
-    shared = list(propose_sizes(base, sizes, opts))
-    return {
-        batch: drop_overridden([*shared, *propose_schedule(base, seen, batch, reason)], opts)
-        for batch in batches
-    }
-
-
-def list_images(data: Prepared) -> list[Path]:
-    """Paths of all training images."""
-    entries = json.loads(Path(data.train).read_text())["images"]
-    return [Path(entry["file_name"]) for entry in entries]
-
-
-def check_trainings(trainings: Mapping[Cell, Training]) -> None:
-    """Check the weights and config of every cell, and that cells differ only in the norm.
-
-    Raises:
-        InputError: naming the cell and the key.
-    """
-    for cell, training in trainings.items():
-        try:
-            check_weights_file(training.cfg)
-            check_config(training.cfg, num_gpus=1)
-        except InputError as error:
-            reason = f"{cell}: {error.reason}"
-            raise InputError(reason, key=error.key, fix=error.fix) from None
-    check_pairs({cell: training.cfg for cell, training in trainings.items()})
-
-
-def describe_fallbacks(weights: Iterable[str], base: CfgNode) -> Iterator[str]:
-    """Lines of text on the facts that a weights file lacks and the config supplies."""
-    for file in dict.fromkeys(weights):
-        for key, value in missing_facts(file, base).items():
-            yield f"{key} {value}: from the config, as {Path(file).name} does not record it"
-
-
-def base_config() -> CfgNode:
-    """All config keys with their defaults."""
-    cfg = get_cfg()
-    add_gn_config(cfg)
-    return cfg
+EXAMPLE = "example: gn-det compare --train train.json images/ --seeds 0 1"
 
 
 def save_best(plan: Plan, results: Mapping[str, Any]) -> Path:
@@ -205,12 +51,13 @@ def save_best(plan: Plan, results: Mapping[str, Any]) -> Path:
     return best
 
 
-def report(plan: Plan, failed: Mapping[str, str], command: str) -> None:
+def report(plan: Plan, failed: Mapping[str, str], trials: Sequence[Trial], command: str) -> None:
     """Write the report on all finished runs, and copy the best model.
 
     Args:
         plan: of the comparison.
         failed: {name of a failed run: error message}.
+        trials: of the learning rates; empty if none were tried.
         command: the command line, for the report.
 
     Raises:
@@ -224,17 +71,82 @@ def report(plan: Plan, failed: Mapping[str, str], command: str) -> None:
     if not runs:
         raise InputError("all training runs failed, so there is nothing to report: see above")
     findings = [f"{name}: {line}" for name, lines in plan.data.findings.items() for line in lines]
-    base = next(iter(plan.cells.values())).config_file
-    facts: dict[str, Any] = {"command": command, "recipe": [base, *plan.notes]}
+    first = next(iter(plan.cells.values()))
+    facts: dict[str, Any] = {"command": command, "recipe": [first.config_file, *plan.notes]}
+    facts["what each norm got"] = list(describe_cells(plan))
     facts["noticed in the data"] = findings or ["nothing"]
     if failed:
         facts["failed"] = [f"{name}: {reason}" for name, reason in failed.items()]
-    title = " against ".join(dict.fromkeys(run.norm for run in runs))
-    about = {"title": title, "text": "", "facts": facts}
+    norms = list(dict.fromkeys(cell.norm for cell in plan.cells))
+    about: dict[str, Any] = {"title": " against ".join(norms), "text": "", "facts": facts}
+    about |= {"pairs": compared_pairs(norms), "failed": count_failed(plan, failed)}
+    about |= {"rates": describe_rates(plan, trials), "tables": list(rate_tables(trials))}
     results = write_report(runs, Path(plan.data.val), plan.output, about)
     print(f"\n{results['answer']}\n")
     best = save_best(plan, results)
     print(f"report      {plan.output / 'report.html'}\nbest model  {best}")
+
+
+def describe_cells(plan: Plan) -> Iterator[str]:
+    """One line for each norm and batch size: learning rate, initial weights and own recipe."""
+    for cell, training in plan.cells.items():
+        if cell.seed == next(iter(plan.cells)).seed:
+            keys = {
+                "SOLVER.BASE_LR": training.cfg.SOLVER.BASE_LR,
+                "SOLVER.MASK_HEAD_MULTIPLIER": training.cfg.SOLVER.MASK_HEAD_MULTIPLIER,
+                "MODEL.WEIGHTS": training.cfg.MODEL.WEIGHTS or '"" (from scratch)',
+                **plan.own.get(cell.norm, {}),
+                **grouping_of(training.cfg),
+            }
+            pairs = ", ".join(f"{key} {value}" for key, value in keys.items())
+            yield f"{cell.norm}, batch size {cell.images}: {pairs}"
+
+
+def grouping_of(cfg: CfgNode) -> dict[str, int]:
+    """The keys that set the grouping of a GN backbone; empty for other norms."""
+    keys = cfg.MODEL.GROUP_NORM
+    if cfg.MODEL.RESNETS.NORM != "GN":
+        return {}
+    key = "DIM_PER_GP" if keys.DIM_PER_GP > 0 else "NUM_GROUPS"
+    return {f"MODEL.GROUP_NORM.{key}": keys[key]}
+
+
+def count_failed(plan: Plan, failed: Mapping[str, str]) -> dict[str, str]:
+    """{norm: how many of its runs failed, and the first reason}, in the order of the norms."""
+    counts = {}
+    for norm in dict.fromkeys(cell.norm for cell in plan.cells):
+        names = [training.name for cell, training in plan.cells.items() if cell.norm == norm]
+        if reasons := [failed[name] for name in names if name in failed]:
+            counts[norm] = f"{len(reasons)} of {len(names)} runs ({reasons[0].splitlines()[0]})"
+    return counts
+
+
+def describe_rates(plan: Plan, trials: Sequence[Trial]) -> str:
+    """The learning rates that the result is about, as the end of a sentence."""
+    several = len({cell.images for cell in plan.cells}) > 1
+    rates = {
+        f"{cell.norm}{f' at batch size {cell.images}' * several}": f"{t.cfg.SOLVER.BASE_LR:g}"
+        for cell, t in plan.cells.items()
+    }
+    tried = ", ".join(f"{rate:g}" for rate in sorted({trial.rate for trial in trials}))
+    if tried:
+        chosen = ", ".join(f"{rate} for {norm}" for norm, rate in rates.items())
+        return f"each norm at the best of the learning rates {tried} in short trials: {chosen}"
+    return f"the learning rate {' and '.join(dict.fromkeys(rates.values()))}; no other was tried"
+
+
+def rate_tables(trials: Sequence[Trial]) -> Iterator[dict[str, Any]]:
+    """The table of the tried learning rates, for the report."""
+    if trials:
+        cfg = trials[0].training.cfg
+        yield {
+            "title": "Learning rates tried",
+            "text": f"Short trials of {cfg.SOLVER.MAX_ITER} iterations with the first seed, on a "
+            "part of the training images, evaluated on the others. The validation images had no "
+            "part in the choice.",
+            "header": ["norm", "images per batch", "learning rate", "box AP", "mask AP", ""],
+            "rows": list(trial_rows(trials)),
+        }
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -242,8 +154,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog=EXAMPLE)
     add_data_arguments(parser, required=True)
     add = parser.add_argument
-    help_ = "norms of the backbone, or BACKBONE/HEADS; first the baseline (default FrozenBN GN)"
-    add("--norms", nargs="+", default=["FrozenBN", "GN"], metavar="NORM", help=help_)
+    help_ = "norms of the backbone, or BACKBONE/HEADS; first the baseline "
+    help_ += f"(default {' '.join(DEFAULT_NORMS)})"
+    add("--norms", nargs="+", default=[*DEFAULT_NORMS], metavar="NORM", help=help_)
     help_ = "images per training step, in total (default 2)"
     add("--images-per-batch", nargs="+", type=int, default=[2], metavar="N", help=help_)
     help_ = "random seeds; every norm is trained with each (default 0 1 2)"
@@ -255,6 +168,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     help_ = "iterations of the largest batch, as 5000, or epochs, as 24epochs "
     help_ += "(default: from the number of training images)"
     add("--budget", metavar="ITERS|EPOCHS", help=help_)
+    help_ = "multiples of the linear rule's learning rate to try with each norm, in short trials; "
+    help_ += f"1 tries none (default {' '.join(f'{r:g}' for r in DEFAULT_RATES)} if the trials add "
+    help_ += "at most two thirds of the iterations and SOLVER.BASE_LR is not given)"
+    add("--rates", nargs="+", type=positive, metavar="FACTOR", help=help_)
     add_base_argument(parser)
     help_ = "training runs in parallel, each on its own GPU (default %(default)s)"
     add("--num-gpus", type=int, default=1, metavar="N", help=help_)
@@ -264,9 +181,35 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("opts", nargs="*", help="KEY VALUE pairs that override the config of every run")
     words = list(sys.argv[1:] if argv is None else argv)
     # A flag with several values would take the first KEY as another value
-    known = {*flatten(base_config())}
+    known = {*flatten(default_config())}
     first = next((i for i, word in enumerate(words) if word in known), len(words))
     return parser.parse_args([*words[:first], "--", *words[first:]])
+
+
+def positive(word: str) -> float:
+    """Parse a positive number of the command line."""
+    if not 0 < (number := float(word)) < math.inf:
+        raise ValueError(word)
+    return number
+
+
+def rate_factors(args: argparse.Namespace, plan: Plan) -> tuple[float, ...]:
+    """The multiples of the linear rule's learning rate to try; fewer than 2 means no trials."""
+    if args.rates is not None:
+        return tuple(args.rates)
+    own_rate = "SOLVER.BASE_LR" in args.opts[::2]
+    return DEFAULT_RATES if not own_rate and allows_trials(plan) else ()
+
+
+def print_plan(plan: Plan, factors: Sequence[float]) -> None:
+    """Print the recipe of each norm and batch size, and the learning rates to be tried."""
+    first = next(iter(plan.cells)).seed
+    for cell, training in plan.cells.items():
+        if cell.seed == first:
+            print(f"\n{cell}\n\n{describe_recipe(training.cfg, 1)}")
+    if len(factors) > 1:
+        tried = " ".join(f"{factor:g}" for factor in factors)
+        print(f"\nlearning rates to try with each norm: {tried} times the above (--rates)")
 
 
 def run(argv: Sequence[str] | None = None) -> None:
@@ -277,18 +220,23 @@ def run(argv: Sequence[str] | None = None) -> None:
     with exit_on_input_error():
         plan = make_plan(args)
         print("\n".join(["", "adapted to the dataset", *(f"  {line}" for line in plan.notes)]))
+        factors = rate_factors(args, plan)
         if args.check:
-            for cell, training in plan.cells.items():
-                if cell.seed == args.seeds[0]:
-                    print(f"\n{cell}\n\n{describe_recipe(training.cfg, 1)}")
-            return
-        trainings = list(plan.cells.values())
-        check_machine(trainings[0].cfg)
+            return print_plan(plan, factors)
+        check_machine(next(iter(plan.cells.values())).cfg)
         count = torch.cuda.device_count()
         if args.num_gpus > max(count, 1):
             raise InputError(f"--num-gpus {args.num_gpus} must be at most {max(count, 1)}")
-        failed = run_trainings(trainings, args.output_dir, max(args.num_gpus, 1))
+        at_once = max(args.num_gpus, 1)
+        optional = args.rates is None
+        plan, trials = tune_rates(plan, factors, args.group_by, at_once, optional)
+        if trials:
+            print("\nlearning rates tried\n")
+            print("\n".join("  " + "  ".join(f"{c:12}" for c in row) for row in trial_rows(trials)))
+            print()
+        trainings = list(plan.cells.values())
+        failed = run_trainings(trainings, args.output_dir, at_once)
         command = shlex.join(["python", "tools/compare.py", *(argv or sys.argv[1:])])
-        report(plan, failed, command)
+        report(plan, failed, trials, command)
         if failed:
             raise InputError(f"{len(failed)} of {len(trainings)} training runs failed, see above")

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from ..checkpoint.bn_to_gn import NUM_IMAGES, to_group_norm
 from ..checkpoint.convert import convert
 from ..checkpoint.facts import GROUP_NORM, NORM, PIXELS, STRIDE, describe
 from ..checkpoint.read import read_weights
+from ..checkpoint.recipe import GROUPING, recorded_recipe
 from ..checkpoint.save import save_backbone
-from ..config import as_opts, value_of
+from ..config import as_opts, default_config, value_of
 from ..errors import InputError
 from ..modeling.norm import is_group_norm
-from .plan import NORMS, split_norm
+from .cells import NORMS, split_norm
 
 # Steps of distillation from the BN network's features, after calibration
 DISTILL_STEPS = 300
@@ -28,6 +29,23 @@ def weight_keys(weights: str) -> dict[str, Any]:
     """`MODEL.WEIGHTS`, and the keys other than the norm that must agree with the checkpoint."""
     facts = {key: value for key, value in describe(weights).items() if key != NORM}
     return {"MODEL.WEIGHTS": weights, **facts}
+
+
+def own_recipe(weights: str, cfg: CfgNode, opts: Sequence[str]) -> dict[str, Any]:
+    """The keys of the recipe that a weights file records, except those that the user has set.
+
+    Args:
+        weights: value of `MODEL.WEIGHTS`.
+        cfg: the base config.
+        opts: the user's `KEY VALUE` pairs.
+    """
+    recipe = recorded_recipe(weights)
+    return {key: value for key, value in recipe.items() if not _is_set(key, cfg, opts)}
+
+
+def _is_set(key: str, cfg: CfgNode, opts: Sequence[str]) -> bool:
+    """Whether the base config or the user's `KEY VALUE` pairs set a key of gn_det."""
+    return key in {*opts[::2]} or value_of(cfg, key) != value_of(default_config(), key)
 
 
 def missing_facts(weights: str, cfg: CfgNode) -> dict[str, Any]:
@@ -48,6 +66,7 @@ def find_weights(
     images: Sequence[Path],
     output: Path,
     distill_steps: int = DISTILL_STEPS,
+    opts: Sequence[str] = (),
 ) -> dict[str, str]:
     """Initial weights of each norm; a BN backbone is converted for GN where needed.
 
@@ -58,6 +77,7 @@ def find_weights(
         images: of the training set; a conversion measures gamma and beta on a sample of them.
         output: folder for converted backbones.
         distill_steps: steps of distillation after calibration.
+        opts: the user's `KEY VALUE` pairs, which `cfg` contains already.
 
     Returns:
         {norm: value of `MODEL.WEIGHTS`}.
@@ -76,9 +96,11 @@ def find_weights(
     if Path(default).is_file():
         default = str(Path(default).resolve())
     weights = {n: named[n] if n in named else choose_weights(n, default, cfg) for n in norms}
+    own_grouping = any(_is_set(key, cfg, opts) for key in GROUP_NORM)
+    grouping = {key: value_of(cfg, key) for key in GROUP_NORM} if own_grouping else GROUPING
     for norm, path in weights.items():
         if path is None:
-            file = convert_to_gn(Path(default), cfg, images, output, distill_steps)
+            file = convert_to_gn(Path(default), cfg, grouping, images, output, distill_steps)
             weights[norm] = str(file)
     return {norm: str(path) for norm, path in weights.items()}
 
@@ -113,25 +135,33 @@ def choose_weights(norm: str, weights: str, cfg: CfgNode) -> str | None:
 
 
 def convert_to_gn(
-    weights: Path, cfg: CfgNode, images: Sequence[Path], output: Path, distill_steps: int
+    weights: Path,
+    cfg: CfgNode,
+    grouping: Mapping[str, Any],
+    images: Sequence[Path],
+    output: Path,
+    distill_steps: int,
 ) -> Path:
     """Convert a BN backbone to GN, calibrated and distilled on images without labels.
 
     Args:
         weights: file of the BN backbone.
-        cfg: sets the GN grouping, and the facts that the file lacks.
+        cfg: sets the facts that the file lacks.
+        grouping: `MODEL.GROUP_NORM` keys of the GN backbone.
         images: of the training set; `NUM_IMAGES` of them are sampled.
         output: folder of the result.
         distill_steps: steps of distillation after calibration.
 
     Returns:
-        The converted file. Its name contains a hash of all inputs, so an existing one is reused.
+        The converted file. Its name contains a hash of everything that decides its content, so an
+        existing one is reused.
     """
-    grouping = {key: value_of(cfg, key) for key in GROUP_NORM}
     missing = missing_facts(str(weights), cfg)
     sample = random.Random(0).sample(sorted(images), min(NUM_IMAGES, len(images)))
-    digest = sha256(weights.read_bytes())
-    digest.update(json.dumps([grouping, missing, distill_steps, *map(str, sample)]).encode())
+    settings = json.dumps([dict(grouping), missing, distill_steps])
+    digest = sha256(settings.encode())
+    for file in (weights, *sample):
+        digest.update(sha256(file.read_bytes()).digest())
     path = (output / f"{weights.stem}_gn_{digest.hexdigest()[:12]}.pth").resolve()
     if path.is_file():
         return path
@@ -142,5 +172,5 @@ def convert_to_gn(
         conversion.cfg.MODEL.DEVICE = "cuda"
     torch.manual_seed(0)
     to_group_norm(conversion, as_opts(grouping), sample, distill_steps)
-    save_backbone(conversion.tensors, conversion.cfg, path)
+    save_backbone(conversion.tensors, conversion.cfg, path, conversion.recipe)
     return path

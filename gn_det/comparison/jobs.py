@@ -53,6 +53,11 @@ class Training:
         return read_config(self.config_file, self.opts, self.allow_remote_base)
 
     @property
+    def finished(self) -> bool:
+        """Whether the run has ended without an error."""
+        return (self.folder / self.product).exists()
+
+    @property
     def size(self) -> int:
         """Images that it processes; 0 for pretraining, whose length depends on its data folder."""
         if is_pretraining(self.cfg):
@@ -134,7 +139,7 @@ def run_trainings(
         slots.put(slot_environment(number, at_once))
 
     def train(training: Training) -> None:
-        if (training.folder / training.product).exists():
+        if training.finished:
             return progress.skip(training)
         slot = slots.get()
         try:

@@ -1,115 +1,233 @@
-"""The cells of a comparison: norms x batch sizes x seeds, which differ only in the norm."""
+"""The plan of a comparison: everything that is decided before the first training run."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby, product
+import argparse
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
 
-from ..checkpoint.facts import GROUP_NORM, PIXELS, STRIDE
-from ..config import flatten, value_of
+from ..check import check_config
+from ..check.anchors import objects_out_of_reach
+from ..check.machine import check_weights_file
+from ..config import as_opts, default_device, parse_opts
+from ..config_file import find_config, override_config, read_config
+from ..data.object_sizes import ObjectSizes
+from ..data.prepare import Prepared, keys_of
+from ..engine.dataset_args import prepare_data
 from ..errors import InputError
-from ..modeling.norm import NORM_KEYS, is_group_norm, parts_with_norm
+from ..modeling.norm import NORM_KEYS
+from ..solver import fitted_mask_head_factor
+from .autoconfig import (
+    Proposal,
+    drop_overridden,
+    images_seen,
+    propose_mask_head,
+    propose_schedule,
+    propose_sizes,
+)
+from .cells import Cell, check_pairs, make_cells, norm_keys
+from .initial_weights import DISTILL_STEPS, find_weights, missing_facts, own_recipe, weight_keys
+from .jobs import Training
 
-NORMS = ("FrozenBN", "BN", "SyncBN", "GN", "LN", "IN")
+# Flag -> the config keys that it sets
+FLAG_KEYS = {
+    "--norms": tuple(NORM_KEYS.values()),
+    "--images-per-batch": ("SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE"),
+    "--budget": ("SOLVER.MAX_ITER", "SOLVER.STEPS"),
+    "--seeds": ("SEED",),
+    "--init": ("MODEL.WEIGHTS",),
+    "--output-dir": ("OUTPUT_DIR",),
+    "--train": ("DATASETS.TRAIN",),
+    "--val": ("DATASETS.TEST",),
+}
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One training run of a comparison.
+class Plan:
+    """Everything that is decided before the first training run starts.
 
     Args:
-        norm: of the backbone, as "GN", or BACKBONE/HEADS, as "FrozenBN/GN"; HEADS is the norm of
-            FPN and RoI heads.
-        images: images per batch.
-        seed: `SEED` of the run.
+        output: the folder of the comparison.
+        data: the prepared training and validation set.
+        cells: the training run of each cell.
+        notes: changes of the recipe and their reasons, as lines of text.
+        own: {norm: {key: value}}, the keys of each norm's own recipe.
     """
 
-    norm: str
-    images: int
-    seed: int
+    output: Path
+    data: Prepared
+    cells: dict[Cell, Training]
+    notes: list[str]
+    own: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def __str__(self) -> str:
-        return f"{self.norm}, batch size {self.images}, seed {self.seed}"
+    def with_rates(self, rates: Mapping[tuple[str, int], float]) -> "Plan":
+        """A plan in which each norm has its own learning rate.
 
-    @property
-    def folder(self) -> str:
-        """Name of its output folder."""
-        return f"{self.norm.replace('/', '-')}_{self.images}_seed{self.seed}"
+        Args:
+            rates: {(norm, images per batch): `SOLVER.BASE_LR`}.
+
+        Raises:
+            InputError: if a run's config fails a check.
+        """
+        cells = {
+            cell: with_keys(training, {"SOLVER.BASE_LR": rates[cell.norm, cell.images]})
+            for cell, training in self.cells.items()
+        }
+        check_trainings(cells, self.own, ("SOLVER.BASE_LR", "SOLVER.MASK_HEAD_MULTIPLIER"))
+        return replace(self, cells=cells)
 
 
-def make_cells(norms: Sequence[str], batches: Sequence[int], seeds: Sequence[int]) -> list[Cell]:
-    """All cells, ordered by seed, so that an interrupted comparison has complete seeds.
+def with_keys(training: Training, keys: Mapping[str, object], **changes: Any) -> Training:
+    """A copy of a training run with other config keys.
+
+    A factor on the mask head's rate that was fitted to the schedule is fitted anew.
 
     Args:
-        norms: as in `Cell`.
+        training: the run.
+        keys: {key: value}, such as `SOLVER.BASE_LR`.
+        changes: other arguments of `Training`.
+    """
+    changed = replace(training, opts=(*training.opts, *as_opts(keys)), **changes)
+    if fitted_mask_head_factor(training.cfg) != training.cfg.SOLVER.MASK_HEAD_MULTIPLIER:
+        return changed
+    fitted = {"SOLVER.MASK_HEAD_MULTIPLIER": fitted_mask_head_factor(changed.cfg)}
+    return replace(changed, opts=(*changed.opts, *as_opts(fitted)))
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Prepare the data, adapt the recipe to it, choose weights, and check every training run.
+
+    Args:
+        args: as `compare.parse` returns them.
+
+    Raises:
+        InputError: for errors that would corrupt training, or runs that differ in more than the
+            norm and its own recipe.
+    """
+    cells = make_cells(args.norms, args.images_per_batch, args.seeds)
+    check_overrides(args.opts)
+    opts = ["MODEL.DEVICE", default_device(), *args.opts]
+    config = find_config(args.base)
+    base = read_config(config, opts, args.allow_remote_base)
+    runs = args.output_dir / "runs"
+    data = prepare_data(args, base, args.output_dir / "data", runs.exists())
+    sizes = ObjectSizes.of(Path(data.train))
+    shared = keys_of(data, base)
+    fitted = override_config(base, as_opts(shared), config)
+    recipes = fit_recipes(fitted, sizes, args.images_per_batch, args.budget, opts)
+    # --check needs converted files, but not their quality
+    steps = 0 if args.check else DISTILL_STEPS
+    folder = args.output_dir / "backbones"
+    weights = find_weights(args.norms, args.init, base, list_images(data), folder, steps, opts)
+    own = {norm: own_recipe(weights[norm], base, opts) for norm in args.norms}
+    trainings = {}
+    for cell in cells:
+        keys = {
+            **shared,
+            **{proposal.key: proposal.value for proposal in recipes[cell.images]},
+            **norm_keys(cell.norm, base),
+            **weight_keys(weights[cell.norm]),
+            **own[cell.norm],
+            "SEED": cell.seed,
+            "OUTPUT_DIR": str((runs / cell.folder).resolve()),
+        }
+        # The user's pairs come last, so that they override the rest
+        words, remote = (*as_opts(keys), *opts), args.allow_remote_base
+        output = Path(keys["OUTPUT_DIR"])
+        trainings[cell] = Training(str(cell), output, config, words, allow_remote_base=remote)
+    check_trainings(trainings, own)
+    proposals = (str(proposal) for recipe in recipes.values() for proposal in recipe)
+    notes = list(dict.fromkeys(proposals))
+    notes += describe_fallbacks(weights.values(), base)
+    notes += describe_own(own)
+    notes += objects_out_of_reach(trainings[cells[0]].cfg, sizes)
+    return Plan(args.output_dir, data, trainings, notes, own)
+
+
+def check_overrides(opts: Sequence[str]) -> None:
+    """Refuse `KEY VALUE` pairs whose key is set by a flag.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    if flags := [word for word in opts[::2] if word.startswith("--")]:
+        raise InputError(f"{flags[0]}: put all flags before the KEY VALUE pairs")
+    given = parse_opts(opts)
+    for flag, keys in FLAG_KEYS.items():
+        if wrong := [key for key in given if key in keys]:
+            raise InputError(f"{wrong[0]} cannot be a KEY VALUE pair: set it with {flag}")
+
+
+def fit_recipes(
+    base: CfgNode,
+    sizes: ObjectSizes,
+    batches: Sequence[int],
+    budget: str | None,
+    opts: Sequence[str],
+) -> dict[int, list[Proposal]]:
+    """The recipe's changes for the dataset, for each batch size.
+
+    Args:
+        base: the base config, merged with `opts`.
+        sizes: image and object sizes of the training set.
         batches: images per batch.
-        seeds: 0 or larger.
+        budget: as in `images_seen`.
+        opts: the user's `KEY VALUE` pairs, which are not changed.
+    """
+    seen, reason = images_seen(budget, len(sizes.images), max(batches))
+    shared, recipes = list(propose_sizes(base, sizes, opts)), {}
+    for batch in batches:
+        schedule = propose_schedule(base, seen, batch, reason)
+        recipe = drop_overridden([*shared, *schedule], opts)
+        cfg = override_config(base, as_opts({p.key: p.value for p in recipe}), "of the recipe")
+        recipes[batch] = [*recipe, *propose_mask_head(cfg)]
+    return recipes
+
+
+def list_images(data: Prepared) -> list[Path]:
+    """Paths of all training images."""
+    entries = json.loads(Path(data.train).read_text())["images"]
+    return [Path(entry["file_name"]) for entry in entries]
+
+
+def check_trainings(
+    trainings: Mapping[Cell, Training],
+    own: Mapping[str, Mapping[str, Any]],
+    tuned: Iterable[str] = (),
+) -> None:
+    """Check the weights and config of every cell, and that cells differ only in the norm.
+
+    Args:
+        trainings: of all cells.
+        own: as in `Plan`.
+        tuned: keys that were chosen for each norm with equal effort.
 
     Raises:
-        InputError: for unknown norms, duplicate values, and batches or seeds out of range.
+        InputError: naming the cell and the key.
     """
-    for flag, values in (("norms", norms), ("images-per-batch", batches), ("seeds", seeds)):
-        if len(set(values)) < len(values):
-            raise InputError(f"--{flag} {' '.join(map(str, values))}: remove the duplicate values")
-    for norm in norms:
-        if not all(part in NORMS for part in norm.split("/")) or norm.count("/") > 1:
-            raise InputError(f"--norms {norm}: use {', '.join(NORMS)}, or two as BACKBONE/HEADS")
-    if any(batch < 1 for batch in batches):
-        raise InputError("--images-per-batch must be 1 or larger")
-    if any(seed < 0 for seed in seeds):
-        raise InputError("--seeds must be 0 or larger: Detectron2 replaces others by random seeds")
-    order = product(seeds, batches, norms)
-    return [Cell(norm, images, seed) for seed, images, norm in order]
+    for cell, training in trainings.items():
+        try:
+            check_weights_file(training.cfg)
+            check_config(training.cfg, num_gpus=1)
+        except InputError as error:
+            reason = f"{cell}: {error.reason}"
+            raise InputError(reason, key=error.key, fix=error.fix) from None
+    check_pairs({cell: training.cfg for cell, training in trainings.items()}, own, tuned)
 
 
-def split_norm(norm: str) -> tuple[str, str]:
-    """The norm of the backbone, and of FPN and RoI heads.
-
-    By default the heads have a norm only with GN, as in the paper and in Detectron2's configs.
-    """
-    backbone, slash, heads = norm.partition("/")
-    return backbone, heads if slash else backbone * is_group_norm(backbone)
+def describe_fallbacks(weights: Iterable[str], base: CfgNode) -> Iterator[str]:
+    """Lines of text on the facts that a weights file lacks and the config supplies."""
+    for file in dict.fromkeys(weights):
+        for key, value in missing_facts(file, base).items():
+            yield f"{key} {value}: from the config, as {Path(file).name} does not record it"
 
 
-def describe_norms(cfg: CfgNode) -> str:
-    """The parts of a model by their norm, as "GN: backbone, FPN"."""
-    parts: dict[str, list[str]] = {}
-    for part in parts_with_norm(cfg):
-        if norm := value_of(cfg, NORM_KEYS[part]):
-            parts.setdefault(str(norm), []).append(part)
-    return "; ".join(f"{norm}: {', '.join(names)}" for norm, names in parts.items())
-
-
-def norm_keys(norm: str, cfg: CfgNode) -> dict[str, str]:
-    """The values of all `NORM` keys; "" for parts of this model that have no norm layers."""
-    backbone, heads = split_norm(norm)
-    with_norm = parts_with_norm(cfg)
-    return {
-        key: (backbone if part == "backbone" else heads) if part in with_norm else ""
-        for part, key in NORM_KEYS.items()
-    }
-
-
-def check_pairs(configs: Mapping[Cell, CfgNode]) -> None:
-    """Refuse cells of equal batch size and seed that differ in more than the norm.
-
-    Keys that belong to the initial weights may differ too: pixel mean and standard deviation,
-    strides, and GN's groups.
-
-    Raises:
-        InputError: naming the keys that differ.
-    """
-    allowed = {*NORM_KEYS.values(), *PIXELS, *GROUP_NORM, STRIDE, "MODEL.WEIGHTS", "OUTPUT_DIR"}
-
-    def pair(cell: Cell) -> tuple[int, int]:
-        return cell.images, cell.seed
-
-    for _, group in groupby(sorted(configs, key=pair), pair):
-        first, *others = group
-        for other in others:
-            one, two = flatten(configs[first]), flatten(configs[other])
-            keys = sorted(k for k in one.keys() | two.keys() if one.get(k) != two.get(k))
-            if wrong := [key for key in keys if key not in allowed]:
-                values = ", ".join(f"{key} {one.get(key)} and {two.get(key)}" for key in wrong)
-                raise InputError(f"{first} and {other} differ in more than the norm: {values}")
+def describe_own(own: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Lines of text on each norm's own recipe."""
+    for norm, keys in own.items():
+        if keys:
+            pairs = ", ".join(f"{key} {value}" for key, value in keys.items())
+            yield f"{norm} only: {pairs}: the recipe of backbones that were converted from BN to GN"

@@ -58,7 +58,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--allow-unknown", action="append", default=[], metavar="NAME", help=help_)
     help_ = (
         "KEY VALUE pairs of config keys that INPUT does not determine, as INPUT.FORMAT BGR; with "
-        "--calibrate, MODEL.GROUP_NORM keys set the grouping of the output"
+        "--calibrate, MODEL.GROUP_NORM keys set the grouping of the output (default for BN: "
+        "DIM_PER_GP 16)"
     )
     add("opts", nargs="*", help=help_)
     return parser.parse_intermixed_args(argv)
@@ -163,8 +164,8 @@ def run(argv: Sequence[str] | None = None) -> None:
                 conversion, as_opts({key: given[key] for key in new}), images, args.distill
             )
         try:
-            save_backbone(conversion.tensors, conversion.cfg, args.output)
+            save_backbone(conversion.tensors, conversion.cfg, args.output, conversion.recipe)
         except OSError as error:
             raise InputError(f"{args.output} cannot be written: {error.strerror}") from None
         print(f"\n{args.output} needs these config keys:\n")
-        print(keys_as_yaml(facts_of(conversion.cfg), args.output))
+        print(keys_as_yaml(facts_of(conversion.cfg) | conversion.recipe, args.output))

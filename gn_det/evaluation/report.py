@@ -14,19 +14,16 @@ from pycocotools.coco import COCO
 
 from ..data.image_files import read_image
 from ..files import write_whole
-from .bootstrap import Difference, ImageMatches, paired_difference
+from .answer import WORDS, answer, differences
+from .bootstrap import ImageMatches
 from .coco_stats import STATS, coco_stats, kinds_of, load_coco
 from .figures import MIN_SCORE, batch_curve, data_uri, draw, learning_curves
 from .markdown import code, literal
 from .metrics_file import metrics_of
 
-# Below this AP a model has learned almost nothing, and a difference would be due to chance
-MIN_AP = 1.0
-TOO_LOW = "too low to compare"
 NUM_IMAGES = 6
 # Of these first images the ones on which the models differ most are shown
 NUM_SEARCHED = 200
-WORDS = {"bbox": "box", "segm": "mask"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,9 @@ def write_report(
         annotations: ground truth of the validation images in COCO's format. Each `file_name` is an
             absolute path, or relative to the folder `images/` next to this file.
         output: folder of the three files.
-        about: `title`, `text` and `facts`, {subject: text, number or list of lines}, for all files.
+        about: `title`, `text` and `facts`, {subject: text, number or list of lines}, for all files;
+            optionally `pairs`, the (norm, baseline) to compare, and `failed` and `rates`, as in
+            `answer`. Without `pairs`, every norm is compared with the first.
 
     Returns:
         the content of `results.json`.
@@ -95,7 +94,13 @@ def write_report(
     entries = [summarize(run, truth) for run in runs]
     models = _models(entries, kinds)
     matches = {kind: _match(runs, truth, kind) for kind in kinds}
-    differences = [gap for k in kinds for gap in _differences(runs, matches[k], WORDS[k])]
+    norms = list(dict.fromkeys(run.norm for run in runs))
+    pairs = about.get("pairs") or [(norm, norms[0]) for norm in norms[1:]]
+    found = {
+        kind: {(r.norm, r.images_per_batch, r.seed): m for r, m in mine.items()}
+        for kind, mine in matches.items()
+    }
+    gaps = differences(found, pairs)
     kind = kinds[-1]
     best = max(entries, key=lambda entry: entry[kind]["AP"])
     validation = {
@@ -104,9 +109,9 @@ def write_report(
     }
     results = {
         **about,
-        "answer": _answer(differences, models, kinds),
+        "answer": answer(gaps, models, about.get("failed", {}), about.get("rates", "")),
         "validation": validation,
-        "differences": differences,
+        "differences": gaps,
         "models": models,
         "best": {key: best[key] for key in ("norm", "images_per_batch", "seed", "folder")},
         "runs": entries,
@@ -193,72 +198,6 @@ def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
 
 def _match(runs: Sequence[Run], truth: COCO, kind: str) -> dict[Run, ImageMatches]:
     return {run: ImageMatches.from_results(truth, run.detections, kind) for run in runs}
-
-
-def _differences(
-    runs: Sequence[Run], matches: Mapping[Run, ImageMatches], word: str
-) -> list[dict[str, Any]]:
-    """Compare every norm with the baseline at the same batch size, over their common seeds."""
-    differences = []
-    baseline = runs[0].norm
-    for images in dict.fromkeys(run.images_per_batch for run in runs):
-        mine = {(r.norm, r.seed): matches[r] for r in runs if r.images_per_batch == images}
-        for norm in dict.fromkeys(run.norm for run in runs):
-            seeds = [s for n, s in mine if n == norm and (baseline, s) in mine]
-            if norm == baseline or not seeds:
-                continue
-            pairs = [[mine[name, seed] for seed in seeds] for name in (baseline, norm)]
-            gap = paired_difference(*pairs)
-            once = np.ones(len(pairs[0][0].image_ids))
-            highest = max(mean(m.ap(once) for m in side) for side in pairs)
-            numbers = {"mean": gap.mean, "low": gap.low, "high": gap.high}
-            names = {"norm": norm, "baseline": baseline, "images_per_batch": images}
-            verdict = {"verdict": _verdict(gap, highest)}
-            differences.append({**names, "of": word, "seeds": seeds, **numbers, **verdict})
-    return differences
-
-
-def _verdict(gap: Difference, highest: float) -> str:
-    """Classify a difference between two models; `highest` is the AP of the better one."""
-    if highest < MIN_AP:
-        return TOO_LOW
-    if not gap.significant:
-        return "no difference seen"
-    return "higher" if gap.mean > 0 else "lower"
-
-
-def _answer(
-    differences: Sequence[Mapping[str, Any]],
-    models: Sequence[Mapping[str, Any]],
-    kinds: Sequence[str],
-) -> str:
-    """The result of the comparison in one sentence."""
-    if not differences:
-        first, word = models[0], WORDS[kinds[-1]]
-        ap = first[kinds[-1]]["AP"]["mean"]
-        return f"{first['model']} reaches {word} AP {ap:.1f}; no run of another norm to compare."
-    several = len({gap["images_per_batch"] for gap in differences}) > 1
-    parts = []
-    for norm, images in dict.fromkeys((g["norm"], g["images_per_batch"]) for g in differences):
-        mine = [g for g in differences if (g["norm"], g["images_per_batch"]) == (norm, images)]
-        at, gaps = f"at batch size {images} " * several, ", ".join(map(_describe_gap, mine))
-        parts.append(f"{at}{norm} against {mine[0]['baseline']}: {gaps}")
-    counts = sorted({len(gap["seeds"]) for gap in differences})
-    over = f"over {' to '.join(map(str, counts))} seeds"
-    if counts == [1]:
-        over = "for one seed, over images only"
-    sentence = "; ".join(parts)
-    return f"{sentence[0].upper()}{sentence[1:]} (95% intervals {over})."
-
-
-def _describe_gap(gap: Mapping[str, Any]) -> str:
-    of, verdict = f"{gap['of']} AP", gap["verdict"]
-    interval = f"{gap['low']:+.1f} to {gap['high']:+.1f}".replace("-", "−")
-    if verdict == TOO_LOW:
-        return f"{of} {verdict} (both below {MIN_AP:g})"
-    if verdict == "no difference seen":
-        return f"{verdict} in {of} ({interval})"
-    return f"{of} {abs(gap['mean']):.1f} {verdict} ({interval})"
 
 
 def _compared_images(

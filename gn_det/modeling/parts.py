@@ -19,6 +19,7 @@ PARTS = {
 }
 # Parts with pretrained weights; "backbone" stands for backbones other than ResNets
 BACKBONE_PARTS = ("ResNet", "res5 (RoI head)", "backbone")
+MASK_HEAD_PARTS = ("mask head", "mask predictor")
 # Last layers, whose shapes depend on the number of classes, keypoints or anchors
 PREDICTORS = (
     r"(roi_heads\.box_predictor|mask_head\.predictor|keypoint_head\.score_lowres"

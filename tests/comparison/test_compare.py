@@ -10,16 +10,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, command, enable_sigint
+from conftest import ROOT, command, enable_sigint
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_backbone
+from small_comparison import comparison, words
 
 import gn_det.comparison.jobs as jobs_module
 from gn_det.checkpoint.facts import describe
-from gn_det.comparison.compare import make_plan, parse
+from gn_det.comparison.cells import (
+    Cell,
+    check_pairs,
+    compared_pairs,
+    describe_norms,
+    make_cells,
+    norm_keys,
+)
+from gn_det.comparison.compare import describe_cells
 from gn_det.comparison.initial_weights import choose_weights, find_weights
 from gn_det.comparison.jobs import run_trainings
-from gn_det.comparison.plan import Cell, check_pairs, describe_norms, make_cells, norm_keys
 from gn_det.config_file import read_config
 from gn_det.engine.predict import load_run
 from gn_det.errors import InputError
@@ -27,20 +35,6 @@ from gn_det.evaluation.coco_stats import coco_stats
 from gn_det.files import locked
 
 FPN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_4conv1fc.yaml"
-# An untrained model has only low scores
-KEYS = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
-KEYS += [word for word in TINY if word not in ("SOLVER.IMS_PER_BATCH", "2", "MODEL.WEIGHTS", "")]
-
-
-def words(shapes: Path, output: Path, *more: str) -> list[str]:
-    """Arguments of a comparison of two norms from scratch."""
-    train, val = (str(shapes / f"instances_{split}.json") for split in ("train", "val"))
-    images = str(shapes / "images")
-    return [
-        *("--train", train, images, "--val", val, images, "--output-dir", str(output)),
-        *("--base", "Shapes/mask_rcnn_R_18_FPN_gn.yaml", "--init", "", "--budget", "6"),
-        *("--norms", "LN", "GN", "--seeds", "0", *more, "MODEL.BACKBONE.FREEZE_AT", "0", *KEYS),
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +138,6 @@ def test_output_folder_is_locked(tmp_path):
     with locked(tmp_path), pytest.raises(InputError, match=re.escape(str(tmp_path))):
         run_trainings([], tmp_path)
     assert run_trainings([], tmp_path) == {}
-
-
-def comparison(shapes, output, *more):
-    return make_plan(parse(words(shapes, output, *more)))
 
 
 def test_a_failed_run_does_not_stop_the_others(shapes, tmp_path, monkeypatch, capsys):
@@ -258,6 +248,25 @@ def test_pairs_that_differ_in_more_than_the_norm():
         check_pairs({cells[0]: one, cells[1]: deeper})
 
 
+def test_a_norm_may_have_its_own_recipe():
+    """With the values of that recipe, and with no other."""
+    key = "SOLVER.BACKBONE_MULTIPLIER"
+    one, two, three = (read_config(FPN, [key, factor]) for factor in ("1.0", "0.1", "0.5"))
+    cells = Cell("FrozenBN", 2, 0), Cell("GN", 2, 0)
+    own = {"FrozenBN": {}, "GN": {key: 0.1}}
+    check_pairs({cells[0]: one, cells[1]: two}, own)
+    for baseline, other in ((one, three), (two, one)):
+        with pytest.raises(InputError, match=key):
+            check_pairs({cells[0]: baseline, cells[1]: other}, own)
+
+
+def test_compared_pairs():
+    """All with the first, and the GN backbone with the other of the same heads."""
+    pairs = compared_pairs(["FrozenBN", "FrozenBN/GN", "GN"])
+    assert pairs == [("FrozenBN/GN", "FrozenBN"), ("GN", "FrozenBN"), ("GN", "FrozenBN/GN")]
+    assert compared_pairs(["FrozenBN", "GN"]) == [("GN", "FrozenBN")]
+
+
 MSRA = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
 
 
@@ -297,6 +306,19 @@ def test_bn_backbone_is_converted_to_gn(shapes, tmp_path):
     weights = {cell.norm: Path(t.cfg.MODEL.WEIGHTS) for cell, t in plan.cells.items()}
     assert weights["FrozenBN"] == tmp_path / "bn.pth"
     assert weights["GN"].parent == tmp_path / "out" / "backbones"
+    # The converted backbone has its own recipe, which the report shows
+    configs = {cell.norm: training.cfg for cell, training in plan.cells.items()}
+    assert configs["GN"].MODEL.GROUP_NORM.DIM_PER_GP == 16
+    assert configs["GN"].MODEL.GROUP_NORM.HEADS_NUM_GROUPS == 32
+    assert configs["GN"].SOLVER.BACKBONE_MULTIPLIER == 0.1
+    assert configs["FrozenBN"].SOLVER.BACKBONE_MULTIPLIER == 1
+    gn = next(line for line in describe_cells(plan) if line.startswith("GN"))
+    assert "SOLVER.BACKBONE_MULTIPLIER 0.1" in gn and "DIM_PER_GP 16" in gn
+    given = ["SOLVER.BACKBONE_MULTIPLIER", "0.5", "MODEL.GROUP_NORM.NUM_GROUPS", "8"]
+    own = comparison(shapes, tmp_path / "own", *more, *given)
+    for training in own.cells.values():
+        assert training.cfg.SOLVER.BACKBONE_MULTIPLIER == 0.5
+        assert training.cfg.MODEL.GROUP_NORM.DIM_PER_GP == -1
     modified = weights["GN"].stat().st_mtime_ns
     comparison(shapes, tmp_path / "out", *more)
     assert weights["GN"].stat().st_mtime_ns == modified

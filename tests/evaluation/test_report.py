@@ -6,7 +6,9 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
 from gn_det.evaluation.markdown import literal
@@ -95,6 +97,66 @@ def test_no_difference(shapes, tmp_path):
     results = report(runs, shapes, tmp_path)
     assert "no difference seen in box AP (+0.0 to +0.0)" in results["answer"]
     assert {gap["verdict"] for gap in results["differences"]} == {"no difference seen"}
+
+
+def test_a_failed_baseline(runs, shapes, tmp_path):
+    """The other norm does not become the baseline, and the failure comes first."""
+    about = {**ABOUT, "pairs": [("GN", "FrozenBN")], "failed": {"FrozenBN": "1 of 1 runs (NaN)"}}
+    folder = tmp_path / "GN"
+    alone = [make_run(folder, "GN", 2, 0, perfect(shapes / "instances_val.json"))]
+    results = write_report(alone, shapes / "instances_val.json", tmp_path, about)
+    assert results["answer"].startswith("FrozenBN FAILED: 1 of 1 runs (NaN).")
+    assert "nothing to compare" in results["answer"] and not results["differences"]
+
+
+def without_masks(detections: list[dict]) -> list[dict]:
+    """Perfect boxes with empty masks, as of a mask head that has not learned."""
+    size = [detections[0]["segmentation"]["size"]]
+    empty = mask_util.encode(np.zeros(size[0], dtype=np.uint8, order="F"))
+    rle = {"size": size[0], "counts": empty["counts"].decode()}
+    return [{**d, "segmentation": rle} for d in detections]
+
+
+def test_a_mask_head_that_has_not_learned(shapes, tmp_path):
+    """It is named, and is no loss of the norm: box AP decides."""
+    truth = perfect(shapes / "instances_val.json")
+    found = {"BN": truth[::3], "GN": without_masks(truth)}
+    runs = [make_run(tmp_path / norm, norm, 2, 0, found[norm]) for norm in found]
+    results = report(runs, shapes, tmp_path)
+    box, mask = results["differences"]
+    assert box["verdict"] == "higher" and mask["verdict"] == "not learned"
+    assert mask["unlearned"] == ["GN"]
+    assert "mask head of GN has learned nothing" in results["answer"]
+    # The other way round, it is no gain either
+    runs = [make_run(tmp_path / f"x{n}", n, 2, 0, found[n]) for n in ("GN", "BN")]
+    results = report(runs, shapes, tmp_path)
+    assert "Use GN." in results["answer"]
+
+
+@pytest.mark.parametrize(
+    ("found", "advice"),
+    [
+        ({"BN": 3, "BN/GN": 1, "GN": 2}, "Use BN/GN."),
+        ({"BN": 1, "BN/GN": 3, "GN": 3}, "Use BN."),
+        ({"BN": 1, "GN": 1}, "no norm is shown to be better than BN"),
+    ],
+)
+def test_advice(found, advice, shapes, tmp_path):
+    """Every n-th object is found; the norm that finds most is advised, unless none is better."""
+    truth = perfect(shapes / "instances_val.json")
+    runs = [make_run(tmp_path / n.replace("/", "-"), n, 2, 0, truth[::k]) for n, k in found.items()]
+    assert advice in report(runs, shapes, tmp_path)["answer"]
+
+
+def test_chosen_pairs(shapes, tmp_path):
+    """The backbone alone is compared, too."""
+    truth = perfect(shapes / "instances_val.json")
+    names = ("BN", "BN/GN", "GN")
+    runs = [make_run(tmp_path / n.replace("/", "-"), n, 2, 0, truth) for n in names]
+    pairs = [("BN/GN", "BN"), ("GN", "BN"), ("GN", "BN/GN")]
+    results = write_report(runs, shapes / "instances_val.json", tmp_path, {**ABOUT, "pairs": pairs})
+    got = [(d["norm"], d["baseline"]) for d in results["differences"] if d["of"] == "box"]
+    assert got == pairs
 
 
 def test_ap_too_low_to_compare(shapes, tmp_path):

@@ -1,0 +1,186 @@
+"""Choose the learning rate of each norm by short trials on a part of the training set."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from ..data.hold_out import hold_out
+from ..errors import InputError
+from ..evaluation.metrics_file import metrics_of
+from .autoconfig import propose_schedule
+from .jobs import Training, run_trainings
+from .plan import Cell, Plan, with_keys
+
+# Multiples of the linear rule's learning rate
+DEFAULT_RATES = (1.0, 2.0, 4.0, 8.0)
+# Length of a trial: a share of the schedule, and a number of iterations
+SHARE, LEAST = 0.25, 100
+# Largest share of the comparison's own iterations that trials may add by default
+ALLOWED = 2 / 3
+# Below this AP a trial has learned too little to choose a rate by it
+MIN_AP = 1.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A short training run of one norm at one learning rate.
+
+    Args:
+        norm: as in `Cell`.
+        images: images per batch.
+        factor: multiple of the linear rule's learning rate.
+        training: the run.
+    """
+
+    norm: str
+    images: int
+    factor: float
+    training: Training
+
+    @property
+    def rate(self) -> float:
+        """Its `SOLVER.BASE_LR`."""
+        return self.training.cfg.SOLVER.BASE_LR
+
+    @property
+    def aps(self) -> list[float]:
+        """Box AP and mask AP on the held-out images; empty if the run failed."""
+        lines = metrics_of(self.training.folder) if self.training.finished else []
+        last = lines[-1] if lines else {}
+        return [last[f"{kind}/AP"] for kind in ("bbox", "segm") if f"{kind}/AP" in last]
+
+    @property
+    def score(self) -> float:
+        """Mean of box AP and mask AP; 0 if the run failed, or an AP is not a number."""
+        score = mean(self.aps) if self.aps else 0.0
+        return score if math.isfinite(score) else 0.0
+
+
+def trial_length(iterations: int) -> int:
+    """Number of iterations of a trial for a schedule of `iterations`."""
+    return min(max(math.ceil(SHARE * iterations), LEAST), iterations)
+
+
+def allows_trials(plan: Plan, factors: Sequence[float] = DEFAULT_RATES) -> bool:
+    """Whether trials add at most `ALLOWED` of the comparison's own iterations."""
+    lengths = {cell: t.cfg.SOLVER.MAX_ITER for cell, t in plan.cells.items()}
+    first = next(iter(lengths)).seed
+    trials = sum(trial_length(n) for cell, n in lengths.items() if cell.seed == first)
+    return trials * len(factors) <= ALLOWED * sum(lengths.values())
+
+
+def scaled_rate(training: Training, factor: float) -> float:
+    """A multiple of the learning rate of a run, rounded to four digits."""
+    return float(f"{factor * training.cfg.SOLVER.BASE_LR:.4g}")
+
+
+def make_trials(plan: Plan, factors: Sequence[float], group_by: str | None) -> list[Trial]:
+    """The trials of all norms and batch sizes, for the first seed.
+
+    Every norm gets the same rates, iterations and images. Trials are evaluated on training images
+    that are held out, so the validation set has no part in the choice.
+
+    Args:
+        plan: of the comparison.
+        factors: multiples of the plan's learning rate.
+        group_by: as in `hold_out`.
+
+    Raises:
+        InputError: if the training set is too small to hold images out.
+    """
+    folder = plan.output / "rates"
+    train, held_out = hold_out(Path(plan.data.train), folder / "data", group_by)
+    trials = []
+    first = next(iter(plan.cells)).seed
+    for cell, training in plan.cells.items():
+        for factor in factors if cell.seed == first else ():
+            name = f"{cell.norm.replace('/', '-')}_{cell.images}_x{factor:g}"
+            keys = {
+                **_short_schedule(cell, training),
+                "SOLVER.BASE_LR": scaled_rate(training, factor),
+                "DATASETS.TRAIN": (str(train),),
+                "DATASETS.TEST": (str(held_out),),
+                "OUTPUT_DIR": str((folder / name).resolve()),
+            }
+            title = f"{cell.norm}, batch size {cell.images}, rate x{factor:g}"
+            short = with_keys(training, keys, name=title, folder=(folder / name).resolve())
+            trials.append(Trial(cell.norm, cell.images, factor, short))
+    return trials
+
+
+def _short_schedule(cell: Cell, training: Training) -> dict[str, object]:
+    """The keys of a trial's schedule: that of the run, shortened."""
+    cfg = training.cfg
+    length = trial_length(cfg.SOLVER.MAX_ITER)
+    wanted = ("SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS")
+    proposals = propose_schedule(cfg, length * cell.images, cell.images, "")
+    keys: dict[str, object] = {p.key: p.value for p in proposals if p.key in wanted}
+    # One evaluation, at the end, and no checkpoint before it
+    return keys | {"TEST.EVAL_PERIOD": 0, "SOLVER.CHECKPOINT_PERIOD": 2 * length}
+
+
+def choose(trials: Sequence[Trial]) -> dict[tuple[str, int], Trial]:
+    """The trial with the best rate for each norm and batch size.
+
+    The highest mean of box AP and mask AP counts. If all are below `MIN_AP`, the rate closest to
+    the linear rule's is kept.
+    """
+    chosen: dict[tuple[str, int], Trial] = {}
+    for cell in dict.fromkeys((trial.norm, trial.images) for trial in trials):
+        mine = [trial for trial in trials if (trial.norm, trial.images) == cell]
+        chosen[cell] = max(mine, key=lambda trial: trial.score)
+        if chosen[cell].score < MIN_AP:
+            chosen[cell] = min(mine, key=lambda trial: abs(math.log(trial.factor)))
+    return chosen
+
+
+def tune_rates(
+    plan: Plan,
+    factors: Sequence[float],
+    group_by: str | None,
+    at_once: int = 1,
+    optional: bool = False,
+) -> tuple[Plan, list[Trial]]:
+    """Run the trials, and give each norm its best learning rate.
+
+    Args:
+        plan, group_by: as in `make_trials`.
+        factors: as in `make_trials`; a single one is used without trials, and none changes nothing.
+        at_once: as in `run_trainings`.
+        optional: whether a training set that is too small for trials is no error.
+
+    Returns:
+        the plan with the chosen rates, and the trials.
+
+    Raises:
+        InputError: as `make_trials` and `run_trainings`.
+    """
+    if len(factors) < 2:
+        rates = {
+            (cell.norm, cell.images): scaled_rate(training, factor)
+            for cell, training in plan.cells.items()
+            for factor in factors
+        }
+        return plan.with_rates(rates) if factors else plan, []
+    try:
+        trials = make_trials(plan, factors, group_by)
+    except InputError as error:
+        if not optional:
+            raise
+        print(f"no learning rates are tried: {error}", flush=True)
+        return plan, []
+    run_trainings([trial.training for trial in trials], plan.output, at_once)
+    rates = {cell: trial.rate for cell, trial in choose(trials).items()}
+    return plan.with_rates(rates), trials
+
+
+def trial_rows(trials: Sequence[Trial]) -> Iterator[list[str]]:
+    """Rows of a table: norm, images per batch, learning rate, box AP, mask AP, and the choice."""
+    chosen = choose(trials)
+    for trial in trials:
+        aps = [f"{ap:.1f}" for ap in trial.aps] or ["failed"]
+        mark = "chosen" if chosen[trial.norm, trial.images] is trial else ""
+        rate = f"{trial.rate:g} ({trial.factor:g} x the linear rule)"
+        yield [trial.norm, str(trial.images), rate, *(aps + [""] * 2)[:2], mark]
