@@ -42,7 +42,7 @@ setup(
     # Detectron2, torch and torchvision are left to the user: see README
     install_requires=[
         *("filelock>=3.8", "jinja2>=3.0", "matplotlib>=3.6", "numpy>=1.24", "pillow>=9.4"),
-        *("pycocotools>=2.0.11", "safetensors>=0.4", "shapely>=2.0"),
+        *("pycocotools>=2.0.11", "safetensors>=0.4", "shapely>=2.0", "tqdm>=4.60"),
     ],
     # timm is what conversions are compared with
     extras_require={

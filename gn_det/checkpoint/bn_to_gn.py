@@ -31,6 +31,7 @@ def to_group_norm(
     opts: Sequence[str],
     images: Iterable[Path],
     distill_steps: int = 0,
+    state: Path | None = None,
 ) -> None:
     """Convert a backbone to Group Normalization, in place, with unlabelled images.
 
@@ -43,6 +44,7 @@ def to_group_norm(
             BN backbone gets the `GROUPING` of the recipe.
         images: about 100 image files, preferably from the detector's training set.
         distill_steps: number of distillation steps, 0 for none.
+        state: file that an interrupted distillation resumes from, as in `distill`.
 
     Raises:
         InputError: if a tensor is missing, the groups do not divide a layer's channels, or an
@@ -53,7 +55,7 @@ def to_group_norm(
     tensors = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     errors = measure(network, reference, x)
     if distill_steps:
-        distill(network, reference, x, distill_steps)
+        distill(network, reference, x, distill_steps, state)
         distilled = measure(network, reference, x)
         if sum(distilled.values()) < sum(errors.values()):
             tensors, errors = dict(network.state_dict()), distilled

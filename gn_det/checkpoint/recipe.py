@@ -12,9 +12,12 @@ from .read import WeightsFile, read_weights
 
 # The backbone's grouping
 GROUPING: Facts = {"MODEL.GROUP_NORM.DIM_PER_GP": 16}
-# The other keys: GN of FPN and heads, which are trained from scratch, keeps its own grouping
+# Channels per group of FPN and heads, which are trained from scratch
+HEADS_DIM_PER_GP = 2
+# The other keys, for Detectron2's FPN and heads of 256 channels
+HEADS_NUM_GROUPS = "MODEL.GROUP_NORM.HEADS_NUM_GROUPS"
 FINE_TUNING: Facts = {
-    "MODEL.GROUP_NORM.HEADS_NUM_GROUPS": 32,
+    HEADS_NUM_GROUPS: 256 // HEADS_DIM_PER_GP,
     "SOLVER.BACKBONE_MULTIPLIER": 0.1,
 }
 

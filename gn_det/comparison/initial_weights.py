@@ -14,7 +14,7 @@ from ..checkpoint.bn_to_gn import NUM_IMAGES, to_group_norm
 from ..checkpoint.convert import convert
 from ..checkpoint.facts import GROUP_NORM, NORM, PIXELS, STRIDE, describe
 from ..checkpoint.read import read_weights
-from ..checkpoint.recipe import GROUPING, recorded_recipe
+from ..checkpoint.recipe import GROUPING, HEADS_NUM_GROUPS, recorded_recipe
 from ..checkpoint.save import save_backbone
 from ..config import as_opts, default_config, value_of
 from ..errors import InputError
@@ -34,13 +34,15 @@ def weight_keys(weights: str) -> dict[str, Any]:
 def own_recipe(weights: str, cfg: CfgNode, opts: Sequence[str]) -> dict[str, Any]:
     """The keys of the recipe that a weights file records, except those that the user has set.
 
+    The grouping of FPN and heads is left out, since all norms of a comparison get the same.
+
     Args:
         weights: value of `MODEL.WEIGHTS`.
         cfg: the base config.
         opts: the user's `KEY VALUE` pairs.
     """
-    recipe = recorded_recipe(weights)
-    return {key: value for key, value in recipe.items() if not _is_set(key, cfg, opts)}
+    kept = {k: v for k, v in recorded_recipe(weights).items() if k != HEADS_NUM_GROUPS}
+    return {key: value for key, value in kept.items() if not _is_set(key, cfg, opts)}
 
 
 def _is_set(key: str, cfg: CfgNode, opts: Sequence[str]) -> bool:
@@ -171,6 +173,7 @@ def convert_to_gn(
     if torch.cuda.is_available():
         conversion.cfg.MODEL.DEVICE = "cuda"
     torch.manual_seed(0)
-    to_group_norm(conversion, as_opts(grouping), sample, distill_steps)
+    state = path.with_suffix(".partial")
+    to_group_norm(conversion, as_opts(grouping), sample, distill_steps, state)
     save_backbone(conversion.tensors, conversion.cfg, path, conversion.recipe)
     return path

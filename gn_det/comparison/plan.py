@@ -24,6 +24,7 @@ from .autoconfig import (
     Proposal,
     drop_overridden,
     images_seen,
+    propose_heads_grouping,
     propose_mask_head,
     propose_schedule,
     propose_sizes,
@@ -178,7 +179,8 @@ def fit_recipes(
         opts: the user's `KEY VALUE` pairs, which are not changed.
     """
     seen, reason = images_seen(budget, len(sizes.images), max(batches))
-    shared, recipes = list(propose_sizes(base, sizes, opts)), {}
+    shared = [*propose_sizes(base, sizes, opts), *propose_heads_grouping(base, opts)]
+    recipes = {}
     for batch in batches:
         schedule = propose_schedule(base, seen, batch, reason)
         recipe = drop_overridden([*shared, *schedule], opts)

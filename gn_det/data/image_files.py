@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..errors import InputError, printable
 from ..files import write_whole
+from ..progress import progress
 from .findings import Findings
 from .image_reader import TURNS, decode_image, read_image_bytes, starts_as_image
 
@@ -110,7 +111,8 @@ def inspect_images(
     """
     with ThreadPoolExecutor() as pool:
         paths = [folder / entry["file_name"] for entry in entries]
-        for entry, file in zip(entries, pool.map(examine, paths), strict=True):
+        files = progress(pool.map(examine, paths), f"reading images of {folder}", len(paths))
+        for entry, file in zip(entries, files, strict=True):
             name = entry["file_name"]
             if file.error and not file.digest:
                 findings.add(MISSING, name, _put_into(folder), fatal=True)

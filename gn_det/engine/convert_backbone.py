@@ -160,9 +160,9 @@ def run(argv: Sequence[str] | None = None) -> None:
         if args.calibrate:
             torch.manual_seed(0)
             images = choose_images(args.calibrate, args.num_images)
-            to_group_norm(
-                conversion, as_opts({key: given[key] for key in new}), images, args.distill
-            )
+            grouping = as_opts({key: given[key] for key in new})
+            state = args.output.with_suffix(".partial")
+            to_group_norm(conversion, grouping, images, args.distill, state)
         try:
             save_backbone(conversion.tensors, conversion.cfg, args.output, conversion.recipe)
         except OSError as error:

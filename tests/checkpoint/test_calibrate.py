@@ -11,6 +11,7 @@ from studies.promised_moments import promised_moments
 from torch import nn
 from torch.testing import assert_close
 
+import gn_det.checkpoint.distill as distill_module
 from gn_det.checkpoint.calibrate import balance, calibrate, measured_moments
 from gn_det.checkpoint.convert import backbone_config, build_resnet
 from gn_det.checkpoint.distill import distill, feature_errors
@@ -174,6 +175,38 @@ def test_distillation_does_not_depend_on_the_pixel_scale(reference, images):
             features, target = network(scale * images), source(scale * images)
         errors[scale] = sum(feature_errors(features, target).values())
     assert_close(errors[1], errors[100], rtol=1e-2, atol=0)
+
+
+def test_an_interrupted_distillation_resumes(reference, images, tmp_path, monkeypatch):
+    """Its result is bit-equal to that of an undisturbed one; other settings start anew."""
+    state = tmp_path / "state.partial"
+    monkeypatch.setattr(distill_module, "SAVE_PERIOD", 2)
+
+    def start(steps: int, fail_at: int | None = None) -> dict:
+        network = group_norm(reference, {})
+        calls = iter(range(100))
+
+        def errors(*args):
+            if next(calls) == fail_at:
+                raise KeyboardInterrupt
+            return feature_errors(*args)
+
+        monkeypatch.setattr(distill_module, "feature_errors", errors)
+        torch.manual_seed(0)
+        distill(network, reference, images, steps, state)
+        return network.state_dict()
+
+    undisturbed = start(6)
+    with pytest.raises(KeyboardInterrupt):
+        start(6, fail_at=5)
+    assert state.is_file()
+    resumed = start(6, fail_at=3)  # two steps are left
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in undisturbed.items())
+    assert not state.exists()
+    with pytest.raises(KeyboardInterrupt):
+        start(6, fail_at=5)
+    other = start(4)
+    assert all(torch.equal(start(4)[name], tensor) for name, tensor in other.items())
 
 
 def test_standardised_filters(reference, images):
