@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,20 +184,17 @@ def paired_difference(
     draws: int = 1000,
     seed: int = 0,
 ) -> Difference:
-    """Mean over seeds of AP(other) - AP(baseline), with a bootstrapped 95% confidence interval.
+    """Mean over seeds of AP(other) - AP(baseline), with a 95% confidence interval.
 
-    Every draw resamples the images, alike for all models, and the pairs of runs. A bootstrap over S
-    pairs underestimates the variance over seeds by a factor of (S - 1) / S, and ignores that the
-    variance is itself an estimate. So the spread over seeds is widened to that of Student's t. The
-    interval is too wide, never too narrow, where seeds differ less than images. With one pair it
-    covers only the variation over images.
+    The interval covers the variation over validation images, by bootstrap, and that over seeds, by
+    Student's t, each counted once: see `combined_half_width`. With one seed it covers only the
+    variation over images.
 
     Args:
         baseline: results of the baseline, one per seed.
-        other: results of the other model on the same images; `other[s]` and `baseline[s]` have the
-            same seed.
-        draws: number of resamples, of which the 2.5 and 97.5 percentiles are taken; resamples
-            without any object are left out.
+        other: results of the other model on the same images, with the same seeds.
+        draws: number of resamples of the images, alike for all models and seeds; resamples without
+            any object are left out.
         seed: of the resampling.
 
     Returns:
@@ -210,28 +208,60 @@ def paired_difference(
     images = len(baseline[0].image_ids)
     resamples = rng.multinomial(images, np.full(images, 1 / images), size=draws)
     weights = np.concatenate([np.ones((1, images), dtype=int), resamples])
-    pairs = zip(baseline, other, strict=True)
-    table = [b.resampled_ap(weights) - a.resampled_ap(weights) for a, b in pairs]
-    original, *resampled = np.stack(table, axis=1)
-    drawn = rng.integers(len(baseline), size=(draws, len(baseline)))
-    over_pairs = np.array(resampled).mean(axis=1)
-    redrawn = np.take_along_axis(np.array(resampled), drawn, axis=1).mean(axis=1)
-    means = over_pairs + _widening(len(baseline)) * (redrawn - over_pairs)
-    # The widening must not exceed the range of a difference in AP
-    means = means.clip(-100, 100)
-    low, high = np.nanpercentile(means, (2.5, 97.5))
-    return Difference(float(original.mean()), float(low), float(high))
+    sides = [np.stack([m.resampled_ap(weights) for m in side]) for side in (baseline, other)]
+    gaps = sides[1] - sides[0]  # (seeds, 1 + draws)
+    mean = float(gaps[:, 0].mean())
+    if len(baseline) == 1:
+        low, high = np.nanpercentile(gaps[0, 1:], (2.5, 97.5))
+        return Difference(mean, float(low), float(high))
+    half = combined_half_width(
+        np.stack([side[:, 0] for side in sides]),
+        np.nanvar(gaps[:, 1:].mean(0), ddof=1),
+        np.nanvar(gaps[:, 1:], axis=1, ddof=1).mean(),
+    )
+    # A difference in AP is at most 100
+    return Difference(mean, max(mean - half, -100.0), min(mean + half, 100.0))
 
 
-def _widening(pairs: int) -> float:
-    """Ratio of Student's 95% interval to the bootstrapped one, for this number of pairs."""
-    if pairs == 1:
-        return 1.0
-    freedom = pairs - 1
-    # Above 4 degrees of freedom the Cornish-Fisher expansion is accurate to 1%
-    expansion = 1 + 1.21 / freedom + 1.44 / freedom**2
-    quantile = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}.get(freedom, 1.960 * expansion)
-    return quantile / 1.960 * (pairs / freedom) ** 0.5
+def combined_half_width(aps: np.ndarray, image_variance: float, single_variance: float) -> float:
+    """Half the width of the 95% interval of a difference of means over seeds.
+
+    It is the root of the squared half-widths over seeds and over images. The seeds of the two
+    models are independent, and their variances are pooled, for 2 (S - 1) degrees of freedom. The
+    bootstrapped variance of the mean over seeds contains a share of what differs from seed to seed
+    (seeds that are better on other images). The variance over seeds contains it too, so it is
+    subtracted once. In simulations 94 to 98% of the intervals cover the truth, for 2 to 5 seeds.
+
+    Args:
+        aps: (2, S), AP of each model and seed in percent, S at least 2.
+        image_variance: variance over resampled images of the mean difference over seeds.
+        single_variance: the same for the difference of a single seed, on average.
+
+    Returns:
+        the half-width in percent.
+    """
+    seeds = aps.shape[1]
+    # With independent seeds, averaging divides their own part of the variance by S
+    own_part = max(single_variance - image_variance, 0.0) / (seeds - 1)
+    common = max(image_variance - own_part, 0.0)
+    over_seeds = aps.var(axis=1, ddof=1).sum() / seeds
+    freedom = 2 * (seeds - 1)
+    return math.sqrt(student_quantile(freedom) ** 2 * over_seeds + 1.96**2 * common)
+
+
+def student_quantile(freedom: float) -> float:
+    """The 97.5% quantile of Student's t, to four digits.
+
+    Args:
+        freedom: degrees of freedom, 1 or more.
+    """
+    # With t = sqrt(freedom) tan(angle), the density is proportional to cos(angle)^(freedom - 1)
+    angles = np.linspace(0, math.pi / 2, 20_001)[:-1]
+    density = np.cos(angles) ** (freedom - 1)
+    mass = np.cumsum(density) - (density + density[0]) / 2
+    whole = math.sqrt(math.pi) * math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2))
+    covered = 2 * mass * angles[1] / whole
+    return math.sqrt(freedom) * math.tan(np.interp(0.95, covered, angles))
 
 
 def _check_pairs(baseline: Sequence[ImageMatches], other: Sequence[ImageMatches]) -> None:

@@ -84,7 +84,8 @@ def write_report(
         output: folder of the three files.
         about: `title`, `text` and `facts`, {subject: text, number or list of lines}, for all files;
             optionally `pairs`, the (norm, baseline) to compare, and `failed` and `rates`, as in
-            `answer`. Without `pairs`, every norm is compared with the first.
+            `answer`. Without `pairs`, every norm is compared with the first. `tables` are shown
+            after the first table: a list of {"title", "text", "header", "rows"}.
 
     Returns:
         the content of `results.json`.
@@ -126,7 +127,8 @@ def write_report(
     }
     used = (", ".join(f"{k} {v}" for k, v in entry["versions"].items()) for entry in entries)
     figures["versions"] = list(dict.fromkeys(used))
-    content = {**results, **figures, "stats": STATS, "kinds": kinds, "words": WORDS}
+    content = {"tables": [], **results, **figures, "stats": STATS, "kinds": kinds, "words": WORDS}
+    content["overview"] = _overview(models, gaps, kinds)
     with write_whole(output / "results.json") as file:
         file.write(json.dumps(results, indent=2) + "\n")
     for name in ("report.md", "report.html"):
@@ -186,6 +188,37 @@ def _models(entries: Sequence[dict[str, Any]], kinds: Sequence[str]) -> list[dic
             }
         models.append(model)
     return models
+
+
+def _overview(
+    models: Sequence[Mapping[str, Any]],
+    gaps: Sequence[Mapping[str, Any]],
+    kinds: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Rows of the first table: AP of each model, and its difference from the baseline.
+
+    Returns:
+        one {"model", "cells"} for each model; a cell of each kind has "mean" and "sd" of AP, and
+        "gap", an entry of `differences`, or None for the baseline.
+    """
+    baseline = gaps[0]["baseline"] if gaps else None
+    own = {
+        (gap["norm"], gap["images_per_batch"], gap["of"]): gap
+        for gap in gaps
+        if gap["baseline"] == baseline
+    }
+    return [
+        {
+            "model": model["model"],
+            "seeds": len(model["seeds"]),
+            "cells": [
+                model[kind]["AP"]
+                | {"gap": own.get((model["norm"], model["images_per_batch"], WORDS[kind]))}
+                for kind in kinds
+            ],
+        }
+        for model in models
+    ]
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float | None]:

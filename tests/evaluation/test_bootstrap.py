@@ -14,7 +14,9 @@ from gn_det.evaluation.bootstrap import (
     CategoryMatches,
     Difference,
     ImageMatches,
+    combined_half_width,
     paired_difference,
+    student_quantile,
 )
 from gn_det.evaluation.coco_stats import load_coco
 
@@ -214,7 +216,7 @@ def test_difference_of_a_better_model_is_significant(match):
         for skill in (0.2, 0.9)
     )
     for model in (worse, better):
-        assert paired_difference(model, model, draws=50) == Difference(0, 0, 0)
+        assert paired_difference(model[:1], model[:1], draws=50) == Difference(0, 0, 0)
     assert not Difference(0, 0, 0).significant
     gain = paired_difference(worse, better, draws=200)
     everything = np.ones(IMAGES)
@@ -228,17 +230,46 @@ def test_difference_of_a_better_model_is_significant(match):
     assert paired_difference(worse, better, draws=200, seed=1).low != gain.low
 
 
-def test_seeds_are_resampled():
-    """If all images have the same AP, only the drawn pairs matter."""
+def test_seeds_without_noise_of_images():
+    """Student's interval of two samples, with values from its table."""
     full, none = recalled(np.ones(20)), recalled(np.zeros(20))
     assert paired_difference([none] * 3, [full] * 3) == Difference(100, 100, 100)
+    gap = paired_difference([Fixed(30), Fixed(34)], [Fixed(41), Fixed(43)])
+    # Variances 8 and 2 over 2 seeds each, 2 degrees of freedom
+    half = 4.303 * ((8 + 2) / 2) ** 0.5
+    assert (gap.mean, gap.low, gap.high) == pytest.approx((10, 10 - half, 10 + half), abs=0.01)
     assert paired_difference([none, full], [full, none]) == Difference(0, -100, 100)
-    # In 4 draws from one gain and 3 ties, 3 gains have a probability of 5%, and 4 of 0.4%. So the
-    # bootstrap's interval is 0 to 75, which is then widened to that of Student's t
-    one_of_four = paired_difference([none] * 4, [full, none, none, none])
-    wider = 3.182 / 1.96 * (4 / 3) ** 0.5
-    assert one_of_four.mean == 25 and one_of_four.low == pytest.approx(25 - 25 * wider)
-    assert one_of_four.high == min(25 + 50 * wider, 100)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "expected"), [(1, 12.706), (2, 4.303), (4, 2.776), (8, 2.306), (30, 2.042)]
+)
+def test_quantiles_of_student(freedom, expected):
+    assert student_quantile(freedom) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize(("noisier", "own"), [(1, 0), (2, 0), (1, 2)])
+def test_coverage(seeds, ratio, noisier, own):
+    """About 95% of the intervals cover a true difference, whatever the noise comes from.
+
+    Noise of the seeds is `ratio` times that of the common images, and that of the second model
+    `noisier` times larger. `own` is the noise of images that differs from seed to seed.
+    """
+    rng = np.random.default_rng(seeds)
+    truth, covered, trials = 4.0, 0, 2000
+    for _ in range(trials):
+        aps = np.stack(
+            [
+                rng.normal(level, (scale**2 * ratio**2 + own**2 / 2) ** 0.5, seeds)
+                for level, scale in ((40.0, 1.0), (40.0 + truth, noisier))
+            ]
+        )
+        gap = aps[1].mean() - aps[0].mean() + rng.normal()
+        half = combined_half_width(aps, 1 + own**2 / seeds, 1 + own**2)
+        covered += abs(gap - truth) <= half
+    assert 0.93 <= covered / trials <= 0.985
 
 
 class Fixed:
