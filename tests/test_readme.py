@@ -164,9 +164,9 @@ def test_compare(runner):
     plan, compare = commands(README, "python tools/compare.py")
     for words, more in ((plan, ()), (compare, ("--check",))):
         printed = runner.run(words, *more)
-        assert "\nGN, batch size 2, seed 0\n" in printed
+        for norm in ("FrozenBN", "FrozenBN/GN", "GN"):
+            assert f"\n{norm}, batch size 2, seed 0\n" in printed
         assert re.search(r"train: 1 \w+ without objects \(\w+\.png\)", printed)
-    assert "GN, batch size 1, seed 0" in printed and "FrozenBN, batch size 2, seed 0" in printed
 
 
 def test_predict(checkout, runner):
@@ -195,7 +195,11 @@ def test_backbones(checkout, runner, backbones):
     assert "NORM: GN" in made and "DIM_PER_GP: 16" in made
     (keys,) = re.findall(r"`(MODEL\S+ 16 .* SOLVER.BACKBONE_MULTIPLIER 0.1)`", README.text)
     printed = runner.run(f"{CHECK} {COCO} {keys}")
-    for line in ("ResNet: 53 GN (16 channels per group)", "FPN: 8 GN (32 groups)", "rate 0.00025,"):
+    for line in (
+        "ResNet: 53 GN (16 channels per group)",
+        "FPN: 8 GN (128 groups)",
+        "rate 0.00025,",
+    ):
         assert line in printed
 
 
@@ -262,14 +266,14 @@ def test_pretraining(runner):
 
 
 def test_keys():
-    """All that gn_det adds, with their defaults, and five of them in README."""
+    """All that gn_det adds, with their defaults, and six of them in README."""
     cfg, plain = get_cfg(), flatten(get_cfg())
     gn_det.add_gn_config(cfg)
     added = {key: str(value) for key, value in flatten(cfg).items() if key not in plain}
     (table,) = (t for t in CONFIGS.tables if t.head == ("key", "default", "meaning"))
     assert {key.strip("`"): default for key, default, _ in table.rows} == added
-    (five,) = (t for t in README.tables if t.head[0] == "key")
-    assert len(five.rows) == 5 and {key.strip("`") for key in five.column(0)} <= set(added)
+    (six,) = (t for t in README.tables if t.head[0] == "key")
+    assert len(six.rows) == 6 and {key.strip("`") for key in six.column(0)} <= set(added)
 
 
 # tools/README.md
@@ -309,7 +313,7 @@ def test_compare_in_full(runner, backbones):
         "\nGN, batch size 2"
     )
     assert "ResNet: 20 FrozenBN" in frozen and "ResNet: 20 GN (32 groups)" in gn
-    assert "FPN: 8 GN (32 groups)" in frozen and "24.0 epochs" in frozen
+    assert "FPN: 8 GN (128 groups)" in frozen and "24.0 epochs" in frozen
     assert "loaded: 100 of 164 tensors (ResNet 100)" in frozen
 
 

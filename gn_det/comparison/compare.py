@@ -24,6 +24,7 @@ from ..config import default_config, flatten
 from ..config_file import add_base_argument, read_config
 from ..engine.dataset_args import add_data_arguments
 from ..engine.describe import describe_recipe
+from ..engine.relative_steps import describe_steps
 from ..engine.run_record import RECORD
 from ..errors import InputError, exit_on_input_error
 from ..evaluation.report import Run, write_report
@@ -206,7 +207,8 @@ def print_plan(plan: Plan, factors: Sequence[float]) -> None:
     first = next(iter(plan.cells)).seed
     for cell, training in plan.cells.items():
         if cell.seed == first:
-            print(f"\n{cell}\n\n{describe_recipe(training.cfg, 1)}")
+            print(f"\n{cell}\n\n{describe_recipe(training.cfg, 1)}\n", flush=True)
+            print("\n".join(describe_steps(training.cfg)), flush=True)
     if len(factors) > 1:
         tried = " ".join(f"{factor:g}" for factor in factors)
         print(f"\nlearning rates to try with each norm: {tried} times the above (--rates)")

@@ -16,6 +16,7 @@ from ..errors import InputError, exit_on_input_error
 from .dataset_args import add_data_arguments, data_opts, describe_data
 from .describe import describe_recipe
 from .distributed import count_processes, launch, restarted_by_torchrun, torchrun_process_group
+from .relative_steps import describe_steps
 from .train_step import any_process
 from .trainer import Trainer
 
@@ -129,7 +130,8 @@ def _run(args: argparse.Namespace, cfg: CfgNode, trainer_class: type[Trainer]) -
         return
     if args.check:
         print(f"{args.config_file}\n\n{describe_recipe(cfg, num_gpus)}")
-        print("\n".join(["", *describe_data(cfg)]))
+        print("\n".join(["", *describe_data(cfg)]), flush=True)
+        print("\n".join(["", *describe_steps(cfg)]))
         return
     if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
         raise InputError("--eval-only would evaluate random weights: set MODEL.WEIGHTS")
