@@ -26,6 +26,8 @@ def add_gn_config(cfg: CfgNode) -> None:
     cfg.MODEL.GROUP_NORM.DIM_PER_GP = -1
     # Number of groups in FPN and heads; -1 uses the grouping of the ResNet
     cfg.MODEL.GROUP_NORM.HEADS_NUM_GROUPS = -1
+    # Channels per group in FPN and heads; used instead of HEADS_NUM_GROUPS unless it is -1
+    cfg.MODEL.GROUP_NORM.HEADS_DIM_PER_GP = -1
     # Added to the variance in each layer whose NORM is "GN", "LN" or "IN"
     cfg.MODEL.GROUP_NORM.EPSILON = 1e-5
     # "fused": norm, residual addition and ReLU in one operator, for GN and frozen BN;

@@ -295,12 +295,85 @@ def communication(table: Table) -> list[list[str]]:
     return [[name, *cells] for name, cells in zip(table.column(0), rows, strict=True)]
 
 
+# The study of GN's own recipe: one entry for each run
+
+
+def tried(**wanted: object) -> str:
+    """Box AP / mask AP of the run of seed 0 with these settings; empty without one."""
+    runs = [r for r in load("recipe.json")["runs"] if {**wanted, "seed": 0}.items() <= r.items()]
+    assert len(runs) < 2, wanted
+    return " / ".join(f"{runs[0][kind]:.1f}" for kind in ("box AP", "mask AP")) if runs else ""
+
+
+def schedule_of(words: str, keys: Sequence[str]) -> dict[str, float]:
+    """Settings from text such as "160, 0.02, 4"."""
+    return dict(zip(keys, map(float, words.split(", ")), strict=True))
+
+
+def narrow_heads(table: Table) -> list[list[str]]:
+    rows = []
+    for channels, schedule, factor, *_ in table.rows:
+        shared = {"dataset": "shapes", "channels": int(channels), "factor": float(factor)}
+        shared |= schedule_of(schedule, ("iterations", "rate"))
+        gn = {"norm": "GN", "heads_channels_per_group": int(channels) // 32}
+        cells = [tried(**shared, norm="BN*"), tried(**shared, **gn)]
+        rows.append([channels, schedule, factor, *cells])
+    return rows
+
+
+def heads_grouping(table: Table) -> list[list[str]]:
+    rows = []
+    for data, channels, schedule, *_ in table.rows:
+        dataset = "dsb256" if data == "nuclei" else data.strip("`")
+        shared = {"dataset": dataset, "channels": int(channels)}
+        shared |= schedule_of(schedule, ("iterations", "rate", "factor"))
+        widths = (8, 4, 2)
+        cells = [tried(**shared, heads_channels_per_group=width) for width in widths]
+        rows.append([data, channels, schedule, *cells])
+    return rows
+
+
+def demo(_: Table) -> list[list[str]]:
+    results = load("demo.json")
+    rows = []
+    for model in results["models"]:
+        aps = [f"{model[kind]['AP']:.1f}" for kind in ("bbox", "segm")]
+        gaps = {g["of"]: g for g in results["differences"] if g["norm"] == model["model"]}
+        rows.append([model["model"], *aps, *(interval_of(gaps.get(of)) for of in ("box", "mask"))])
+    return rows
+
+
+def interval_of(gap: Mapping[str, float] | None) -> str:
+    """A difference with its 95% interval."""
+    if gap is None:
+        return ""
+    return f"{signed(gap['mean'])} ({signed(gap['low'])} to {signed(gap['high'])})"
+
+
 BACKBONES = ("backbone", "nuclei", "`shapes`")
 TABLES = [
+    Measured(
+        "tools/README.md",
+        ("model", "box AP", "mask AP", "box AP above BN*", "mask AP above BN*"),
+        demo,
+    ),
     Measured(
         "README.md",
         ("dataset, iterations", "BN*", "BN*, slow", "GN, slow", "GN − BN*, slow"),
         does_it_help,
+    ),
+    Measured(
+        RESULTS,
+        ("channels of FPN and heads", "iterations, rate", "factor", "BN*", "GN"),
+        narrow_heads,
+    ),
+    Measured(
+        RESULTS,
+        (
+            *("dataset", "channels of FPN and heads", "iterations, rate, factor"),
+            *("8 channels per group", "4", "2"),
+        ),
+        heads_grouping,
     ),
     Measured(RESULTS, ("after 1000 iterations", *BACKBONES[1:]), recipe(1000)),
     Measured(RESULTS, ("after 250 iterations", *BACKBONES[1:]), recipe(250)),

@@ -198,6 +198,18 @@ MISTAKES = {
         *(SCRATCH, ("MODEL.GROUP_NORM.HEADS_NUM_GROUPS", 24)),
         *("MODEL.GROUP_NORM.HEADS_NUM_GROUPS", "backbone.fpn_lateral2: 256 channels"),
     ),
+    "channels per group in the heads that do not divide the channels": (
+        *(SCRATCH, ("MODEL.GROUP_NORM.HEADS_DIM_PER_GP", 24)),
+        *("MODEL.GROUP_NORM.HEADS_DIM_PER_GP", "backbone.fpn_lateral2: 256 channels"),
+    ),
+    "stock box head, other channels per group in the heads": (
+        SCRATCH,
+        (
+            *("MODEL.GROUP_NORM.HEADS_DIM_PER_GP", 16),
+            *("MODEL.ROI_BOX_HEAD.NAME", STOCK["ROI_BOX_HEAD"]),
+        ),
+        *("MODEL.ROI_BOX_HEAD.NAME", "GNFastRCNNConvFCHead"),
+    ),
     "stock box head, other groups in the heads": (
         SCRATCH,
         (

@@ -29,6 +29,7 @@ def test_add_gn_config_changes_only_the_given_config():
         "MODEL.GROUP_NORM.NUM_GROUPS": 32,
         "MODEL.GROUP_NORM.DIM_PER_GP": -1,
         "MODEL.GROUP_NORM.HEADS_NUM_GROUPS": -1,
+        "MODEL.GROUP_NORM.HEADS_DIM_PER_GP": -1,
         "MODEL.GROUP_NORM.EPSILON": 1e-5,
         "MODEL.GROUP_NORM.IMPL": "fused",
         "MODEL.GROUP_NORM.RECOMPUTE": "norm",

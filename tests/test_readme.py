@@ -197,7 +197,7 @@ def test_backbones(checkout, runner, backbones):
     printed = runner.run(f"{CHECK} {COCO} {keys}")
     for line in (
         "ResNet: 53 GN (16 channels per group)",
-        "FPN: 8 GN (128 groups)",
+        "FPN: 8 GN (2 channels per group)",
         "rate 0.00025,",
     ):
         assert line in printed
@@ -313,7 +313,7 @@ def test_compare_in_full(runner, backbones):
         "\nGN, batch size 2"
     )
     assert "ResNet: 20 FrozenBN" in frozen and "ResNet: 20 GN (32 groups)" in gn
-    assert "FPN: 8 GN (128 groups)" in frozen and "24.0 epochs" in frozen
+    assert "FPN: 8 GN (2 channels per group)" in frozen and "24.0 epochs" in frozen
     assert "loaded: 100 of 164 tensors (ResNet 100)" in frozen
 
 

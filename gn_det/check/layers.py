@@ -34,7 +34,8 @@ def check_layers(cfg: CfgNode, num_gpus: int) -> Iterator[Problem]:
         yield model
         # One group works with any number of channels, so that the other checks can run
         keys = cfg.MODEL.GROUP_NORM
-        keys.NUM_GROUPS, keys.DIM_PER_GP, keys.HEADS_NUM_GROUPS = 1, -1, -1
+        keys.NUM_GROUPS, keys.DIM_PER_GP = 1, -1
+        keys.HEADS_NUM_GROUPS = keys.HEADS_DIM_PER_GP = -1
         model = _build(cfg)
     if isinstance(model, Problem):
         yield model

@@ -98,4 +98,5 @@ def _differs_from_stock(keys: CfgNode) -> tuple[bool, bool]:
     epsilon = keys.EPSILON != 1e-5
     resnet = (keys.NUM_GROUPS, keys.DIM_PER_GP) != (32, -1)
     heads = keys.HEADS_NUM_GROUPS != 32 if keys.HEADS_NUM_GROUPS > 0 else resnet
+    heads = heads or keys.HEADS_DIM_PER_GP > 0
     return epsilon or resnet, epsilon or heads

@@ -12,12 +12,11 @@ from .read import WeightsFile, read_weights
 
 # The backbone's grouping
 GROUPING: Facts = {"MODEL.GROUP_NORM.DIM_PER_GP": 16}
-# Channels per group of FPN and heads, which are trained from scratch
-HEADS_DIM_PER_GP = 2
-# The other keys, for Detectron2's FPN and heads of 256 channels
-HEADS_NUM_GROUPS = "MODEL.GROUP_NORM.HEADS_NUM_GROUPS"
+# The grouping of FPN and heads, which are trained from scratch
+HEADS_GROUPING: Facts = {"MODEL.GROUP_NORM.HEADS_DIM_PER_GP": 2}
+# All keys besides the backbone's grouping
 FINE_TUNING: Facts = {
-    HEADS_NUM_GROUPS: 256 // HEADS_DIM_PER_GP,
+    **HEADS_GROUPING,
     "SOLVER.BACKBONE_MULTIPLIER": 0.1,
 }
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 
-from ..checkpoint.recipe import HEADS_DIM_PER_GP
+from ..checkpoint.recipe import HEADS_GROUPING
 from ..config import default_config
 from ..data.object_sizes import ObjectSizes
 from ..errors import InputError
-from ..modeling.norm import NORM_KEYS, parts_with_norm
+from ..modeling.norm import parts_with_norm
 from ..solver import fitted_mask_head_factor
 
 # Target for the median object size, in pixels of the network's input
@@ -84,18 +84,12 @@ def propose_heads_grouping(cfg: CfgNode, given: Sequence[str] = ()) -> Iterator[
         given: the user's `KEY VALUE` pairs; a grouping among them is kept.
     """
     keys, default = cfg.MODEL.GROUP_NORM, default_config().MODEL.GROUP_NORM
-    names = ("NUM_GROUPS", "DIM_PER_GP", "HEADS_NUM_GROUPS")
+    names = ("NUM_GROUPS", "DIM_PER_GP", "HEADS_NUM_GROUPS", "HEADS_DIM_PER_GP")
     if any(keys[name] != default[name] or f"MODEL.GROUP_NORM.{name}" in given for name in names):
         return
-    sections = {"FPN": "OUT_CHANNELS", "box head": "CONV_DIM", "mask head": "CONV_DIM"}
-    widths = [
-        cfg.MODEL[NORM_KEYS[part].split(".")[1]][sections[part]]
-        for part in parts_with_norm(cfg)
-        if part in sections
-    ]
-    if widths and (groups := math.gcd(*widths) // HEADS_DIM_PER_GP) > 0:
-        reason = f"{min(widths) // groups} channels per group learn faster in short schedules"
-        yield Proposal("MODEL.GROUP_NORM.HEADS_NUM_GROUPS", groups, reason)
+    if {*parts_with_norm(cfg)} - {"backbone"}:
+        for key, width in HEADS_GROUPING.items():
+            yield Proposal(key, width, "learns faster than 32 groups in short schedules")
 
 
 def propose_mask_head(cfg: CfgNode) -> Iterator[Proposal]:

@@ -14,7 +14,7 @@ from ..checkpoint.bn_to_gn import NUM_IMAGES, to_group_norm
 from ..checkpoint.convert import convert
 from ..checkpoint.facts import GROUP_NORM, NORM, PIXELS, STRIDE, describe
 from ..checkpoint.read import read_weights
-from ..checkpoint.recipe import GROUPING, HEADS_NUM_GROUPS, recorded_recipe
+from ..checkpoint.recipe import GROUPING, HEADS_GROUPING, recorded_recipe
 from ..checkpoint.save import save_backbone
 from ..config import as_opts, default_config, value_of
 from ..errors import InputError
@@ -41,7 +41,7 @@ def own_recipe(weights: str, cfg: CfgNode, opts: Sequence[str]) -> dict[str, Any
         cfg: the base config.
         opts: the user's `KEY VALUE` pairs.
     """
-    kept = {k: v for k, v in recorded_recipe(weights).items() if k != HEADS_NUM_GROUPS}
+    kept = {k: v for k, v in recorded_recipe(weights).items() if k not in HEADS_GROUPING}
     return {key: value for key, value in kept.items() if not _is_set(key, cfg, opts)}
 
 

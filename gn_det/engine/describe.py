@@ -86,18 +86,19 @@ def _norm_layers(cfg: CfgNode, model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if isinstance(module, FrozenBatchNorm2d) or is_norm(module):
             part = part_of(f"{name}.")
-            kinds[part][_kind(cfg, module)] += 1
+            kinds[part][_kind(cfg, module, part)] += 1
             frozen[part] += any(not p.requires_grad for p in module.parameters())
     for part, counts in kinds.items():
         text = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "none"
         yield f"{part}: {text}{f'; {frozen[part]} with gamma and beta frozen' * (frozen[part] > 0)}"
 
 
-def _kind(cfg: CfgNode, norm: nn.Module) -> str:
-    """The kind of a norm layer, as "GN (32 groups)"."""
+def _kind(cfg: CfgNode, norm: nn.Module, part: str) -> str:
+    """The kind of a norm layer in a part of the model, as "GN (32 groups)"."""
     if isinstance(norm, nn.GroupNorm):
         keys, width = cfg.MODEL.GROUP_NORM, norm.num_channels // norm.num_groups
-        if width == keys.DIM_PER_GP:
+        heads_width = keys.HEADS_DIM_PER_GP if part not in BACKBONE_PARTS else -1
+        if width == (heads_width if heads_width > 0 else keys.DIM_PER_GP):
             return f"GN ({width} channels per group)"
         configured = keys.NUM_GROUPS, keys.HEADS_NUM_GROUPS
         if norm.num_groups in configured or norm.num_groups > 1 < width:

@@ -28,7 +28,8 @@ def get_norm(cfg: CfgNode, norm: str, layer_name: str) -> Norm:
             one group, and one channel per group. Other names, such as "", "FrozenBN", "BN" and
             "SyncBN", are Detectron2's own.
         layer_name: name in the model of the layer that gets the norm. Outside the ResNet,
-            `MODEL.GROUP_NORM.HEADS_NUM_GROUPS` applies. Error messages begin with this name.
+            `MODEL.GROUP_NORM.HEADS_DIM_PER_GP` or `HEADS_NUM_GROUPS` applies. Error messages begin
+            with this name.
 
     Returns:
         a function that builds a `GroupNorm` from a number of channels, or, for Detectron2's own
@@ -38,7 +39,10 @@ def get_norm(cfg: CfgNode, norm: str, layer_name: str) -> Norm:
         InputError: raised by the function if the groups do not divide the channels.
     """
     keys = cfg.MODEL.GROUP_NORM
-    if keys.HEADS_NUM_GROUPS > 0 and part_of(layer_name) not in BACKBONE_PARTS:
+    in_heads = part_of(layer_name) not in BACKBONE_PARTS
+    if in_heads and keys.HEADS_DIM_PER_GP > 0:
+        key, groups = "HEADS_DIM_PER_GP", {"dim_per_gp": keys.HEADS_DIM_PER_GP}
+    elif in_heads and keys.HEADS_NUM_GROUPS > 0:
         key, groups = "HEADS_NUM_GROUPS", {"num_groups": keys.HEADS_NUM_GROUPS}
     else:
         key = "DIM_PER_GP" if keys.DIM_PER_GP > 0 else "NUM_GROUPS"

@@ -41,7 +41,7 @@ FPN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_4conv1fc.yaml"
 def compared(shapes, tmp_path_factory) -> tuple[Path, str]:
     """A comparison that was interrupted in its second run, and then resumed."""
     output = tmp_path_factory.mktemp("compare") / "out"
-    arguments = ["tools/compare.py", *words(shapes, output)]
+    arguments = ["tools/compare.py", *words(shapes, output, "--rates", "1", "2")]
     silence = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(
         [sys.executable, *arguments], cwd=ROOT, preexec_fn=enable_sigint, **silence
@@ -61,7 +61,8 @@ def compared(shapes, tmp_path_factory) -> tuple[Path, str]:
 def test_resume_keeps_finished_runs(compared):
     _, printed = compared
     finished = re.findall(r"^\[ 0:\d\d\] (.*): already finished$", printed, re.MULTILINE)
-    assert finished == ["LN, batch size 2, seed 0"]
+    trials = [f"{norm}, batch size 2, rate x{x}" for norm in ("LN", "GN") for x in (1, 2)]
+    assert finished == [*trials, "LN, batch size 2, seed 0"]
     assert "train: " in printed and "without objects" in printed
     assert re.search(r"^\[ 0:\d\d\] GN, batch size 2, seed 0$", printed, re.MULTILINE)
 
@@ -75,6 +76,10 @@ def test_report_numbers(compared, shapes):
     for run in results["runs"]:
         detections = Path(run["folder"]) / "inference" / "coco_instances_results.json"
         assert run["bbox"] == coco_stats(shapes / "instances_val.json", detections)["bbox"]
+    (rates,) = results["tables"]
+    assert [row[0] for row in rates["rows"]] == ["LN", "LN", "GN", "GN"]
+    shown = [(output / f"report.{end}").read_text() for end in ("md", "html")]
+    assert all(rates["title"] in text and rates["rows"][0][2] in text for text in shown)
     gaps = {gap["of"]: gap for gap in results["differences"]}
     ln, gn = results["runs"]
     assert gaps["box"]["mean"] == pytest.approx(gn["bbox"]["AP"] - ln["bbox"]["AP"])
@@ -102,7 +107,7 @@ def test_runs_differ_only_in_the_norm(compared):
         for norm in ("LN", "GN")
     ]
     different = {a.split(":")[0].strip() for a, b in zip(*lines, strict=True) if a != b}
-    assert different == {"NORM", "OUTPUT_DIR"}
+    assert different == {"NORM", "OUTPUT_DIR"}, "no rate is better after so few iterations"
 
 
 def test_predictions_equal_the_evaluation(compared, shapes, tmp_path):
@@ -309,7 +314,7 @@ def test_bn_backbone_is_converted_to_gn(shapes, tmp_path):
     # The converted backbone has its own recipe, which the report shows
     configs = {cell.norm: training.cfg for cell, training in plan.cells.items()}
     assert configs["GN"].MODEL.GROUP_NORM.DIM_PER_GP == 16
-    assert configs["GN"].MODEL.GROUP_NORM.HEADS_NUM_GROUPS == 32
+    assert {c.MODEL.GROUP_NORM.HEADS_DIM_PER_GP for c in configs.values()} == {2}
     assert configs["GN"].SOLVER.BACKBONE_MULTIPLIER == 0.1
     assert configs["FrozenBN"].SOLVER.BACKBONE_MULTIPLIER == 1
     gn = next(line for line in describe_cells(plan) if line.startswith("GN"))
@@ -319,6 +324,7 @@ def test_bn_backbone_is_converted_to_gn(shapes, tmp_path):
     for training in own.cells.values():
         assert training.cfg.SOLVER.BACKBONE_MULTIPLIER == 0.5
         assert training.cfg.MODEL.GROUP_NORM.DIM_PER_GP == -1
+        assert training.cfg.MODEL.GROUP_NORM.HEADS_DIM_PER_GP == -1
     modified = weights["GN"].stat().st_mtime_ns
     comparison(shapes, tmp_path / "out", *more)
     assert weights["GN"].stat().st_mtime_ns == modified

@@ -18,6 +18,7 @@ from gn_det.check import ConfigError, check_config
 from gn_det.checkpoint import bn_to_gn
 from gn_det.checkpoint.checkpointer import StrictCheckpointer
 from gn_det.checkpoint.read import read_weights
+from gn_det.checkpoint.recipe import recorded_recipe
 from gn_det.engine.convert_backbone import run
 from gn_det.modeling import build_on_meta_device
 
@@ -113,6 +114,18 @@ def test_suggested_commands(bn_file, converted):
         with pytest.raises(ConfigError) as error:
             check_config(cfg)
         assert words in str(error.value)
+
+
+def test_the_recipe_of_a_conversion(bn_file, converted, tmp_path):
+    """From BN: 16 channels per group by default, and the keys for fine-tuning in the YAML file."""
+    output, images = tmp_path / "gn16.pth", str(converted[GN].parent / "images")
+    run([str(bn_file), str(output), "--norm", "GN", "--calibrate", images, "--num-images", "4"])
+    words = keys_of(output)
+    keys = dict(zip(words[::2], words[1::2], strict=True))
+    assert keys["MODEL.GROUP_NORM.DIM_PER_GP"] == 16
+    recipe = {"MODEL.GROUP_NORM.HEADS_DIM_PER_GP": 2, "SOLVER.BACKBONE_MULTIPLIER": 0.1}
+    assert recipe.items() <= keys.items() and recorded_recipe(str(output)) == recipe
+    assert not recorded_recipe(str(converted[FROZEN])) and not recorded_recipe("catalog://x")
 
 
 def test_from_one_grouping_to_another(converted, tmp_path):

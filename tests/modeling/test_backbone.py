@@ -132,6 +132,10 @@ def test_heads_num_groups_applies_outside_the_resnet():
     layers = [m for model in (fpn, c4) for m in model.modules() if isinstance(m, nn.GroupNorm)]
     assert all(m.num_groups * 16 == m.num_channels for m in layers if id(m) in inside)
     assert [m.num_groups for m in layers if id(m) not in inside] == 16 * [8]
+    fpn = build(*norm_everywhere("GN"), *opts, "MODEL.GROUP_NORM.HEADS_DIM_PER_GP", 4)
+    inside = {id(m) for m in fpn.backbone.bottom_up.modules()}
+    outside = [m for m in fpn.modules() if isinstance(m, nn.GroupNorm) and id(m) not in inside]
+    assert {m.num_channels // m.num_groups for m in outside} == {4}
 
 
 def test_backbone_and_fpn_norms_are_independent():
