@@ -43,21 +43,34 @@ def write_whole(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[An
     _sync_folder(final.parent)
 
 
+# Seconds to wait for a lock: the children of a killed command end within one or two
+LOCK_TIMEOUT = 4.0
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, setting: str = "--output-dir") -> Iterator[None]:
     """Create a folder if needed, and lock it until the block or the process ends.
 
+    Args:
+        folder: the folder, in which a file `.lock` remains.
+        setting: the flag or key that sets the folder, for error messages.
+
     Raises:
-        InputError: if another process holds the lock.
+        InputError: if another process holds the lock, or the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=LOCK_TIMEOUT)
         lock.acquire()
     except Timeout:
         raise InputError(
             f"another command works in {folder}: wait until it ends, or choose another folder with "
-            "--output-dir"
+            f"{setting}"
+        ) from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"cannot write to {folder}: {reason}; choose another folder with {setting}"
         ) from None
     except NotImplementedError:
         pass  # some network file systems do not support locks

@@ -12,7 +12,7 @@ LAYERS = (
     *("tools", "__main__", "cli", "__init__"),
     *("comparison", "engine", "evaluation", "check", "solver"),
     *("checkpoint", "config_file", "data", "modeling"),
-    *("config", "model_zoo", "files", "plain_yaml", "progress", "errors"),
+    *("config", "model_zoo", "files", "plain_yaml", "progress", "processes", "errors"),
     "layers",
 )
 SOURCES = sorted(

@@ -33,7 +33,7 @@ try:
     from gn_det.evaluation.coco_stats import load_coco
     from gn_det.evaluation.figures import COLOURS
     from gn_det.evaluation.report import Run, summarize
-    from gn_det.files import write_whole
+    from gn_det.files import locked, write_whole
     from gn_det.model_zoo import get_config_file
     from gn_det.modeling.norm import NORM_KEYS
 except ImportError as error:
@@ -195,7 +195,6 @@ class Replication:
             InputError: if a run failed, after all others have finished.
         """
         if not (self.data / "shapes").exists():
-            self.output.mkdir(parents=True, exist_ok=True)
             make_shapes(self.data / "shapes")
         tuned = [self.fine_tuning(d, seed) for seed in self.seeds for d in DETECTORS]
         environment = {"DETECTRON2_DATASETS": str(self.data.resolve())}
@@ -303,7 +302,7 @@ def main() -> None:
     add("--opts", nargs=argparse.REMAINDER, default=[], help=help_)
     args = parser.parse_args()
     at_once, seen = PROFILES[args.profile]
-    with exit_on_input_error():
+    with exit_on_input_error(), locked(args.output_dir):
         replication = Replication(args.output_dir, seen, args.seeds, args.opts)
         replication.run(at_once)
         results = replication.results()

@@ -11,12 +11,14 @@ import json
 import random
 import statistics
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.env import seed_all_rng
+from filelock import FileLock
 from studies.linear_probe import image_labels, mean_auc, pooled_features
 from studies.pool import run_parallel
 from studies.promised_moments import to_promised_group_norm
@@ -30,7 +32,8 @@ from gn_det.comparison.initial_weights import DISTILL_STEPS
 from gn_det.config import as_opts, default_device
 from gn_det.config_file import read_config
 from gn_det.engine.train import Trainer
-from gn_det.files import write_whole
+from gn_det.errors import InputError, exit_on_input_error
+from gn_det.files import locked, write_whole
 
 EXAMPLE = "example: python tools/study_calibration.py R-50.pth --data nuclei=datasets/nuclei"
 # With 250, AP varied by 1 between seeds, and two norms had another order than with 1000
@@ -142,6 +145,13 @@ class Run:
 
     def convert(self) -> Conversion:
         """Convert the backbone, or read it if it was converted before."""
+        self.converted.parent.mkdir(exist_ok=True)
+        # Several runs may need the same backbone at the same time
+        with FileLock(self.converted.with_suffix(".lock")):
+            return self.read_or_convert()
+
+    def read_or_convert(self) -> Conversion:
+        """`convert`, for the process that has the backbone's lock."""
         if self.converted.exists():
             return convert(read_weights(self.converted))
         conversion = convert(read_weights(Path(self.backbone)))
@@ -159,7 +169,6 @@ class Run:
                 tensors |= {k: torch.ones_like(v) for k, v in tensors.items() if "norm.w" in k}
                 tensors |= {k: torch.zeros_like(v) for k, v in tensors.items() if "norm.b" in k}
             conversion.tensors = tensors
-        self.converted.parent.mkdir(exist_ok=True)
         save_backbone(conversion.tensors, conversion.cfg, self.converted)
         return conversion
 
@@ -317,7 +326,31 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Execute all unfinished runs, and write `results.json`, `table.md` and `plot.png`."""
     args = parse()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with exit_on_input_error(), locked(args.output_dir):
+        check_settings(args)
+        execute_all(args)
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Refuse a folder with results of another backbone or other overrides.
+
+    Raises:
+        InputError: naming the file that records them.
+    """
+    digest = sha256(Path(args.backbone).read_bytes()).hexdigest()
+    settings = json.dumps({"backbone": digest, "opts": args.opts})
+    record = args.output_dir / "settings.json"
+    if record.exists() and record.read_text() != settings:
+        raise InputError(
+            f"{args.output_dir} has results of another backbone or other --opts ({record} differs):"
+            " choose another folder with --output-dir"
+        )
+    with write_whole(record) as file:
+        file.write(settings)
+
+
+def execute_all(args: argparse.Namespace) -> None:
+    """Execute the runs of a study that is not finished; see `main`."""
     path = args.output_dir / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     runs = all_runs(args)

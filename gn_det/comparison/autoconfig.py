@@ -157,6 +157,7 @@ def propose_schedule(cfg: CfgNode, seen: int, batch: int, reason: str) -> Iterat
     period = math.ceil(end / NUM_EVALUATIONS)
     yield Proposal("TEST.EVAL_PERIOD", period, f"{NUM_EVALUATIONS} evaluations")
     yield Proposal("SOLVER.CHECKPOINT_PERIOD", period, "one checkpoint per evaluation")
+    yield Proposal("SOLVER.KEEP_CHECKPOINTS", 2, "the newest, and one more if it is damaged")
 
 
 def drop_overridden(proposals: Sequence[Proposal], given: Sequence[str]) -> list[Proposal]:

@@ -28,6 +28,7 @@ from ..engine.relative_steps import describe_steps
 from ..engine.run_record import RECORD
 from ..errors import InputError, exit_on_input_error
 from ..evaluation.report import Run, write_report
+from ..files import locked
 from .cells import DEFAULT_NORMS, compared_pairs, describe_norms
 from .jobs import run_trainings
 from .plan import Plan, make_plan
@@ -219,26 +220,38 @@ def run(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     setup_logger(name="gn_det")
     logging.getLogger("fvcore").setLevel(logging.WARNING)
-    with exit_on_input_error():
+    with exit_on_input_error(), locked(args.output_dir):
         plan = make_plan(args)
         print("\n".join(["", "adapted to the dataset", *(f"  {line}" for line in plan.notes)]))
         factors = rate_factors(args, plan)
         if args.check:
             return print_plan(plan, factors)
-        check_machine(next(iter(plan.cells.values())).cfg)
-        count = torch.cuda.device_count()
-        if args.num_gpus > max(count, 1):
-            raise InputError(f"--num-gpus {args.num_gpus} must be at most {max(count, 1)}")
-        at_once = max(args.num_gpus, 1)
-        optional = args.rates is None
-        plan, trials = tune_rates(plan, factors, args.group_by, at_once, optional)
-        if trials:
-            print("\nlearning rates tried\n")
-            print("\n".join("  " + "  ".join(f"{c:12}" for c in row) for row in trial_rows(trials)))
-            print()
-        trainings = list(plan.cells.values())
-        failed = run_trainings(trainings, args.output_dir, at_once)
-        command = shlex.join(["python", "tools/compare.py", *(argv or sys.argv[1:])])
-        report(plan, failed, trials, command)
-        if failed:
-            raise InputError(f"{len(failed)} of {len(trainings)} training runs failed, see above")
+        execute(args, plan, factors, shlex.join(argv or sys.argv[1:]))
+
+
+def execute(args: argparse.Namespace, plan: Plan, factors: Sequence[float], arguments: str) -> None:
+    """Try the learning rates, execute all training runs, and write the report.
+
+    Args:
+        args: as `parse` returns them.
+        plan: of the comparison.
+        factors: as `rate_factors` returns them.
+        arguments: of the command line, for the report.
+
+    Raises:
+        InputError: if the machine cannot run the plan, or a run fails.
+    """
+    check_machine(next(iter(plan.cells.values())).cfg)
+    count = torch.cuda.device_count()
+    if args.num_gpus > max(count, 1):
+        raise InputError(f"--num-gpus {args.num_gpus} must be at most {max(count, 1)}")
+    at_once = max(args.num_gpus, 1)
+    plan, trials = tune_rates(plan, factors, args.group_by, at_once, optional=args.rates is None)
+    if trials:
+        rows = ("  ".join(f"{cell:12}" for cell in row) for row in trial_rows(trials))
+        print("\n".join(["", "learning rates tried", "", *rows, ""]), flush=True)
+    trainings = list(plan.cells.values())
+    failed = run_trainings(trainings, args.output_dir, at_once)
+    report(plan, failed, trials, f"python tools/compare.py {arguments}")
+    if failed:
+        raise InputError(f"{len(failed)} of {len(trainings)} training runs failed, see above")

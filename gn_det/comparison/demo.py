@@ -17,6 +17,7 @@ from ..engine.run_record import RECORD
 from ..errors import InputError, exit_on_input_error
 from ..evaluation.metrics_file import metrics_of
 from ..evaluation.report import Run, write_report
+from ..files import locked
 from ..model_zoo import get_config_file
 from .jobs import PRETRAIN, TRAIN, Training, run_trainings
 
@@ -61,10 +62,6 @@ class Demo:
             InputError: if the folder is not writable or has runs with other settings, or a run
                 fails.
         """
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write to {self.output}: {error.strerror}") from None
         if not self.shapes.exists():
             self.log("generating the dataset `shapes`")
             make_shapes(self.shapes, num_val=NUM_VAL)
@@ -145,5 +142,5 @@ def run(argv: Sequence[str] | None = None) -> None:
     help_ = "KEY VALUE pairs that override the config of every training run"
     add("opts", nargs=argparse.REMAINDER, help=help_)
     args = parser.parse_args(argv)
-    with exit_on_input_error():
+    with exit_on_input_error(), locked(args.output_dir):
         Demo(args.output_dir, args.opts).run()

@@ -18,7 +18,6 @@ from ..config import is_pretraining
 from ..config_file import read_config
 from ..engine.run_record import RECORD
 from ..errors import InputError, exit_on_sigterm
-from ..files import locked
 from .launcher import Launcher, check_same_config
 
 TRAIN = ("-m", "gn_det.engine.train")
@@ -66,13 +65,21 @@ class Training:
 
 
 class Progress:
-    """Prints the progress of all runs together, with the estimated time left."""
+    """Prints the progress of all runs together, with the estimated time left.
 
-    def __init__(self, trainings: Sequence[Training]) -> None:
+    Args:
+        trainings: all runs.
+        at_once: number of runs in parallel.
+    """
+
+    def __init__(self, trainings: Sequence[Training], at_once: int = 1) -> None:
+        self._at_once = at_once
         self._left = {training: training.size for training in trainings}
         self._total = sum(self._left.values())
-        self._counted: dict[Training, bool] = {}
-        self._done = 0  # images processed since the start of this command
+        # Time of the last progress line of each run that is under way
+        self._last: dict[Training, float] = {}
+        # Images between progress lines, and the seconds that they took, summed over all runs
+        self._done, self._seconds = 0, 0.0
         self._start = time.monotonic()
         self._lock = Lock()
 
@@ -87,8 +94,7 @@ class Progress:
         self.log(f"{training.name}: already finished")
 
     def begin(self, training: Training) -> None:
-        """Count a run that starts, or resumes from its last checkpoint."""
-        self._counted[training] = not (training.folder / "last_checkpoint").exists()
+        """Print the name of a run that starts or resumes."""
         self.log(training.name)
 
     def advance(self, training: Training, line: str) -> None:
@@ -101,12 +107,17 @@ class Progress:
         print(f"    {overall}{training.name}: {line}", flush=True)
 
     def _count(self, training: Training, left: int) -> str:
-        # The first line of a resumed run includes iterations of an earlier command
-        self._done += (self._left[training] - left) * self._counted[training]
-        self._left[training], self._counted[training] = left, True
+        now = time.monotonic()
+        # A run's first line includes its start, and iterations of an earlier command
+        if training in self._last:
+            self._done += self._left[training] - left
+            self._seconds += now - self._last[training]
+        self._left[training], self._last[training] = left, now
         rest = sum(self._left.values())
-        passed = time.monotonic() - self._start
-        eta = f"{passed * rest / self._done / 60:.0f} min" if self._done else "?"
+        eta = "?"
+        if self._done:
+            minutes = self._seconds * rest / self._done / self._at_once / 60
+            eta = f"{minutes:.0f} min"
         return f"{1 - rest / self._total:4.0%} of all runs, {eta} left | "
 
 
@@ -120,7 +131,7 @@ def run_trainings(
 
     Args:
         trainings: in the order in which they start.
-        output: the folder of all runs, which is locked meanwhile.
+        output: the folder of all runs, which the caller has locked.
         at_once: runs in parallel. Each has its own GPU if there are enough; on a CPU the cores
             are divided among them.
         environment: variables that are set for all.
@@ -129,11 +140,11 @@ def run_trainings(
         {name of a failed run: error message}. The other runs are completed.
 
     Raises:
-        InputError: if a run was started with another config, or another command uses `output`.
+        InputError: if a run was started with another config.
     """
     for training in trainings:
         check_same_config(training.folder, training.cfg, output)
-    progress, launcher = Progress(trainings), Launcher()
+    progress, launcher = Progress(trainings, at_once), Launcher()
     slots: queue.Queue[dict[str, str]] = queue.Queue()
     for number in range(at_once):
         slots.put(slot_environment(number, at_once))
@@ -149,17 +160,25 @@ def run_trainings(
             show = partial(progress.advance, training)
             variables = {**(environment or {}), **slot}
             launcher.launch([*training.program, *arguments], training.folder, show, variables)
+            remove_periodic_checkpoints(training.folder)
         finally:
             slots.put(slot)
 
-    with locked(output), ThreadPoolExecutor(at_once) as pool, exit_on_sigterm():
+    with ThreadPoolExecutor(at_once) as pool, exit_on_sigterm():
         jobs = {pool.submit(train, training): training.name for training in trainings}
         try:
             return collect_failures(jobs, progress)
         except BaseException:
+            progress.log("stopped: start the same command again to resume")
             pool.shutdown(wait=False, cancel_futures=True)
             launcher.stop()
             raise
+
+
+def remove_periodic_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints that a finished run no longer needs to resume."""
+    for path in folder.glob("model_[0-9]*.pth"):
+        path.unlink()
 
 
 def collect_failures(jobs: Mapping[Future, str], progress: Progress) -> dict[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
+from ..engine.train import PARENT
 from ..errors import InputError
 
 
@@ -62,7 +63,7 @@ class Launcher:
         tail: deque[str] = deque(maxlen=15)
         process = subprocess.Popen(
             [sys.executable, *arguments],
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, **(environment or {}), PARENT: str(os.getpid())},
             text=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -172,6 +172,9 @@ def tune_rates(
         print(f"no learning rates are tried: {error}", flush=True)
         return plan, []
     run_trainings([trial.training for trial in trials], plan.output, at_once)
+    for trial in trials:
+        # Only its AP is needed
+        (trial.training.folder / "model_final.pth").unlink(missing_ok=True)
     rates = {cell: trial.rate for cell, trial in choose(trials).items()}
     return plan.with_rates(rates), trials
 

@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import printable
+from ..processes import end_with_parent
 from .image_reader import READ_ERRORS
 
 # (index of a record, position of the sample in the order)
@@ -86,7 +87,7 @@ class TrainLoader:
             batch_sampler=_PlacedBatches(sampler, self._batch_size, self._wide, self._first),
             num_workers=self._num_workers,
             collate_fn=list,
-            worker_init_fn=_delay_signals,
+            worker_init_fn=_start_worker,
         )
 
 
@@ -109,14 +110,16 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
     )
 
 
-def _delay_signals(worker: int) -> None:
-    """Keep a worker process alive for `GRACE` seconds after SIGTERM, and ignore Ctrl-C.
+def _start_worker(worker: int) -> None:
+    """Let a worker process end with its training process, and not earlier.
 
-    Signals often reach all processes of a group or job at once. The training process still needs
-    its workers to finish the iteration.
+    It stays alive for `GRACE` seconds after SIGTERM, and ignores Ctrl-C: signals often reach all
+    processes of a group or job at once, and the training process still needs its workers to finish
+    the iteration.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+    end_with_parent()
 
 
 class _MappedRecords(Dataset):

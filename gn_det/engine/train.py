@@ -1,7 +1,11 @@
 """Training and evaluation from the command line: `gn-det train` and `tools/train_net.py`."""
 
 import argparse
+import multiprocessing
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
@@ -13,6 +17,8 @@ from ..check.weights import check_weights
 from ..config_file import add_base_argument, find_config, override_config, read_config
 from ..data.prepare import register
 from ..errors import InputError, exit_on_input_error
+from ..files import locked
+from ..processes import end_with_parent
 from .dataset_args import add_data_arguments, data_opts, describe_data
 from .describe import describe_recipe
 from .distributed import count_processes, launch, restarted_by_torchrun, torchrun_process_group
@@ -20,6 +26,8 @@ from .relative_steps import describe_steps
 from .train_step import any_process
 from .trainer import Trainer
 
+# Environment variable with the process ID of the command that started this one, and ends with it
+PARENT = "GN_DET_PARENT"
 DESCRIPTION = "Train or evaluate a detector with Group Normalization or another norm."
 EXAMPLE = "--config-file configs/Shapes/mask_rcnn_R_18_FPN_gn.yaml MODEL.DEVICE cpu"
 # Help texts of Detectron2's flags, with defaults
@@ -54,6 +62,8 @@ def main(args: argparse.Namespace, trainer_class: type[Trainer], cfg: CfgNode) -
     Returns:
         the results of the evaluation with `--eval-only`, else those of `DefaultTrainer.train`.
     """
+    if multiprocessing.parent_process() is not None:
+        end_with_parent()
     setup(args, cfg)
     if args.eval_only:
         return trainer_class.evaluate(cfg, args.resume)
@@ -80,6 +90,8 @@ def run(
         SystemExit: with a message, for an `InputError`.
     """
     args = _parse(argv, description, example)
+    if parent := os.environ.pop(PARENT, ""):
+        end_with_parent(int(parent))
     with exit_on_input_error():
         args.config_file = find_config(args.config_file)
         if args.skip_bad_batches is not None:
@@ -136,7 +148,10 @@ def _run(args: argparse.Namespace, cfg: CfgNode, trainer_class: type[Trainer]) -
     if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
         raise InputError("--eval-only would evaluate random weights: set MODEL.WEIGHTS")
     trainer_class.check_inputs(cfg, args.eval_only)
-    launch(main, args, trainer_class, cfg)
+    # One training run owns its folder; an evaluation may run beside it
+    owned = not args.eval_only and args.machine_rank == 0 and comm.is_main_process()
+    with locked(Path(cfg.OUTPUT_DIR), "OUTPUT_DIR") if owned else nullcontext():
+        launch(main, args, trainer_class, cfg)
 
 
 if __name__ == "__main__":

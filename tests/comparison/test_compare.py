@@ -16,6 +16,7 @@ from detectron2.modeling import build_backbone
 from small_comparison import comparison, words
 
 import gn_det.comparison.jobs as jobs_module
+import gn_det.files as files_module
 from gn_det.checkpoint.facts import describe
 from gn_det.comparison.cells import (
     Cell,
@@ -26,6 +27,7 @@ from gn_det.comparison.cells import (
     norm_keys,
 )
 from gn_det.comparison.compare import describe_cells
+from gn_det.comparison.compare import run as run_compare
 from gn_det.comparison.initial_weights import choose_weights, find_weights
 from gn_det.comparison.jobs import run_trainings
 from gn_det.config_file import read_config
@@ -139,10 +141,13 @@ def test_other_settings_are_refused(compared, shapes):
     assert (output / "results.json").exists(), "existing files are kept"
 
 
-def test_output_folder_is_locked(tmp_path):
-    with locked(tmp_path), pytest.raises(InputError, match=re.escape(str(tmp_path))):
-        run_trainings([], tmp_path)
-    assert run_trainings([], tmp_path) == {}
+def test_output_folder_is_locked(shapes, tmp_path, monkeypatch):
+    """The lock is taken before the first file is written, for --check too."""
+    monkeypatch.setattr(files_module, "LOCK_TIMEOUT", 0.0)
+    for more in ([], ["--check"]):
+        with locked(tmp_path), pytest.raises(SystemExit, match=re.escape(str(tmp_path))):
+            run_compare(words(shapes, tmp_path, *more))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_failed_run_does_not_stop_the_others(shapes, tmp_path, monkeypatch, capsys):
@@ -153,7 +158,8 @@ def test_a_failed_run_does_not_stop_the_others(shapes, tmp_path, monkeypatch, ca
     def launch(self, arguments, folder, show, environment):
         seen.append((folder.name, environment["CUDA_VISIBLE_DEVICES"]))
         time.sleep(0.05)
-        show("eta: 0:00:00  iter: 5  total_loss: 1")
+        for iteration in (2, 5):
+            show(f"eta: 0:00:00  iter: {iteration}  total_loss: 1")
         if folder.name == "GN_1_seed0":
             raise InputError("out of memory")
 
@@ -168,6 +174,19 @@ def test_a_failed_run_does_not_stop_the_others(shapes, tmp_path, monkeypatch, ca
     # 6 of 6 iterations with 2 images, and 6 of 12 with 1 image
     shares = [int(share) for share in re.findall(r"(\d+)% of all runs, \d+ min left \| ", printed)]
     assert shares == sorted(shares) and shares[-1] == round(100 * (2 * 12 + 2 * 6) / 48)
+
+
+def test_time_left_after_a_resume(shapes, tmp_path, monkeypatch, capsys):
+    """Iterations of the earlier command do not count: 2 took 2 minutes, and 6 of 12 are left."""
+    first, second = comparison(shapes, tmp_path).cells.values()
+    seconds = iter((0, 0, 50, 170, 180))
+    monkeypatch.setattr(jobs_module.time, "monotonic", lambda: next(seconds))
+    progress = jobs_module.Progress([first, second])
+    progress.begin(first)
+    progress.advance(first, "eta: 0:00:00  iter: 2  total_loss: 1")
+    progress.advance(first, "eta: 0:00:00  iter: 4  total_loss: 1")
+    progress.advance(second, "eta: 0:00:00  iter: 0  total_loss: 1")
+    assert re.search(r"50% of all runs, 6 min left", capsys.readouterr().out)
 
 
 def test_all_batch_sizes_see_equally_many_images(shapes, tmp_path):

@@ -15,6 +15,10 @@ import yaml
 from conftest import ROOT, SCRATCH, TINY, command, enable_sigint, shapes_config
 from detectron2.modeling import build_model
 
+import gn_det.files as files_module
+from gn_det.engine.train import run
+from gn_det.files import locked
+
 TRAIN = ("tools/train_net.py", "--config-file", "configs/Shapes/mask_rcnn_R_18_FPN_gn.yaml")
 
 
@@ -168,3 +172,11 @@ def test_without_detectron2(tool, tmp_path):
     done = command(f"tools/{tool}.py", env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 1
     assert re.fullmatch(r"error: gn_det needs Detectron2: .*install_detectron2.py\n", done.stderr)
+
+
+def test_a_folder_belongs_to_one_run(tmp_path, monkeypatch):
+    """A second training run in the same OUTPUT_DIR stops before it writes."""
+    monkeypatch.setattr(files_module, "LOCK_TIMEOUT", 0.0)
+    with locked(tmp_path), pytest.raises(SystemExit, match=r"OUTPUT_DIR"):
+        run([*TRAIN[1:], *opts(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import get_context
 from typing import Any
 
+from gn_det.processes import end_with_parent
+
 
 def run_parallel(
     function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], processes: int
@@ -23,5 +25,6 @@ def run_parallel(
 
 
 def _call(job: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
+    end_with_parent()
     function, arguments = job
     return function(*arguments)

@@ -1,0 +1,67 @@
+"""Processes end with the one that started them, even if that is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from gn_det.comparison.launcher import Launcher
+from gn_det.engine.train import PARENT
+
+CHILD = "import time; from gn_det.processes import end_with_parent; end_with_parent()"
+# A process that starts CHILD, prints its ID, and waits
+PARENT_OF_A_CHILD = f"""
+import subprocess, sys, time
+code = {CHILD!r} + "; print(1, flush=True); time.sleep(99)"
+child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+time.sleep(99)
+"""
+# A process that loads data with one worker, which prints its ID
+PARENT_OF_A_WORKER = """
+import os, time
+from gn_det.data.loader import TrainLoader
+records = [{"width": 2, "height": 1}] * 4
+options = {"batch_size": 1, "group_by_shape": False, "num_workers": 1}
+loader = TrainLoader(records, lambda record: os.getpid(), lambda _: iter([0] * 99), **options)
+loader.start_at(0, 0)
+batches = iter(loader)
+print(next(batches)[0], flush=True)
+time.sleep(99)
+"""
+
+
+def is_running(process: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("code", [PARENT_OF_A_CHILD, PARENT_OF_A_WORKER], ids=["child", "worker"])
+def test_children_of_a_killed_process_end(code):
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert is_running(child)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while is_running(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_the_launcher_names_itself_as_the_parent(tmp_path):
+    code = f"import os, sys; sys.exit(int(os.environ[{PARENT!r}]) != {os.getpid()})"
+    Launcher().launch(["-c", code], tmp_path, print)
