@@ -109,6 +109,9 @@ def override_config(cfg: CfgNode, opts: Sequence[str], path: str) -> CfgNode:
         raise
     except CONFIG_ERRORS as error:
         raise InputError(f"config {path} with {opts}: {describe_error(error)}") from None
+    if not isinstance(cfg.OUTPUT_DIR, str):
+        reason = f"OUTPUT_DIR {cfg.OUTPUT_DIR} is not the path of a folder"
+        raise InputError(reason, key="OUTPUT_DIR", fix="set it to a path")
     cfg.freeze()
     return cfg
 

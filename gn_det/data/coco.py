@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..errors import InputError
@@ -63,3 +64,14 @@ def check_dataset(name: str, num_classes: int | None = None, annotated: bool = T
             f"dataset {name} has {len(content['categories'])} categories, but "
             f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}: make them equal"
         )
+
+
+def remove_converted_annotations(cfg: CfgNode) -> None:
+    """Remove ground truth that an earlier run converted to COCO's format.
+
+    Detectron2's evaluator converts a dataset that is registered without a JSON file, and would use
+    the old file after the dataset has changed.
+    """
+    for name in cfg.DATASETS.TEST:
+        folder = Path(cfg.OUTPUT_DIR) / "inference"
+        (folder / f"{name}_coco_format.json").unlink(missing_ok=True)

@@ -262,6 +262,13 @@ def run(argv: Sequence[str] | None = None) -> None:
             raise InputError(f"{unreadable} of {len(paths)} files could not be read, see above")
 
 
+def score(word: str) -> float:
+    """Parse a score of the command line, from 0 to 1."""
+    if not 0 <= (number := float(word)) <= 1:
+        raise ValueError(word)
+    return number
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
@@ -277,7 +284,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     help_ = "folder for the drawn images and coco_instances_results.json (default: %(default)s)"
     add("--output-dir", type=Path, default=Path("output/predictions"), metavar="FOLDER", help=help_)
     help_ = "smallest score of drawn objects, from 0 to 1 (default: %(default)s)"
-    add("--min-score", type=float, default=MIN_SCORE, metavar="S", help=help_)
+    add("--min-score", type=score, default=MIN_SCORE, metavar="S", help=help_)
     help_ = "KEY VALUE overrides of the config, at the end of the command (default: none)"
     add("--opts", nargs=argparse.REMAINDER, default=[], help=help_)
     return parser.parse_args(argv)

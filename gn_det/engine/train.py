@@ -23,6 +23,7 @@ from .dataset_args import add_data_arguments, data_opts, describe_data
 from .describe import describe_recipe
 from .distributed import count_processes, launch, restarted_by_torchrun, torchrun_process_group
 from .relative_steps import describe_steps
+from .resume import check_resumed_config
 from .train_step import any_process
 from .trainer import Trainer
 
@@ -148,6 +149,8 @@ def _run(args: argparse.Namespace, cfg: CfgNode, trainer_class: type[Trainer]) -
     if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
         raise InputError("--eval-only would evaluate random weights: set MODEL.WEIGHTS")
     trainer_class.check_inputs(cfg, args.eval_only)
+    if args.resume and not args.eval_only:
+        check_resumed_config(cfg)
     # One training run owns its folder; an evaluation may run beside it
     owned = not args.eval_only and args.machine_rank == 0 and comm.is_main_process()
     with locked(Path(cfg.OUTPUT_DIR), "OUTPUT_DIR") if owned else nullcontext():

@@ -26,6 +26,7 @@ from ..check.proposals import check_proposals
 from ..checkpoint.checkpointer import StrictCheckpointer
 from ..config import is_pretraining
 from ..data import check_dataset
+from ..data.coco import remove_converted_annotations
 from ..data.loader import TrainLoader, build_train_loader
 from ..errors import InputError
 from ..evaluation.metrics_file import drop_metrics_from
@@ -118,6 +119,8 @@ class Trainer(DefaultTrainer):
             check_dataset(name, classes, annotated=not eval_only)
         check_proposals(cfg, eval_only)
         check_machine(cfg)
+        if comm.is_main_process():
+            remove_converted_annotations(cfg)
 
     @classmethod
     def evaluate(cls, cfg: CfgNode, resume: bool) -> dict:
@@ -198,6 +201,11 @@ class Trainer(DefaultTrainer):
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
         if main and resume:
             drop_metrics_from(self.cfg.OUTPUT_DIR, self.start_iter)
+        if self.start_iter >= self.max_iter:
+            logging.getLogger(__name__).warning(
+                f"{paths[0]} has finished all {self.max_iter:,} iterations, so nothing is trained: "
+                "raise SOLVER.MAX_ITER to train for longer"
+            )
 
     def train(self) -> Any:
         """Train until `SOLVER.MAX_ITER`.

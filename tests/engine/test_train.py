@@ -16,7 +16,11 @@ from conftest import ROOT, SCRATCH, TINY, command, enable_sigint, shapes_config
 from detectron2.modeling import build_model
 
 import gn_det.files as files_module
+from gn_det.config_file import read_config
+from gn_det.engine.resume import check_resumed_config
 from gn_det.engine.train import run
+from gn_det.engine.trainer import Trainer
+from gn_det.errors import InputError
 from gn_det.files import locked
 
 TRAIN = ("tools/train_net.py", "--config-file", "configs/Shapes/mask_rcnn_R_18_FPN_gn.yaml")
@@ -78,7 +82,7 @@ def test_outputs_of_a_run(trained):
     assert all(100 < line["peak_memory_mib"] < 24_000 for line in lines if "time" in line)
     assert {"bbox/AP", "segm/AP"} <= set(lines[-1])
     log = (trained / "log.txt").read_text()
-    assert re.search(r"72 norm tensors, learning rate \S+, weight decay 0$", log, re.MULTILINE)
+    assert re.search(r"64 norm tensors, learning rate \S+, weight decay 0$", log, re.MULTILINE)
     assert re.search(r"other tensors, learning rate \S+, weight decay 0.0001$", log, re.MULTILINE)
 
 
@@ -180,3 +184,40 @@ def test_a_folder_belongs_to_one_run(tmp_path, monkeypatch):
     with locked(tmp_path), pytest.raises(SystemExit, match=r"OUTPUT_DIR"):
         run([*TRAIN[1:], *opts(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("SOLVER.BASE_LR", 0.5), ("SEED", 7), ("SOLVER.IMS_PER_BATCH", 4), ("MODEL.FPN.NORM", "LN")],
+)
+def test_resuming_with_other_settings(key, value, trained):
+    """What a checkpoint has decided cannot change; nothing is written."""
+    before = (trained / "config.yaml").read_bytes()
+    with pytest.raises(SystemExit, match=f"{key} .*--resume|--resume.*{key} "):
+        run([*TRAIN[1:], "--resume", *opts(trained, key, value)])
+    assert (trained / "config.yaml").read_bytes() == before
+
+
+def test_resuming_for_longer(trained, caplog):
+    """MAX_ITER may grow, which is logged. A finished run says that there is nothing to do."""
+    keys = ("SOLVER.MAX_ITER", 61)
+    check_resumed_config(read_config(TRAIN[2], [*map(str, opts(trained, *keys))]))
+    assert "SOLVER.MAX_ITER 60 became 61" in caplog.text
+    trainer = Trainer(read_config(TRAIN[2], opts(trained)))
+    trainer.resume_or_load(resume=True)
+    assert "SOLVER.MAX_ITER" in caplog.text.splitlines()[-1]
+
+
+def test_ground_truth_of_an_earlier_run(tmp_path):
+    """Detectron2 would evaluate a dataset without a JSON file against the old one."""
+    cfg = shapes_config("mask_rcnn_R_18_FPN_gn", "OUTPUT_DIR", tmp_path)
+    stale = tmp_path / "inference" / "shapes_val_coco_format.json"
+    stale.parent.mkdir()
+    stale.write_text("{}")
+    Trainer.check_inputs(cfg, eval_only=True)
+    assert not stale.exists()
+
+
+def test_output_dir_is_a_path():
+    with pytest.raises(InputError, match="OUTPUT_DIR"):
+        shapes_config("mask_rcnn_R_18_FPN_gn", "OUTPUT_DIR", "None")
