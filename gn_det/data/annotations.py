@@ -10,6 +10,7 @@ from ..errors import InputError
 from .findings import Findings
 from .json_files import read_json
 from .masks import Mask, area_of, bounds_of, clean_mask, is_number, length_of
+from .suspicious import is_crowd, is_other_unit, plain_mask
 
 # COCO's evaluation uses at most this many detections per image
 MAX_DETECTIONS = 100
@@ -128,20 +129,31 @@ def clean_objects(
         box = clean_box(annotation, shown, width, height, findings)
         if box is None:
             continue
-        crowd = int(annotation.get("iscrowd") in (1, True) or annotation.get("ignore") in (1, True))
+        crowd = int(is_crowd(annotation))
         keys = {key: annotation[key] for key in ("image_id", "category_id")}
         cleaned = {"id": number, **keys, "bbox": box, "iscrowd": crowd, "area": box[2] * box[3]}
         if min(box[2:]) < 1:
             tiny.append(shown)
-        if mask := annotation.get("segmentation"):
+        given = annotation.get("segmentation")
+        mask = plain_mask(given) if given else None
+        if given and mask is None:
+            findings.add("polygons without points", shown, "their objects have no mask")
+        if mask and mask is not given:
+            findings.add("masks with points as pairs", shown, "they are read as x, y")
+        if mask:
             mask = clean_mask(shown, mask, (height, width), findings)
             if mask is None or not (crowd or _can_be_cropped(shown, mask, box, findings)):
                 continue
             if not crowd and _overlap(annotation["bbox"], bounds_of(mask)) < 0.5:
                 mismatched.append(shown)
             area: Any = annotation.get("area")
+            measured = area_of(mask, height, width)
             known = is_number(area) and area > 0
-            cleaned["area"] = area if known else area_of(mask, height, width)
+            if known and is_other_unit(area, measured):
+                known = False
+                action = "the area is computed from the mask"
+                findings.add("areas that are not those of the masks", shown, action)
+            cleaned["area"] = area if known else measured
             cleaned["segmentation"] = mask
         yield cleaned
     action = "boxes must be x, y, width and height in pixels"

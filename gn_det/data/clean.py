@@ -18,6 +18,7 @@ from .image_files import inspect_images, missing_images
 from .image_reader import size_error
 from .masks import clean_mask, is_read_as_given
 from .split import split
+from .suspicious import find_copies, inspect_box_format, inspect_crowds
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,15 @@ def clean(source: Source) -> Cleaned:
     images = list(inspect_images(content["images"], source.images, findings))
     entries = [entry for entry, *_ in images]
     sizes = {entry["id"]: (entry["width"], entry["height"]) for entry in entries}
-    objects = list(clean_objects(content["annotations"], sizes, findings))
+    annotations = content["annotations"]
+    inspect_crowds(annotations, findings)
+    inspect_box_format(annotations, sizes, findings)
+    copies_of = find_copies(annotations)
+    for position in sorted(copies_of):
+        shown = annotations[position].get("id")
+        findings.add("objects that are listed twice", shown, "the copies are left out")
+    kept = [a for position, a in enumerate(annotations) if position not in copies_of]
+    objects = list(clean_objects(kept, sizes, findings))
     content = {"categories": content["categories"], "images": entries, "annotations": objects}
     digests, copies = [digest for _, digest, _ in images], [copy for *_, copy in images]
     return Cleaned(source.images, content, list(findings), digests, copies)
@@ -96,6 +105,11 @@ def inspect_source(source: Source, split: str = "") -> list[Finding]:
             findings.add("images of an unsupported size", example, action, fatal=True)
         else:
             sizes[image["id"]] = sides
+    inspect_crowds(content["annotations"], findings)
+    inspect_box_format(content["annotations"], sizes, findings)
+    for position in sorted(find_copies(content["annotations"])):
+        shown, action = content["annotations"][position].get("id"), "remove the copies"
+        findings.add("objects that are listed twice", shown, action, fatal=True)
     objects = list(clean_objects(content["annotations"], sizes, findings))
     _inspect_raw_masks(content["annotations"], sizes, findings)
     inspect_counts({**content, "annotations": objects}, findings, split)

@@ -144,8 +144,8 @@ FATAL = {
         *(annotation(segmentation={**RLE, "counts": "ÿ\n"}), r"RLE .*counts .*\(1\)"),
     ),
     "RLE without a size": (*(annotation(segmentation={**RLE, "size": 5}), r"RLE .*size .*\(1\)"),),
-    "points in pairs": (
-        *(annotation(segmentation=[[[1, 1], [5, 5], [1, 5]]]), r"polygons nor RLE \(1\)"),
+    "points in triples": (
+        *(annotation(segmentation=[[[1, 1, 2], [5, 5, 2], [1, 5, 2]]]), r"polygons nor RLE \(1\)"),
     ),
     "two corners as a box": (annotation(bbox=[10, 10, 20, 20]), r"boxes .*masks \(1\): .*width"),
     "a relative box": (annotation(bbox=[0.25, 0.3, 0.25, 0.3]), r"boxes .*one pixel \(1\)"),
@@ -246,7 +246,9 @@ def test_categories_that_differ(data):
 def test_crowded_images(data):
     def crowd(content):
         first = content["annotations"][0]
-        content["annotations"] += [{**first, "id": 100 + i} for i in range(100)]
+        x, y, *sides = first["bbox"]
+        boxes = [[x + i / 1000, y, *sides] for i in range(1, 101)]
+        content["annotations"] += [{**first, "bbox": box} for box in boxes]
 
     change(data[0], crowd)
     assert "1 images with more than 100 objects (1.png)" in lines_of(data)["train"][0]
