@@ -19,6 +19,7 @@ from ..checkpoint.save import save_backbone
 from ..config import as_opts, default_config, value_of
 from ..errors import InputError
 from ..modeling.norm import is_group_norm
+from ..modeling.parts import BACKBONE_PARTS, PARTS, part_of
 from .cells import NORMS, split_norm
 
 # Steps of distillation from the BN network's features, after calibration
@@ -97,6 +98,10 @@ def find_weights(
     default = files[0] if files else cfg.MODEL.WEIGHTS
     if Path(default).is_file():
         default = str(Path(default).resolve())
+    own = [norm for norm in norms if norm not in named]
+    if len({split_norm(norm) for norm in own}) > 1 and holds_detector(default):
+        # Heads with another norm, or a converted backbone, could not take the rest
+        default = str(extract_backbone(Path(default), cfg, output))
     weights = {n: named[n] if n in named else choose_weights(n, default, cfg) for n in norms}
     own_grouping = any(_is_set(key, cfg, opts) for key in GROUP_NORM)
     grouping = {key: value_of(cfg, key) for key in GROUP_NORM} if own_grouping else GROUPING
@@ -134,6 +139,35 @@ def choose_weights(norm: str, weights: str, cfg: CfgNode) -> str | None:
     if backbone == "GN" and (depth := cfg.MODEL.RESNETS.DEPTH) in (50, 101):
         return f"catalog://ImageNetPretrained/FAIR/R-{depth}-GN"
     raise InputError(f"{weights} has {own}: give weights for {norm} with --init {norm}=FILE")
+
+
+def holds_detector(weights: str) -> bool:
+    """Whether a local file holds more of a detector than its backbone."""
+    if not Path(weights).is_file():
+        return False
+    names = read_weights(Path(weights), device="meta").tensors
+    return any(part_of(name) in PARTS and part_of(name) not in BACKBONE_PARTS for name in names)
+
+
+def extract_backbone(weights: Path, cfg: CfgNode, output: Path) -> Path:
+    """Write the backbone of a detector to a file of its own, so that all norms start alike.
+
+    Args:
+        weights: file of the detector.
+        cfg: sets the facts that the file lacks.
+        output: folder of the result.
+
+    Returns:
+        The new file. Its name contains a hash of the detector, so an existing one is reused.
+    """
+    digest = sha256(weights.read_bytes()).hexdigest()[:12]
+    path = (output / f"{weights.stem}_backbone_{digest}.pth").resolve()
+    if not path.is_file():
+        output.mkdir(parents=True, exist_ok=True)
+        conversion = convert(read_weights(weights), opts=as_opts(missing_facts(str(weights), cfg)))
+        conversion.check_complete([], [])
+        save_backbone(conversion.tensors, conversion.cfg, path)
+    return path
 
 
 def convert_to_gn(

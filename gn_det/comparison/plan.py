@@ -17,6 +17,7 @@ from ..config_file import find_config, override_config, read_config
 from ..data.object_sizes import ObjectSizes
 from ..data.prepare import Prepared, keys_of
 from ..engine.dataset_args import prepare_data
+from ..engine.describe import filled_parts
 from ..errors import InputError
 from ..modeling.norm import NORM_KEYS
 from ..solver import fitted_mask_head_factor
@@ -140,10 +141,12 @@ def make_plan(args: argparse.Namespace) -> Plan:
         output = Path(keys["OUTPUT_DIR"])
         trainings[cell] = Training(str(cell), output, config, words, allow_remote_base=remote)
     check_trainings(trainings, own)
+    check_filled({cell.norm: training.cfg for cell, training in trainings.items()})
     proposals = (str(proposal) for recipe in recipes.values() for proposal in recipe)
     notes = list(dict.fromkeys(proposals))
     notes += describe_fallbacks(weights.values(), base)
     notes += describe_own(own)
+    notes += describe_extracted(args.init, weights)
     notes += objects_out_of_reach(trainings[cells[0]].cfg, sizes)
     return Plan(args.output_dir, data, trainings, notes, own)
 
@@ -220,11 +223,39 @@ def check_trainings(
     check_pairs({cell: training.cfg for cell, training in trainings.items()}, own, tuned)
 
 
+def check_filled(configs: Mapping[str, CfgNode]) -> None:
+    """Refuse norms whose initial weights fill different parts of the model.
+
+    Args:
+        configs: the config of one run of each norm.
+
+    Raises:
+        InputError: naming the norms and the parts.
+    """
+    filled = {norm: filled_parts(cfg) for norm, cfg in configs.items()}
+    known = {norm: parts for norm, parts in filled.items() if parts is not None}
+    for norm, parts in known.items():
+        first = next(iter(known))
+        if more := parts ^ known[first]:
+            raise InputError(
+                f"--init: the weights of {first} and {norm} fill different parts of the model, "
+                f"as {', '.join(sorted(more))}: give files with the same parts"
+            )
+
+
 def describe_fallbacks(weights: Iterable[str], base: CfgNode) -> Iterator[str]:
     """Lines of text on the facts that a weights file lacks and the config supplies."""
     for file in dict.fromkeys(weights):
         for key, value in missing_facts(file, base).items():
             yield f"{key} {value}: from the config, as {Path(file).name} does not record it"
+
+
+def describe_extracted(given: Iterable[str], weights: Mapping[str, str]) -> Iterator[str]:
+    """A line of text if only the backbone of a given detector is used."""
+    for file in given:
+        stem = f"{Path(file).stem}_backbone_"
+        if any(Path(used).name.startswith(stem) for used in weights.values()):
+            yield f"--init {file}: only its backbone is used, so that all norms start alike"
 
 
 def describe_own(own: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

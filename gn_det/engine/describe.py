@@ -214,6 +214,21 @@ def _initial_weights(cfg: CfgNode, model: nn.Module) -> Iterator[str]:
         yield f"unused: {len(unused)} tensors of the file, such as {min(unused)}"
 
 
+def filled_parts(cfg: CfgNode) -> set[str] | None:
+    """The parts of the model that `MODEL.WEIGHTS` fills, as `part_of` names them.
+
+    Args:
+        cfg: a config that passes `check_config`.
+
+    Returns:
+        names of parts; None if the weights are not in a local file.
+    """
+    if not os.path.isfile(cfg.MODEL.WEIGHTS):
+        return None
+    filled, _ = _matched(build_on_meta_device(cfg), cfg.MODEL.WEIGHTS)
+    return {part_of(name) for name in filled}
+
+
 def _matched(model: nn.Module, weights: str) -> tuple[set[str], set[str]]:
     """Names of tensors of the model that a file fills, and of unused tensors in the file."""
     checkpointer = StrictCheckpointer(model)

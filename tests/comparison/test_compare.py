@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, command, enable_sigint
 from detectron2.engine import DefaultPredictor
-from detectron2.modeling import build_backbone
+from detectron2.modeling import build_backbone, build_model
 from small_comparison import comparison, words
 
 import gn_det.comparison.jobs as jobs_module
@@ -31,6 +31,7 @@ from gn_det.comparison.compare import run as run_compare
 from gn_det.comparison.initial_weights import choose_weights, find_weights
 from gn_det.comparison.jobs import run_trainings
 from gn_det.config_file import read_config
+from gn_det.engine.describe import filled_parts
 from gn_det.engine.predict import load_run
 from gn_det.errors import InputError
 from gn_det.evaluation.coco_stats import coco_stats
@@ -354,13 +355,38 @@ def test_bn_backbone_is_converted_to_gn(shapes, tmp_path):
     assert str(weights["GN"]) not in {t.cfg.MODEL.WEIGHTS for t in plan.cells.values()}
 
 
+def test_only_the_backbone_of_a_detector_is_used(shapes, tmp_path):
+    """All norms start alike: the heads of a whole BN* detector fit only one of them."""
+    cfg = read_config("Shapes/mask_rcnn_R_18_FPN_frozenbn.yaml", ["MODEL.DEVICE", "cpu"])
+    torch.manual_seed(0)
+    path = tmp_path / "detector.pth"
+    state = build_model(cfg).state_dict()
+    torch.save({"model": state}, path)
+    norms = ["--norms", "FrozenBN", "FrozenBN/GN", "GN", "--init"]
+    plan = comparison(shapes, tmp_path / "out", *norms, str(path), "--check")
+    for training in plan.cells.values():
+        assert filled_parts(training.cfg) == {"ResNet"}
+    assert any(note.startswith(f"--init {path}: ") for note in plan.notes)
+    frozen = torch.load(next(iter(plan.cells.values())).cfg.MODEL.WEIGHTS, weights_only=True)
+    name = "res2.0.conv1.weight"
+    assert torch.equal(frozen["model"][name], state[f"backbone.bottom_up.{name}"])
+    # Files of your own for each norm must fill the same parts
+    backbone = plan.cells[Cell("GN", 2, 0)].cfg.MODEL.WEIGHTS
+    with pytest.raises(InputError, match=r"--init: .*FrozenBN.* FPN"):
+        comparison(
+            *(shapes, tmp_path / "two", "--norms", "FrozenBN", "GN", "--init"),
+            *(f"FrozenBN={path}", f"GN={backbone}", "--check"),
+        )
+
+
 @pytest.mark.parametrize("given", [[], ["MODEL.PIXEL_STD", "[1.0,1.0,1.0]"]])
 def test_pixels_that_a_backbone_does_not_record(given, shapes, tmp_path):
     """BN* and the conversion use the same pixels: the config's, or the user's."""
     name = "Shapes/mask_rcnn_R_18_FPN_bn.yaml"
     cfg = read_config(name)
     path = tmp_path / "bn.pth"
-    torch.save({"model": build_backbone(cfg).bottom_up.state_dict()}, path)
+    state = build_backbone(cfg).bottom_up.state_dict()
+    torch.save({"model": state, "matching_heuristics": True}, path)
     more = ["--base", name, "--norms", "FrozenBN", "GN", "--init", str(path), "--check", *given]
     plan = comparison(shapes, tmp_path / "out", *more)
     std = [1.0, 1.0, 1.0] if given else cfg.MODEL.PIXEL_STD
