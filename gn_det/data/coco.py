@@ -1,11 +1,13 @@
 """Checks of registered COCO-format datasets before a run starts."""
 
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..errors import InputError
+from ..errors import InputError, printable
 from .json_files import read_json
 
 ENCODING = "utf-8"  # Detectron2 cannot read a byte order mark
@@ -16,15 +18,51 @@ def count_categories(name: str) -> int | None:
 
     The metadata's `thing_classes` take precedence over the annotation file.
     """
+    names = class_names(name)
+    return None if names is None else len(names)
+
+
+def class_names(name: str) -> list[str] | None:
+    """Names of the categories of a registered dataset, in the order of the model's class indices.
+
+    The metadata's `thing_classes` take precedence over the annotation file.
+
+    Returns:
+        the names, or None if they are not known on this machine.
+    """
     if name not in DatasetCatalog.list():
         return None
     metadata = MetadataCatalog.get(name)
     if "thing_classes" in metadata.as_dict():
-        return len(metadata.thing_classes)
+        return list(metadata.thing_classes)
     try:
-        return len(read_json(Path(metadata.get("json_file", "")), ENCODING)["categories"])
+        categories = read_json(Path(metadata.get("json_file", "")), ENCODING)["categories"]
+        # As in Detectron2, which sorts by id
+        return [str(c["name"]) for c in sorted(categories, key=lambda c: c["id"])]
     except (InputError, KeyError, TypeError):
         return None
+
+
+def check_same_classes(names: Mapping[str, Sequence[str] | None]) -> None:
+    """Refuse datasets whose class indices mean different categories.
+
+    Args:
+        names: {what they belong to, such as "dataset mine_val": names of the classes, or None if
+            they are unknown}.
+
+    Raises:
+        InputError: naming the first class that differs.
+    """
+    known = [(where, classes) for where, classes in names.items() if classes is not None]
+    for where, classes in known[1:]:
+        first, expected = known[0]
+        pairs = enumerate(zip_longest(expected, classes, fillvalue="no class"))
+        for index, (one, two) in pairs:
+            if one != two:
+                raise InputError(
+                    f"class {index} is {printable(one)} in {first}, but {printable(two)} in "
+                    f"{where}: use the same categories, with ids in the same order"
+                )
 
 
 def check_dataset(name: str, num_classes: int | None = None, annotated: bool = True) -> None:

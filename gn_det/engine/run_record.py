@@ -11,9 +11,13 @@ from typing import Any
 import detectron2
 import torch
 import torchvision
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from torch import nn
 
+from ..data.coco import check_same_classes, class_names
+from ..data.json_files import read_json
+from ..errors import InputError
 from ..model_zoo import CONFIG_ROOT
 
 try:
@@ -56,6 +60,25 @@ def categories_of(name: str) -> list[dict[str, Any]]:
     names = metadata.get("thing_classes", [])
     ids = metadata.get("thing_dataset_id_to_contiguous_id") or {i: i for i in range(len(names))}
     return [{"id": number, "name": names[i]} for number, i in ids.items()]
+
+
+def check_trained_classes(folder: Path, cfg: CfgNode) -> None:
+    """Refuse to evaluate a model on datasets with other classes than it was trained on.
+
+    Args:
+        folder: of the weights; without `run.json` in it, nothing is known and checked.
+        cfg: `DATASETS.TEST` names the datasets.
+
+    Raises:
+        InputError: naming the first class that differs.
+    """
+    try:
+        recorded = read_json(folder / RECORD)["categories"]
+        trained = [str(category["name"]) for category in recorded]
+    except (InputError, KeyError, TypeError):
+        return
+    for name in cfg.DATASETS.TEST:
+        check_same_classes({f"{folder / RECORD}": trained, f"dataset {name}": class_names(name)})
 
 
 def peak_memory_mib(device: str) -> float | None:

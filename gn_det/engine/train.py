@@ -24,6 +24,7 @@ from .describe import describe_recipe
 from .distributed import count_processes, launch, restarted_by_torchrun, torchrun_process_group
 from .relative_steps import describe_steps
 from .resume import check_resumed_config
+from .run_record import check_trained_classes
 from .train_step import any_process
 from .trainer import Trainer
 
@@ -151,6 +152,9 @@ def _run(args: argparse.Namespace, cfg: CfgNode, trainer_class: type[Trainer]) -
     trainer_class.check_inputs(cfg, args.eval_only)
     if args.resume and not args.eval_only:
         check_resumed_config(cfg)
+    if args.eval_only:
+        folder = cfg.OUTPUT_DIR if args.resume else os.path.dirname(cfg.MODEL.WEIGHTS)
+        check_trained_classes(Path(folder), cfg)
     # One training run owns its folder; an evaluation may run beside it
     owned = not args.eval_only and args.machine_rank == 0 and comm.is_main_process()
     with locked(Path(cfg.OUTPUT_DIR), "OUTPUT_DIR") if owned else nullcontext():

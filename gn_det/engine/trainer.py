@@ -26,7 +26,7 @@ from ..check.proposals import check_proposals
 from ..checkpoint.checkpointer import StrictCheckpointer
 from ..config import is_pretraining
 from ..data import check_dataset
-from ..data.coco import remove_converted_annotations
+from ..data.coco import check_same_classes, class_names, remove_converted_annotations
 from ..data.loader import TrainLoader, build_train_loader
 from ..errors import InputError
 from ..evaluation.metrics_file import drop_metrics_from
@@ -117,6 +117,9 @@ class Trainer(DefaultTrainer):
             is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
             classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES if is_rcnn else None
             check_dataset(name, classes, annotated=not eval_only)
+        trained = () if eval_only else cfg.DATASETS.TRAIN
+        names = dict.fromkeys((*trained, *cfg.DATASETS.TEST))
+        check_same_classes({f"dataset {name}": class_names(name) for name in names})
         check_proposals(cfg, eval_only)
         check_machine(cfg)
         if comm.is_main_process():

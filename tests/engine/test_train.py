@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT, SCRATCH, TINY, command, enable_sigint, shapes_config
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 
 import gn_det.files as files_module
@@ -221,3 +224,38 @@ def test_ground_truth_of_an_earlier_run(tmp_path):
 def test_output_dir_is_a_path():
     with pytest.raises(InputError, match="OUTPUT_DIR"):
         shapes_config("mask_rcnn_R_18_FPN_gn", "OUTPUT_DIR", "None")
+
+
+@pytest.fixture
+def swapped(shapes, tmp_path) -> Iterator[str]:
+    """A registered dataset in which two categories have exchanged their ids."""
+    content = json.loads((shapes / "instances_val.json").read_text())
+    first, second, *_ = content["categories"]
+    first["id"], second["id"] = second["id"], first["id"]
+    path = tmp_path / "swapped.json"
+    path.write_text(json.dumps(content))
+    name = f"swapped_{tmp_path.name}"
+    register_coco_instances(name, {}, str(path), str(shapes / "images"))
+    yield name
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def test_evaluating_on_swapped_categories(trained, swapped):
+    """The model's own categories stand in its run.json."""
+    weights = ("MODEL.WEIGHTS", trained / "model_final.pth")
+    words = [
+        *TRAIN[1:],
+        "--eval-only",
+        *opts(trained, *weights),
+        "DATASETS.TEST",
+        f"('{swapped}',)",
+    ]
+    with pytest.raises(SystemExit, match=rf"class 0 .*run\.json.*{swapped}"):
+        run(words)
+
+
+def test_training_and_validation_with_swapped_categories(tmp_path, swapped):
+    cfg = shapes_config("mask_rcnn_R_18_FPN_gn", "DATASETS.TEST", f"('{swapped}',)")
+    with pytest.raises(InputError, match=f"class 0 .*shapes_train.*{swapped}"):
+        Trainer.check_inputs(cfg, eval_only=False)
