@@ -117,8 +117,7 @@ class Trainer(DefaultTrainer):
             is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
             classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES if is_rcnn else None
             check_dataset(name, classes, annotated=not eval_only)
-        trained = () if eval_only else cfg.DATASETS.TRAIN
-        names = dict.fromkeys((*trained, *cfg.DATASETS.TEST))
+        names = dict.fromkeys((*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST))
         check_same_classes({f"dataset {name}": class_names(name) for name in names})
         check_proposals(cfg, eval_only)
         check_machine(cfg)
