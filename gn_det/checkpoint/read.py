@@ -154,7 +154,10 @@ def _read(path: Path, device: str) -> Any:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     budget = Budget(path.stat().st_size)
     with path.open("rb") as file:
-        begin = file.read(16)
+        begin = file.read(64)
+    for start, reason in NO_WEIGHTS.items():
+        if begin.lstrip().lower().startswith(start):
+            raise OSError(reason)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             return _read_zip(archive, budget, device)
@@ -167,6 +170,14 @@ def _read(path: Path, device: str) -> Any:
     if begin.startswith(LEGACY):
         return read_legacy(content, budget, device)
     return Unpickler(content, budget).load()
+
+
+# First bytes of files that a failed download leaves -> what they are, and the fix
+NO_WEIGHTS = {
+    b"version https://git-lfs": "it is a Git LFS pointer, not the file: run `git lfs pull`",
+    b"<!doctype html": "it is a web page, not the file: download it again",
+    b"<html": "it is a web page, not the file: download it again",
+}
 
 
 # Others decompress without a limit in Python's zipfile

@@ -20,6 +20,9 @@ from .masks import clean_mask, is_read_as_given
 from .split import split
 from .suspicious import find_copies, inspect_box_format, inspect_crowds
 
+# Difference between the wanted and the reached share of validation images that is reported
+MAX_DEVIATION = 0.1
+
 
 @dataclass(frozen=True)
 class Source:
@@ -148,6 +151,13 @@ def split_dataset(
     The training set gets the findings of the dataset, the validation set gets none.
     """
     chosen = split(data.content["images"], data.digests, val_fraction, group_by)
+    share, findings = sum(chosen) / len(chosen), Findings()
+    if abs(share - val_fraction) > MAX_DEVIATION:
+        description = f"images for validation, {share:.0%} instead of {val_fraction:.0%}"
+        for entry, is_val in zip(data.content["images"], chosen, strict=True):
+            if is_val:
+                action = "the groups are too large or too few: use finer ones, or pass --val"
+                findings.add(description, entry["file_name"], action)
     halves = []
     for wanted in (False, True):
         members = [i for i, is_val in enumerate(chosen) if is_val == wanted]
@@ -157,7 +167,7 @@ def split_dataset(
         content = {**data.content, "images": entries, "annotations": objects}
         digests, copies = [data.digests[i] for i in members], [data.copies[i] for i in members]
         halves.append(Cleaned(data.images, content, [], digests, copies))
-    halves[0].findings = data.findings
+    halves[0].findings = [*data.findings, *findings]
     return halves[0], halves[1]
 
 

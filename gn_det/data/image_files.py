@@ -16,6 +16,7 @@ from ..files import write_whole
 from ..progress import progress
 from .findings import Findings
 from .image_reader import TURNS, decode_image, read_image_bytes, starts_as_image
+from .near_names import near_name
 
 # Percentiles of an image's values that become 0 and 255 when it is converted to 8 bits
 PERCENTILES = (0.1, 99.9)
@@ -76,8 +77,10 @@ def missing_images(entries: Sequence[dict[str, Any]], folder: Path, findings: Fi
         problems = pool.map(lambda chunk: [_problem_at_start(folder, e) for e in chunk], chunks)
         for entry, problem in zip(entries, chain.from_iterable(problems), strict=True):
             if problem:
-                action = _put_into(folder) if problem == MISSING else REPLACE
-                findings.add(problem, entry["file_name"], action, fatal=True)
+                if problem == MISSING:
+                    _add_missing(folder, entry["file_name"], findings)
+                else:
+                    findings.add(problem, entry["file_name"], REPLACE, fatal=True)
 
 
 def _problem_at_start(folder: Path, entry: dict[str, Any]) -> str:
@@ -90,8 +93,13 @@ def _problem_at_start(folder: Path, entry: dict[str, Any]) -> str:
     return "" if known else UNREADABLE
 
 
-def _put_into(folder: Path) -> str:
-    return f"put them into {folder}, or remove them from the annotation file"
+def _add_missing(folder: Path, name: str, findings: Findings) -> None:
+    """Report a missing file, with the existing one that its name probably means."""
+    near = near_name(folder, name)
+    action = f"put them into {folder}, or remove them from the annotation file"
+    if near:
+        action = "correct file_name in the annotation file"
+    findings.add(MISSING, f"{name}, found as {near}" if near else name, action, fatal=True)
 
 
 def inspect_images(
@@ -115,7 +123,7 @@ def inspect_images(
         for entry, file in zip(entries, files, strict=True):
             name = entry["file_name"]
             if file.error and not file.digest:
-                findings.add(MISSING, name, _put_into(folder), fatal=True)
+                _add_missing(folder, name, findings)
             elif file.error:
                 findings.add(UNREADABLE, f"{name}: {file.error}", REPLACE, fatal=True)
             else:

@@ -1,6 +1,7 @@
 """A reproducible split of images into training and validation."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
@@ -17,12 +18,14 @@ def split(
     """Assign each image to training or validation.
 
     A hash decides, so that an image keeps its assignment when other images are added. Images with
-    identical files always stay together, and so do images with the same group key.
+    identical files always stay together, and so do images with the same group key. With groups,
+    validation gets those that fit into `val_fraction` of the images, in the order of their hashes,
+    and one more if that comes nearer.
 
     Args:
         entries: the `images` of a COCO instances file.
         digests: SHA-256 of the image files, in the same order.
-        val_fraction: expected share of the groups that goes to validation, between 0 and 1.
+        val_fraction: share of the images that goes to validation, between 0 and 1.
         group_by: a field of `images`, or a regular expression that is searched in `file_name`. The
             group key is its first capturing group, or the whole match if it has none. None splits
             by image file.
@@ -43,12 +46,35 @@ def split(
     # Group keys may contain lone surrogates, which UTF-8 cannot encode
     hashes = [sha256(key.encode(errors="surrogatepass")).hexdigest() for key in keys]
     chosen = [int(digest, 16) / 16**64 < val_fraction for digest in hashes]
+    if group_by is not None and len(set(hashes)) > 1:
+        first = _choose_groups(hashes, val_fraction)
+        chosen = [digest in first for digest in hashes]
     if all(chosen) or not any(chosen):
         side = "training" if all(chosen) else "validation"
         raise InputError(
             f"--val-fraction {val_fraction} of {len(set(keys))} groups leaves none for {side}: "
             "use another fraction, or pass a validation set with --val"
         )
+    return chosen
+
+
+def _choose_groups(hashes: Sequence[str], share: float) -> set[str]:
+    """Groups that hold nearly this share of the images; not none, and not all.
+
+    Args:
+        hashes: the hash of each image's group.
+        share: of the images, between 0 and 1.
+    """
+    sizes, missing = Counter(hashes), share * len(hashes)
+    chosen: set[str] = set()
+    for digest in sorted(sizes):
+        if sizes[digest] <= missing:
+            chosen.add(digest)
+            missing -= sizes[digest]
+    left = [digest for digest in sorted(sizes) if digest not in chosen]
+    nearest = min(left, key=lambda digest: abs(missing - sizes[digest]))
+    if not chosen or (len(left) > 1 and abs(missing - sizes[nearest]) < missing):
+        chosen.add(nearest)
     return chosen
 
 

@@ -121,6 +121,20 @@ def test_no_weights(suffix, content, tmp_path):
         read_weights(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "LFS"),
+        (b"\n<!DOCTYPE html><html></html>", "web page"),
+    ],
+)
+def test_what_a_failed_download_leaves(content, word, tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"weights\.pth .*{word}"):
+        read_weights(path)
+
+
 def test_damaged_files(tmp_path):
     np.savez_compressed(tmp_path / "w.npz", **ARRAYS)
     intact = (tmp_path / "w.npz").read_bytes()

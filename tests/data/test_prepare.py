@@ -380,6 +380,32 @@ def test_groups_stay_together(group_by):
     assert 0.2 < sum(chosen) / 400 < 0.4
 
 
+def test_groups_come_near_to_the_fraction():
+    """Ten groups of very different sizes, of which the largest has 29% of the images."""
+    sizes = [1, 2, 3, 5, 8, 13, 21, 34, 55, 58]
+    entries = [{"file_name": f"{g}_{i}.png", "g": g} for g, n in enumerate(sizes) for i in range(n)]
+    digests = [entry["file_name"] for entry in entries]
+    for fraction in (0.1, 0.2, 0.3, 0.5):
+        chosen = split(entries, digests, fraction, "g")
+        held = {e["g"] for e, is_val in zip(entries, chosen, strict=True) if is_val}
+        assert sum(chosen) == sum(sizes[g] for g in held), "groups stay whole"
+        assert abs(sum(chosen) / 200 - fraction) <= 0.05
+
+
+def test_a_split_that_is_far_from_the_fraction(data):
+    """One patient has almost all images."""
+
+    def group(content):
+        for number, image in enumerate(content["images"]):
+            image["patient"] = min(number, 1)
+
+    change(data[0], group)
+    *_, findings = clean_splits(data[0], None, val_fraction=0.2, group_by="patient")
+    share = [f for f in findings["train"] if "instead of 20%" in f.description]
+    images = len(json.loads(data[0].annotations.read_text())["images"])
+    assert bool(share) == (abs(1 / images - 0.2) > 0.1)
+
+
 def test_identical_files_stay_together():
     """So do groups that share a file."""
     digests = [str(i) for i in range(400)]

@@ -124,3 +124,15 @@ def test_areas_in_other_units(content, tmp_path):
     areas = [a["area"] for a in data.content["annotations"]]
     assert areas == pytest.approx(expected, rel=0.1)
     assert kinds(data) == {"areas that are not those of the masks": (20, False)}
+
+
+@pytest.mark.parametrize(
+    "name", ["images\\2.png", "images/2.png", "2.PNG", "deep/2.png", "e\u0301.png"]
+)
+def test_near_names_of_missing_images(name, content, tmp_path):
+    """Other slashes, folders, case and Unicode forms: the existing file is named."""
+    Image.new("RGB", (128, 96)).save(tmp_path / "images" / "\u00e9.png")
+    content["images"][1]["file_name"] = name
+    expected = "\u00e9.png" if "e" == name[0] else "2.png"
+    (finding,) = [f for f in cleaned(content, tmp_path).findings if f.fatal]
+    assert finding.examples[0].endswith(f"found as {expected}")
