@@ -312,7 +312,7 @@ def test_compare_in_full(runner, backbones):
     frozen, gn = printed.split("\nFrozenBN/GN, batch size 2, seed 0\n")[1].split(
         "\nGN, batch size 2"
     )
-    assert "ResNet: 20 FrozenBN" in frozen and "ResNet: 20 GN (32 groups)" in gn
+    assert "ResNet: 20 FrozenBN" in frozen and "ResNet: 20 GN (16 channels per group)" in gn
     assert "FPN: 8 GN (2 channels per group)" in frozen and "24.0 epochs" in frozen
     assert "loaded: 100 of 164 tensors (ResNet 100)" in frozen
 

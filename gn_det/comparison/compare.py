@@ -32,7 +32,7 @@ from ..files import locked
 from .cells import DEFAULT_NORMS, compared_pairs, describe_norms
 from .jobs import run_trainings
 from .plan import Plan, make_plan
-from .rates import DEFAULT_RATES, Trial, allows_trials, trial_rows, tune_rates
+from .rates import DEFAULT_RATES, Trial, allows_trials, lower_rates, trial_rows, tune_rates
 
 BASE = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_4conv1fc.yaml"
 EXAMPLE = "example: gn-det compare --train train.json images/ --seeds 0 1"
@@ -208,8 +208,8 @@ def print_plan(plan: Plan, factors: Sequence[float]) -> None:
     first = next(iter(plan.cells)).seed
     for cell, training in plan.cells.items():
         if cell.seed == first:
-            print(f"\n{cell}\n\n{describe_recipe(training.cfg, 1)}\n", flush=True)
-            print("\n".join(describe_steps(training.cfg)), flush=True)
+            print(f"\n{cell}\n\n{describe_recipe(training.cfg, 1)}", flush=True)
+            print(describe_steps(training.cfg), flush=True)
     if len(factors) > 1:
         tried = " ".join(f"{factor:g}" for factor in factors)
         print(f"\nlearning rates to try with each norm: {tried} times the above (--rates)")
@@ -252,6 +252,10 @@ def execute(args: argparse.Namespace, plan: Plan, factors: Sequence[float], argu
         print("\n".join(["", "learning rates tried", "", *rows, ""]), flush=True)
     trainings = list(plan.cells.values())
     failed = run_trainings(trainings, args.output_dir, at_once)
+    while failed and (lower := lower_rates(plan, trials, failed)):
+        plan, trainings = lower, list(lower.cells.values())
+        print("\nruns diverged, so their norms get the next lower learning rate\n", flush=True)
+        failed = run_trainings(trainings, args.output_dir, at_once)
     report(plan, failed, trials, f"python tools/compare.py {arguments}")
     if failed:
         raise InputError(f"{len(failed)} of {len(trainings)} training runs failed, see above")

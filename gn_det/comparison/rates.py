@@ -1,14 +1,17 @@
 """Choose the learning rate of each norm by short trials on a part of the training set."""
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
 from ..data.hold_out import hold_out
+from ..engine.train_step import DIVERGED
 from ..errors import InputError
 from ..evaluation.metrics_file import metrics_of
+from ..files import write_whole
 from .autoconfig import propose_schedule
 from .jobs import Training, run_trainings
 from .plan import Cell, Plan, with_keys
@@ -19,6 +22,8 @@ DEFAULT_RATES = (1.0, 2.0, 4.0, 8.0)
 SHARE, LEAST = 0.25, 100
 # Largest share of the comparison's own iterations that trials may add by default
 ALLOWED = 2 / 3
+# Record of the rates in use, once one was lowered
+LOWERED = "rates/lowered.json"
 # Below this AP a trial has learned too little to choose a rate by it
 MIN_AP = 1.0
 
@@ -175,8 +180,51 @@ def tune_rates(
     for trial in trials:
         # Only its AP is needed
         (trial.training.folder / "model_final.pth").unlink(missing_ok=True)
+    return plan.with_rates(rates_to_use(plan, trials)), trials
+
+
+def rates_to_use(plan: Plan, trials: Sequence[Trial]) -> dict[tuple[str, int], float]:
+    """The best rate of each norm and batch size, or a lower one if runs diverged at it."""
     rates = {cell: trial.rate for cell, trial in choose(trials).items()}
-    return plan.with_rates(rates), trials
+    record = plan.output / LOWERED
+    lowered = json.loads(record.read_text()) if record.is_file() else {}
+    return {cell: lowered.get(f"{cell[0]}, {cell[1]}", rate) for cell, rate in rates.items()}
+
+
+def lower_rates(plan: Plan, trials: Sequence[Trial], failed: Mapping[str, str]) -> Plan | None:
+    """Give norms whose runs diverged the next lower rate that was tried.
+
+    A trial is shorter than a run, so a rate may be too high only in the run. All runs of the norm
+    are repeated, and the folders of the old ones are moved to those of the trials.
+
+    Args:
+        plan: of the comparison, which was executed.
+        trials: of the learning rates.
+        failed: {name of a failed run: error message}.
+
+    Returns:
+        the new plan, or None if no rate can be lowered.
+    """
+    diverged = {
+        (cell.norm, cell.images)
+        for cell, training in plan.cells.items()
+        if DIVERGED in failed.get(training.name, "")
+    }
+    lower: dict[tuple[str, int], float] = {}
+    for key, rate in rates_to_use(plan, trials).items():
+        tried = [t.rate for t in trials if (t.norm, t.images) == key and t.aps and t.rate < rate]
+        if key in diverged and tried:
+            lower[key] = max(tried)
+    if not lower:
+        return None
+    for cell, training in plan.cells.items():
+        if (cell.norm, cell.images) in lower and training.folder.exists():
+            rate = training.cfg.SOLVER.BASE_LR
+            training.folder.rename(plan.output / "rates" / f"{training.folder.name}_at_{rate:g}")
+    rates = rates_to_use(plan, trials) | lower
+    with write_whole(plan.output / LOWERED) as file:
+        file.write(json.dumps({f"{norm}, {n}": rate for (norm, n), rate in rates.items()}))
+    return plan.with_rates(rates)
 
 
 def trial_rows(trials: Sequence[Trial]) -> Iterator[list[str]]:

@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -43,7 +43,7 @@ def describe_recipe(cfg: CfgNode, num_gpus: int = 1) -> str:
     """
     cfg = DefaultTrainer.auto_scale_workers(_resolved(cfg), num_gpus)
     model = build_on_meta_device(cfg)
-    with _logging_disabled():
+    with logging_disabled():
         optimizer = build_optimizer(cfg, model)
     sections = {
         "norm layers": _norm_layers(cfg, model),
@@ -54,11 +54,12 @@ def describe_recipe(cfg: CfgNode, num_gpus: int = 1) -> str:
         "learning rate": _learning_rates(cfg),
         "initial weights": _initial_weights(cfg, model),
     }
-    return "\n".join(
-        f"{'' if i else title:17}{line}"
-        for title, lines in sections.items()
-        for i, line in enumerate(lines)
-    )
+    return "\n".join(as_section(title, lines) for title, lines in sections.items())
+
+
+def as_section(title: str, lines: Iterable[str]) -> str:
+    """Lines of text, indented, with a title before the first one."""
+    return "\n".join(f"{'' if i else title:17}{line}" for i, line in enumerate(lines))
 
 
 def _resolved(cfg: CfgNode) -> CfgNode:
@@ -232,7 +233,7 @@ def filled_parts(cfg: CfgNode) -> set[str] | None:
 def _matched(model: nn.Module, weights: str) -> tuple[set[str], set[str]]:
     """Names of tensors of the model that a file fills, and of unused tensors in the file."""
     checkpointer = StrictCheckpointer(model)
-    with _logging_disabled(), warnings.catch_warnings():
+    with logging_disabled(), warnings.catch_warnings():
         # PyTorch warns that copying to the meta device does nothing, which is intended here
         warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
         checkpointer.load(weights, checkpointables=[])
@@ -241,8 +242,8 @@ def _matched(model: nn.Module, weights: str) -> tuple[set[str], set[str]]:
 
 
 @contextmanager
-def _logging_disabled() -> Iterator[None]:
-    """Suppress log lines whose content `describe_recipe` prints in another form."""
+def logging_disabled() -> Iterator[None]:
+    """Suppress log lines whose content `--check` prints in another form."""
     logging.disable(logging.WARNING)
     try:
         yield

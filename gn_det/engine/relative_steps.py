@@ -1,7 +1,6 @@
 """How far the first steps of a training run would move each part of the model."""
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
+from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -19,6 +19,7 @@ from ..checkpoint.checkpointer import StrictCheckpointer
 from ..data.loader import build_train_loader
 from ..modeling.parts import MASK_HEAD_PARTS, part_of
 from ..solver import build_optimizer, is_norm
+from .describe import as_section, logging_disabled
 
 # Mask heads with GN that moved by 6e-4 learned nothing, by 2e-3 little, and by 7e-3 well
 LEAST = 1e-3
@@ -105,29 +106,41 @@ def _relative_length(cfg: CfgNode) -> float:
     return sum(rates) / len(rates) * end
 
 
-def describe_steps(cfg: CfgNode) -> Iterator[str]:
+def describe_steps(cfg: CfgNode) -> str:
     """Describe the relative step of each part, and warn of a mask head that would not learn.
 
     Args:
-        cfg: as in `relative_steps`. Nothing is measured if its training set is not on this machine.
+        cfg: as in `relative_steps`.
+
+    Returns:
+        lines of text, in the form of `describe_recipe`; "" for other architectures than R-CNNs.
     """
     if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
-        return
+        return ""
+    if reason := _why_not(cfg):
+        return as_section("relative step", [f"not measured: {reason}"])
+    with logging_disabled():
+        steps = relative_steps(cfg)
+    end = f"{cfg.SOLVER.MAX_ITER:,} iterations if the gradient stayed the same"
+    lines = [f"at the start, in one batch, and summed over {end}"]
+    lines += [f"{part:16} {s.step:8.1e}   {s.moved:8.1e}" for part, s in steps.items()]
+    head = MASK_HEAD_PARTS[0]
+    if cfg.MODEL.ROI_MASK_HEAD.NORM and head in steps and steps[head].moved < LEAST:
+        lines.append(
+            f"WARNING: the {head} will learn little or nothing: raise "
+            "SOLVER.MASK_HEAD_MULTIPLIER (0 chooses it), or train for longer"
+        )
+    return as_section("relative step", lines)
+
+
+def _why_not(cfg: CfgNode) -> str:
+    """The reason why the relative steps cannot be measured on this machine, or ""."""
+    if comm.get_world_size() > 1:
+        return "several processes were started"
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        yield "relative steps: not measured, since PyTorch finds no GPU"
-        return
+        return "PyTorch finds no GPU"
     for name in cfg.DATASETS.TRAIN:
         path = MetadataCatalog.get(name).get("json_file")
         if name not in DatasetCatalog.list() or (path is not None and not Path(path).is_file()):
-            yield f"relative steps: not measured, since {name} is not found"
-            return
-    steps = relative_steps(cfg)
-    yield "relative step of each part at the start (one batch, full learning rate), and its sum"
-    yield f"over {cfg.SOLVER.MAX_ITER:,} iterations if the gradient stayed the same:"
-    yield from (f"  {part:16} {s.step:8.1e}   {s.moved:8.1e}" for part, s in steps.items())
-    head = MASK_HEAD_PARTS[0]
-    if cfg.MODEL.ROI_MASK_HEAD.NORM and head in steps and steps[head].moved < LEAST:
-        yield (
-            f"WARNING: the {head} would move by {steps[head].moved:.1e} in the whole schedule, and "
-            "will learn little or nothing: raise SOLVER.MASK_HEAD_MULTIPLIER, or set it to 0"
-        )
+            return f"{name} is not found"
+    return ""

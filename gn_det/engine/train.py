@@ -143,9 +143,9 @@ def _run(args: argparse.Namespace, cfg: CfgNode, trainer_class: type[Trainer]) -
     if args.check and not comm.is_main_process():
         return
     if args.check:
-        print(f"{args.config_file}\n\n{describe_recipe(cfg, num_gpus)}")
-        print("\n".join(["", *describe_data(cfg)]), flush=True)
-        print("\n".join(["", *describe_steps(cfg)]))
+        print(f"{args.config_file}\n\n{describe_recipe(cfg, num_gpus)}", flush=True)
+        print(describe_steps(cfg))
+        print("\n".join(["", *describe_data(cfg)]))
         return
     if args.eval_only and not (cfg.MODEL.WEIGHTS or args.resume):
         raise InputError("--eval-only would evaluate random weights: set MODEL.WEIGHTS")

@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from ..data.loader import UnreadableSample, seed_from
 from ..errors import InputError
 
+# Begins the reason of a batch with Inf or NaN, unless its images cannot be read
+DIVERGED = "the training has diverged, so lower SOLVER.BASE_LR, or the batch has bad values"
 # Smallest loss scale; below it, float16 gradients were Inf or NaN at every scale
 MIN_SCALE = 2.0**-14
 
@@ -103,7 +105,7 @@ class TrainingStep(SimpleTrainer):
             with torch.autocast(self._device, precision, enabled=precision is not None):
                 losses = self.model(batch)
         except FloatingPointError as error:  # raised by Detectron2's RPN for Inf or NaN
-            return str(error), {}
+            return f"{DIVERGED}: {error}", {}
         return "", {"total_loss": losses} if isinstance(losses, Tensor) else losses
 
     def _backward(self, losses: dict[str, Tensor]) -> str:
@@ -121,7 +123,7 @@ class TrainingStep(SimpleTrainer):
         if all(map(math.isfinite, values)):
             return ""
         text = ", ".join(f"{k} {v:.4g}" for k, v in zip(numbers, values, strict=True))
-        return f"losses or gradients are Inf or NaN: {text}"
+        return f"{DIVERGED}: losses or gradients are Inf or NaN: {text}"
 
     def _skip_batch(self, batch: Sequence[Any], reason: str) -> None:
         """Log a bad batch as skipped, or raise an error if too many have been skipped."""

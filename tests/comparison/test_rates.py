@@ -7,17 +7,21 @@ from pathlib import Path
 import pytest
 from small_comparison import comparison, words
 
+from gn_det.comparison.cells import Cell
 from gn_det.comparison.compare import parse, rate_factors
 from gn_det.comparison.jobs import Training
 from gn_det.comparison.plan import make_plan
 from gn_det.comparison.rates import (
     Trial,
     choose,
+    lower_rates,
     make_trials,
+    rates_to_use,
     trial_length,
     trial_rows,
     tune_rates,
 )
+from gn_det.engine.train_step import DIVERGED
 from gn_det.errors import InputError
 
 
@@ -120,3 +124,26 @@ def test_no_trials_of_a_tiny_training_set(shapes, tmp_path, capsys):
     assert same is plan and not trials and "learning rates" in capsys.readouterr().out
     with pytest.raises(InputError, match="groups"):
         tune_rates(plan, (1.0, 2.0), group)
+
+
+def test_a_lower_rate_for_a_norm_that_diverged(shapes, tmp_path):
+    """All its runs are repeated at the next lower rate; a resumed command keeps it."""
+    plan = comparison(shapes, tmp_path, "--seeds", "0", "1", "--norms", "LN", "GN")
+    trials = []
+    for norm, aps in (("LN", (9.0, 10.0, 11.0)), ("GN", (9.0, 10.0, 11.0))):
+        for factor, ap in zip((1.0, 2.0, 4.0), aps, strict=True):
+            trials.append(trial(tmp_path, norm, factor, ap, ap))
+    plan = plan.with_rates(rates_to_use(plan, trials))
+    first = plan.cells[Cell("LN", 2, 0)]
+    first.folder.mkdir(parents=True)
+    (first.folder / "log.txt").write_text("kept")
+    assert lower_rates(plan, trials, {first.name: "out of memory"}) is None
+    (tmp_path / "rates").mkdir()
+    lower = lower_rates(plan, trials, {first.name: f"iteration 5: {DIVERGED}: loss nan"})
+    assert lower is not None and not first.folder.exists()
+    assert [p.read_text() for p in (tmp_path / "rates").glob("*/log.txt")] == ["kept"]
+    rates = {(c.norm, c.seed): t.cfg.SOLVER.BASE_LR for c, t in lower.cells.items()}
+    assert rates == {("LN", 0): 0.02, ("LN", 1): 0.02, ("GN", 0): 0.04, ("GN", 1): 0.04}
+    assert rates_to_use(plan, trials) == {("LN", 2): 0.02, ("GN", 2): 0.04}
+    last = lower_rates(lower, trials, {first.name: DIVERGED})
+    assert last is not None and lower_rates(last, trials, {first.name: DIVERGED}) is None
