@@ -93,9 +93,9 @@ def answer(
     """
     sentences = [f"{norm} FAILED: {reason}." for norm, reason in failed.items()]
     if gaps:
+        sentences += _advise(gaps, models)
         sentences.append(_describe_gaps(gaps))
         sentences += _describe_unlearned(gaps, models)
-        sentences += _advise(gaps, models)
     else:
         aps = (
             f"{model['model']} reaches {word} AP {model[kind]['AP']['mean']:.1f}"
