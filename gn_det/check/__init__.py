@@ -10,6 +10,7 @@ from .layers import check_layers
 from .norm_keys import check_builders, check_implementation, check_norm_keys
 from .problem import ConfigError, Problem
 from .schedule import check_batch, check_classes, check_solver, check_steps
+from .values import check_values
 from .weights import check_weights, grouping_mismatch
 
 __all__ = ["ConfigError", "Problem", "check_config", "log_warnings", "refuse_problems"]
@@ -54,6 +55,10 @@ def log_warnings(cfg: CfgNode) -> None:
 
 
 def _find_problems(cfg: CfgNode, num_gpus: int) -> Iterator[Problem]:
+    # The other checks compute with these values
+    if wrong := list(check_values(cfg)):
+        yield from wrong
+        return
     yield from check_steps(cfg)
     yield from check_batch(cfg, num_gpus)
     yield from check_solver(cfg)

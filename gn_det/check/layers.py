@@ -12,7 +12,10 @@ from ..solver import images_per_pass, is_norm
 from .problem import Problem
 
 # Exceptions of Detectron2's builders for values that no model can be built from
-BUILD_ERRORS = (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError)
+BUILD_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError),
+    *(RuntimeError, TypeError, ValueError),
+)
 
 
 def check_layers(cfg: CfgNode, num_gpus: int) -> Iterator[Problem]:

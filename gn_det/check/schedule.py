@@ -51,9 +51,6 @@ def check_solver(cfg: CfgNode) -> Iterator[Problem]:
     if keys.AMP.DTYPE not in ("float16", "bfloat16"):
         fix = "set it to float16 or bfloat16"
         yield Problem("SOLVER.AMP.DTYPE", keys.AMP.DTYPE, "it is not a 16-bit float type", fix)
-    for key in ("KEEP_CHECKPOINTS", "SKIP_BAD_BATCHES", "MASK_HEAD_MULTIPLIER"):
-        if keys[key] < 0:
-            yield Problem(f"SOLVER.{key}", keys[key], "it is negative", "set it to 0 or larger")
 
 
 def check_classes(cfg: CfgNode) -> Iterator[Problem]:

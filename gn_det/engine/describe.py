@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.engine import DefaultTrainer
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.solver import build_lr_scheduler
@@ -156,10 +156,16 @@ def _data(cfg: CfgNode) -> Iterator[str]:
         return
     seen = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH
     for name in names:
+        if name not in DatasetCatalog.list():
+            yield f"{seen:,} images; {name} is NOT REGISTERED: training would abort"
+            return
         path = MetadataCatalog.get(name).get("json_file")
         if path is not None and not os.path.isfile(path):
             yield f"{seen:,} images; {name} NOT FOUND ({path}): training would abort"
             return
+    if not names:
+        yield "none (DATASETS.TRAIN is empty): training would abort"
+        return
     empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     images = len(get_detection_dataset_dicts(names, filter_empty=empty))
     kind = "images with annotations" if empty else "images"

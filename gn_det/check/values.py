@@ -1,0 +1,99 @@
+"""Checks of single values that Detectron2 and PyTorch would refuse with a traceback."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver import build_lr_scheduler
+
+from ..config import is_pretraining, value_of
+from .problem import Problem
+
+# Key -> smallest and largest value
+RANGES: dict[str, tuple[float, float]] = {
+    **{
+        f"MODEL.{key}": (1, 2**16)
+        for key in (
+            *("FPN.OUT_CHANNELS", "RESNETS.STEM_OUT_CHANNELS", "RESNETS.RES2_OUT_CHANNELS"),
+            *("RESNETS.NUM_GROUPS", "RESNETS.WIDTH_PER_GROUP", "ROI_BOX_HEAD.CONV_DIM"),
+            *("ROI_BOX_HEAD.FC_DIM", "ROI_MASK_HEAD.CONV_DIM", "ROI_HEADS.NUM_CLASSES"),
+            *("ROI_BOX_HEAD.POOLER_RESOLUTION", "ROI_MASK_HEAD.POOLER_RESOLUTION"),
+            *("ROI_HEADS.BATCH_SIZE_PER_IMAGE", "RPN.BATCH_SIZE_PER_IMAGE"),
+        )
+    },
+    **{
+        f"MODEL.{key}": (0, 100)
+        for key in ("ROI_BOX_HEAD.NUM_CONV", "ROI_BOX_HEAD.NUM_FC", "ROI_MASK_HEAD.NUM_CONV")
+    },
+    **{
+        f"SOLVER.{key}": (0, 1e9)
+        for key in (
+            *("BASE_LR", "WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WARMUP_ITERS", "WARMUP_FACTOR"),
+            *("BIAS_LR_FACTOR", "NORM_LR_FACTOR", "BACKBONE_MULTIPLIER", "MASK_HEAD_MULTIPLIER"),
+            *("REFERENCE_WORLD_SIZE", "KEEP_CHECKPOINTS", "SKIP_BAD_BATCHES"),
+        )
+    },
+    "SOLVER.MOMENTUM": (0, 1),
+    "SOLVER.MAX_ITER": (1, 2**40),
+    "SOLVER.IMS_PER_BATCH": (1, 2**20),
+    "SEED": (-(2**63), 2**32 - 1),
+    "DATALOADER.NUM_WORKERS": (0, 2**10),
+}
+CHOICES = {
+    "SOLVER.WARMUP_METHOD": ("constant", "linear"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
+}
+NOT_EMPTY = (
+    *("MODEL.RPN.IOU_THRESHOLDS", "MODEL.ROI_HEADS.IOU_THRESHOLDS"),
+    *("MODEL.ANCHOR_GENERATOR.SIZES", "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"),
+)
+NAMES = ("MODEL.BACKBONE.NAME", "MODEL.DEVICE", "SOLVER.LR_SCHEDULER_NAME")
+
+
+def check_values(cfg: CfgNode) -> Iterator[Problem]:
+    """Check ranges, choices and empty lists of the keys that a model and its schedule need."""
+    problems = [*_out_of_range(cfg), *_unknown(cfg)]
+    yield from problems
+    if not problems and not is_pretraining(cfg):
+        yield from _check_scheduler(cfg)
+
+
+def _out_of_range(cfg: CfgNode) -> Iterator[Problem]:
+    for key, (low, high) in RANGES.items():
+        value: Any = value_of(cfg, key)
+        # Pretraining computes its number of iterations
+        unused = is_pretraining(cfg) and key == "SOLVER.MAX_ITER"
+        if not unused and value is not None and not low <= value <= high:
+            fix = f"set it to a value from {low:g} to {high:g}"
+            yield Problem(key, value, "it is out of range", fix)
+    steps = cfg.SOLVER.STEPS
+    if not all(type(step) is int and step > 0 for step in steps):
+        fix = 'give iterations above 0, such as "(60000,80000)"'
+        yield Problem("SOLVER.STEPS", steps, "they are not iterations", fix)
+
+
+def _unknown(cfg: CfgNode) -> Iterator[Problem]:
+    for key, known in CHOICES.items():
+        if (value := value_of(cfg, key)) not in known:
+            yield Problem(key, value, "it is not known", f"set it to {' or '.join(known)}")
+    for key in NOT_EMPTY:
+        if not value_of(cfg, key):
+            yield Problem(key, value_of(cfg, key), "it is empty", "give at least one value")
+    for key in NAMES:
+        if not isinstance(value_of(cfg, key), str):
+            yield Problem(key, value_of(cfg, key), "it is not a name", "set it to a name")
+
+
+def _check_scheduler(cfg: CfgNode) -> Iterator[Problem]:
+    """Check that Detectron2 can build the schedule of the learning rate."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    # Steps that are out of order or beyond the end have a check of their own
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.STEPS = sorted({s for s in cfg.SOLVER.STEPS if s < cfg.SOLVER.MAX_ITER})
+    try:
+        build_lr_scheduler(cfg, optimizer)
+    except (ValueError, TypeError, AssertionError) as error:
+        key, name = "SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME
+        yield Problem(key, name, f"Detectron2 refuses the schedule ({error})", "correct it")
