@@ -1,6 +1,6 @@
 """Load unlabelled images from a folder, to measure activations of a network on them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,3 +59,28 @@ def load_images(paths: Iterable[Path], side: int, image_format: str) -> Tensor:
         square = np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR))
         squares.append(square[..., ::-1] if image_format == "BGR" else square)
     return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Find the images that files and folders stand for.
+
+    Args:
+        paths: files, and folders that are searched recursively.
+
+    Returns:
+        paths of the images, in order.
+
+    Raises:
+        InputError: for a path that does not exist, and if there are no images.
+    """
+    images: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path} does not exist")
+        if path.is_dir():
+            images += filter(is_image, sorted(path.rglob("*")))
+        else:
+            images.append(path)
+    if not images:
+        raise InputError(f"there are no images in {', '.join(map(str, paths))}")
+    return images

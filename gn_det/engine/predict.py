@@ -23,7 +23,7 @@ from ..checkpoint.checkpointer import StrictCheckpointer
 from ..config import default_device
 from ..config_file import read_config
 from ..data.image_files import read_image
-from ..data.unlabelled_images import is_image
+from ..data.unlabelled_images import find_images
 from ..errors import InputError, exit_on_input_error, printable
 from ..evaluation.figures import MIN_SCORE, draw
 from ..evaluation.markdown import one_line
@@ -33,6 +33,10 @@ from ..plain_yaml import CONFIG_ERRORS, describe_error
 from .run_record import RECORD
 
 MAX_RECORD = 10 * 2**20  # bytes of run.json
+# Images between two writes of the results
+SAVE_PERIOD = 100
+# File systems allow names of 255 bytes
+MAX_STEM = 60
 
 
 class Predictor(DefaultPredictor):
@@ -161,31 +165,6 @@ def is_category(value: object) -> bool:
     )
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Find the images that files and folders stand for.
-
-    Args:
-        paths: files, and folders that are searched recursively.
-
-    Returns:
-        paths of the images, in order.
-
-    Raises:
-        InputError: for a path that does not exist, and if there are no images.
-    """
-    images: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{path} does not exist")
-        if path.is_dir():
-            images += filter(is_image, sorted(path.rglob("*")))
-        else:
-            images.append(path)
-    if not images:
-        raise InputError(f"there are no images in {', '.join(map(str, paths))}")
-    return images
-
-
 def predict(
     predictor: Predictor, image: np.ndarray, number: int, categories: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -239,27 +218,39 @@ def run(argv: Sequence[str] | None = None) -> None:
         cfg, categories = load_run(args.model, args.output_dir, args.opts)
         check_machine(cfg)
         paths, predictor = find_images(args.images), Predictor(cfg)
-        results, unreadable = [], 0
-        for number, path in enumerate(paths, start=1):
-            try:
-                image = read_image(path)
-            except InputError as error:
-                print(error)
-                unreadable += 1
-                continue
-            detections = predict(predictor, image, number, categories)
-            results += [{**result, "file_name": str(path)} for result in detections]
-            shown = [result for result in detections if result["score"] >= args.min_score]
-            drawn = draw(image, shown, as_coco(image, number, categories))
-            target = args.output_dir / f"{number:05}_{path.stem}.jpg"
-            Image.fromarray(drawn).save(target, quality=90)
-            print(f"{printable(str(target), 1000)}: {len(shown)} objects", flush=True)
-        with write_whole(args.output_dir / "coco_instances_results.json") as file:
-            file.write(json.dumps(results) + "\n")
-        path = args.output_dir / "coco_instances_results.json"
+        results: list[dict[str, Any]] = []
+        unreadable = 0
+        try:
+            for number, path in enumerate(paths, start=1):
+                try:
+                    image = read_image(path)
+                except InputError as error:
+                    print(error)
+                    unreadable += 1
+                    continue
+                detections = predict(predictor, image, number, categories)
+                results += [{**result, "file_name": str(path)} for result in detections]
+                shown = [result for result in detections if result["score"] >= args.min_score]
+                drawn = draw(image, shown, as_coco(image, number, categories))
+                target = args.output_dir / f"{number:05}_{path.stem[:MAX_STEM]}.jpg"
+                Image.fromarray(drawn).save(target, quality=90)
+                print(f"{printable(str(target), 1000)}: {len(shown)} objects", flush=True)
+                if number % SAVE_PERIOD == 0:
+                    save_results(results, args.output_dir)
+        finally:
+            # An interruption or a full disk does not lose what was found before
+            path = save_results(results, args.output_dir)
         print(f"{path}: {len(results)} objects of any score")
         if unreadable:
             raise InputError(f"{unreadable} of {len(paths)} files could not be read, see above")
+
+
+def save_results(results: Sequence[dict[str, Any]], folder: Path) -> Path:
+    """Write COCO results to `coco_instances_results.json` in a folder, and return its path."""
+    path = folder / "coco_instances_results.json"
+    with write_whole(path) as file:
+        file.write(json.dumps(results) + "\n")
+    return path
 
 
 def score(word: str) -> float:

@@ -26,7 +26,7 @@ from gn_det.data.image_folder import ImageMapper, build_test_loader
 from gn_det.data.image_reader import FORMATS
 from gn_det.data.prepare import is_prepared
 from gn_det.data.split import split
-from gn_det.engine.predict import find_images
+from gn_det.data.unlabelled_images import find_images
 from gn_det.errors import InputError, printable
 
 KINDS = ["fifo", "socket", "folder", "/dev/zero", "loop", "huge", "/proc"]
