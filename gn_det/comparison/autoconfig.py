@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 
+from ..check.norm_keys import STOCK
 from ..checkpoint.recipe import HEADS_GROUPING
 from ..config import default_config
 from ..data.object_sizes import ObjectSizes
@@ -87,6 +88,9 @@ def propose_heads_grouping(cfg: CfgNode, given: Sequence[str] = ()) -> Iterator[
     names = ("NUM_GROUPS", "DIM_PER_GP", "HEADS_NUM_GROUPS", "HEADS_DIM_PER_GP")
     if any(keys[name] != default[name] or f"MODEL.GROUP_NORM.{name}" in given for name in names):
         return
+    parts = (cfg.MODEL.BACKBONE, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD)
+    if any(part.NAME in STOCK for part in parts):
+        return  # Detectron2's own always have 32 groups
     if {*parts_with_norm(cfg)} - {"backbone"}:
         for key, width in HEADS_GROUPING.items():
             yield Proposal(key, width, "learns faster than 32 groups in short schedules")

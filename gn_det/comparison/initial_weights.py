@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 
+from ..check.norm_keys import STOCK
 from ..checkpoint.bn_to_gn import NUM_IMAGES, to_group_norm
 from ..checkpoint.convert import convert
 from ..checkpoint.facts import GROUP_NORM, NORM, PIXELS, STRIDE, describe
@@ -103,7 +104,9 @@ def find_weights(
         # Heads with another norm, or a converted backbone, could not take the rest
         default = str(extract_backbone(Path(default), cfg, output))
     weights = {n: named[n] if n in named else choose_weights(n, default, cfg) for n in norms}
-    own_grouping = any(_is_set(key, cfg, opts) for key in GROUP_NORM)
+    # Detectron2's own builder always has 32 groups
+    stock = cfg.MODEL.BACKBONE.NAME in STOCK
+    own_grouping = stock or any(_is_set(key, cfg, opts) for key in GROUP_NORM)
     grouping = {key: value_of(cfg, key) for key in GROUP_NORM} if own_grouping else GROUPING
     for norm, path in weights.items():
         if path is None:

@@ -14,6 +14,8 @@ from gn_det.check.schedule import check_steps
 from gn_det.comparison.autoconfig import (
     drop_overridden,
     images_seen,
+    propose_heads_grouping,
+    propose_mask_head,
     propose_schedule,
     propose_sizes,
 )
@@ -185,3 +187,26 @@ def test_schedules_of_a_few_iterations_pass_the_checks(end):
     short = read_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_gn.yaml", opts)
     assert short.SOLVER.MAX_ITER == end
     assert not list(check_steps(short))
+
+
+def test_grouping_of_the_heads():
+    """Two channels per group, unless the user or the config chose, or Detectron2 builds the parts."""
+    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_4conv1fc.yaml"
+    key = "MODEL.GROUP_NORM.HEADS_DIM_PER_GP"
+    proposal = [(p.key, p.value) for p in propose_heads_grouping(config(name))]
+    assert proposal == [(key, 2)]
+    assert not list(propose_heads_grouping(config(name), ["MODEL.GROUP_NORM.NUM_GROUPS", "32"]))
+    for own in (key, "MODEL.GROUP_NORM.DIM_PER_GP"):
+        assert not list(propose_heads_grouping(read_config(name, [own, "4"])))
+    stock = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"]
+    assert not list(propose_heads_grouping(read_config(name, stock)))
+
+
+def test_rate_of_the_mask_head():
+    """The factor is the same for all norms, and a factor of the config is kept."""
+    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_4conv1fc.yaml"
+    keys = ["SOLVER.MAX_ITER", "200", "SOLVER.BASE_LR", "0.005", "SOLVER.STEPS", "()"]
+    (proposal,) = propose_mask_head(read_config(name, keys))
+    assert (proposal.key, proposal.value) == ("SOLVER.MASK_HEAD_MULTIPLIER", 4.0)
+    assert not list(propose_mask_head(read_config(name, [*keys, proposal.key, "1.0"])))
+    assert not list(propose_mask_head(read_config(name, [*keys, "MODEL.MASK_ON", "False"])))
