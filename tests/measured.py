@@ -90,6 +90,16 @@ def comparisons(table: Table) -> list[list[str]]:
     return rows
 
 
+def trials(table: Table) -> list[list[str]]:
+    """Box AP / mask AP of each norm at each learning rate."""
+    found = {(t["norm"], t["rate"]): t for t in load("compare.json")["trials on nuclei"]}
+    rows = []
+    for rate in table.column(0):
+        mine = (found[norm, float(rate)] for norm in ("BN*", "BN*/GN", "GN"))
+        rows.append([rate, *(f"{t['box AP']:.1f} / {t['mask AP']:.1f}" for t in mine)])
+    return rows
+
+
 def compared(model: Mapping[str, Sequence[float]] | None) -> str:
     """Mean ± standard deviation of box AP and mask AP over the seeds of a model."""
     if model is None:
@@ -383,6 +393,7 @@ TABLES = [
         ("dataset, iterations", "BN*", "BN*, GN in FPN and heads", "GN", "GN − BN*"),
         comparisons,
     ),
+    Measured(RESULTS, ("learning rate", "BN*", "BN*, GN in FPN and heads", "GN"), trials),
     Measured(
         RESULTS,
         ("after iterations", "BN*", "BN*, slow", "GN, slow", "GN − BN*, slow"),

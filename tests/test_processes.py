@@ -11,6 +11,7 @@ from conftest import ROOT
 
 from gn_det.comparison.launcher import Launcher
 from gn_det.engine.train import PARENT
+from gn_det.errors import InputError
 
 CHILD = "import time; from gn_det.processes import end_with_parent; end_with_parent()"
 # A process that starts CHILD, prints its ID, and waits
@@ -65,3 +66,11 @@ def test_children_of_a_killed_process_end(code):
 def test_the_launcher_names_itself_as_the_parent(tmp_path):
     code = f"import os, sys; sys.exit(int(os.environ[{PARENT!r}]) != {os.getpid()})"
     Launcher().launch(["-c", code], tmp_path, print)
+
+
+def test_errors_of_a_run_name_no_flags_of_another_command(tmp_path):
+    """`compare.py` has neither --resume nor --skip-bad-batches."""
+    error = "error: bad. --resume resumes from x; --skip-bad-batches N skips bad batches"
+    with pytest.raises(InputError, match=r"error: bad\. .*SOLVER\.SKIP_BAD_BATCHES") as caught:
+        Launcher().launch(["-c", f"import sys; sys.exit({error!r})"], tmp_path, print)
+    assert "--" not in str(caught.value).partition("error: ")[2]

@@ -35,6 +35,17 @@ def check_same_config(folder: Path, cfg: CfgNode, root: Path) -> None:
         )
 
 
+def in_own_words(error: str) -> str:
+    """An error of `train_net.py`, without flags that the commands for several runs do not have."""
+    for flag, words in (
+        ("--resume resumes", "the same command resumes"),
+        ("--skip-bad-batches N", "SOLVER.SKIP_BAD_BATCHES N"),
+        ("which --resume cannot change", "which a resumed run cannot change"),
+    ):
+        error = error.replace(flag, words)
+    return error
+
+
 class Launcher:
     """Starts Python subprocesses, and can terminate all of them."""
 
@@ -83,7 +94,11 @@ class Launcher:
             self._running.discard(process)
         if process.returncode:
             has_reason = tail and tail[-1].startswith("error: ")
-            reason = tail[-1].strip() if has_reason else f"its last output was\n{''.join(tail)}"
+            reason = (
+                in_own_words(tail[-1].strip())
+                if has_reason
+                else f"its last output was\n{''.join(tail)}"
+            )
             raise InputError(f"{folder.name} failed, see {folder}/log.txt: {reason}")
 
     def stop(self) -> None:

@@ -190,7 +190,7 @@ def test_schedules_of_a_few_iterations_pass_the_checks(end):
 
 
 def test_grouping_of_the_heads():
-    """Two channels per group, unless the user or the config chose, or Detectron2 builds the parts."""
+    """Two channels per group, unless user or config chose, or Detectron2 builds the parts."""
     name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_4conv1fc.yaml"
     key = "MODEL.GROUP_NORM.HEADS_DIM_PER_GP"
     proposal = [(p.key, p.value) for p in propose_heads_grouping(config(name))]
