@@ -1,7 +1,9 @@
 """Errors in the user's input end the program with one sentence and no traceback."""
 
+import os
 import reprlib
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,13 +48,20 @@ def printable(value: object, limit: int = 200) -> str:
 
 @contextmanager
 def exit_on_input_error() -> Iterator[None]:
-    """Exit with the message and code 1 on `InputError`, and with code 130 on Ctrl-C."""
+    """Exit with the message and code 1 on `InputError`, and with code 130 on Ctrl-C.
+
+    If the reader of the output has gone, as with `| head`, exit with code 141 and no message.
+    """
     try:
         yield
     except InputError as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        # Python flushes the output once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
 
 
 @contextmanager

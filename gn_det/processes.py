@@ -1,5 +1,6 @@
 """Processes that end with the process that started them."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -16,9 +17,12 @@ def end_with_parent(parent: int | None = None) -> None:
     the same folder as the next command.
 
     Args:
-        parent: process ID of the parent; defaults to that of the current parent.
+        parent: process ID of the parent; defaults to that of the process that started this one
+            by `multiprocessing`, or else to the current parent's.
     """
-    expected = os.getppid() if parent is None else parent
+    starter = multiprocessing.parent_process()
+    # A parent that has ended already is not the current one
+    expected = parent or (starter.pid if starter else None) or os.getppid()
 
     def watch() -> None:
         # The children of a process that has ended get another parent

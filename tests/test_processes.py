@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 from conftest import ROOT
 
 from gn_det.comparison.launcher import Launcher
+from gn_det.engine.distributed import TORCHRUN, count_processes, restarted_by_torchrun
 from gn_det.engine.train import PARENT
 from gn_det.errors import InputError
 
@@ -74,3 +76,27 @@ def test_errors_of_a_run_name_no_flags_of_another_command(tmp_path):
     with pytest.raises(InputError, match=r"error: bad\. .*SOLVER\.SKIP_BAD_BATCHES") as caught:
         Launcher().launch(["-c", f"import sys; sys.exit({error!r})"], tmp_path, print)
     assert "--" not in str(caught.value).partition("error: ")[2]
+
+
+def test_the_reader_of_the_output_has_gone():
+    """As with `| head`: no traceback."""
+    code = (
+        "from gn_det.errors import exit_on_input_error\n"
+        "with exit_on_input_error():\n"
+        "    for line in range(100_000):\n"
+        "        print(line)\n"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"])
+def test_odd_variables_of_torchrun(variable, monkeypatch):
+    for name in (*TORCHRUN, variable):
+        monkeypatch.setenv(name, "x" if name == variable else "1")
+    with pytest.raises(InputError, match=variable):
+        assert count_processes(Namespace(num_gpus=1, num_machines=1)) and restarted_by_torchrun()

@@ -151,6 +151,7 @@ def run_trainings(
 
     def train(training: Training) -> None:
         if training.finished:
+            remove_periodic_checkpoints(training.folder)
             return progress.skip(training)
         slot = slots.get()
         try:

@@ -21,6 +21,21 @@ from ..errors import InputError, exit_on_input_error
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
+def _number(variable: str) -> int:
+    """The value of an environment variable of torchrun; 0 if it is not set.
+
+    Raises:
+        InputError: naming the variable, if it is not a number.
+    """
+    value = os.environ.get(variable, "0")
+    if not value.isascii() or not value.isdigit():
+        raise InputError(
+            f"the environment variable {variable} is {value!r}, not a number: unset it, or start "
+            "with torchrun"
+        )
+    return int(value)
+
+
 def started_by_torchrun() -> bool:
     """Whether torchrun started this process."""
     return all(name in os.environ for name in TORCHRUN)
@@ -28,7 +43,7 @@ def started_by_torchrun() -> bool:
 
 def restarted_by_torchrun() -> bool:
     """Whether torchrun restarted this process after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return _number("TORCHELASTIC_RESTART_COUNT") > 0
 
 
 def count_processes(args: Namespace) -> int:
@@ -47,7 +62,7 @@ def count_processes(args: Namespace) -> int:
             "--num-gpus and --num-machines cannot be used under torchrun: use its flags "
             "--nproc-per-node and --nnodes instead"
         )
-    return int(os.environ["WORLD_SIZE"])
+    return _number("WORLD_SIZE")
 
 
 @contextmanager
@@ -63,7 +78,7 @@ def torchrun_process_group(device: str) -> Iterator[None]:
     if not started_by_torchrun():
         yield
         return
-    local, size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    local, size = _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE")
     on_gpu = device.startswith("cuda") and torch.cuda.is_available()
     if on_gpu:
         if size > torch.cuda.device_count():
@@ -97,12 +112,12 @@ def restart_arguments() -> dict[str, Any]:
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not (restarted_by_torchrun() and shared and os.environ.get("GROUP_WORLD_SIZE") == "1"):
         return {}
-    size = int(os.environ["WORLD_SIZE"])
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    size = _number("WORLD_SIZE")
+    address = os.environ["MASTER_ADDR"], _number("MASTER_PORT")
     store = distributed.TCPStore(*address, world_size=size, is_master=False)
     attempt = f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}"
     prefixed = distributed.PrefixStore(attempt, store)
-    return {"store": prefixed, "rank": int(os.environ["RANK"]), "world_size": size}
+    return {"store": prefixed, "rank": _number("RANK"), "world_size": size}
 
 
 def launch(main: Callable[..., Any], args: Namespace, *passed: Any) -> None:

@@ -39,7 +39,7 @@ def check_resumed_config(cfg: CfgNode) -> None:
     """
     folder = Path(cfg.OUTPUT_DIR)
     written = folder / "config.yaml"
-    if not (folder / "last_checkpoint").is_file() or not written.is_file():
+    if not any(folder.glob("model_*.pth")) or not written.is_file():
         return
     logger = logging.getLogger(__name__)
     try:
