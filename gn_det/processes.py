@@ -17,16 +17,15 @@ def end_with_parent(parent: int | None = None) -> None:
     the same folder as the next command.
 
     Args:
-        parent: process ID of the parent; defaults to that of the process that started this one
-            by `multiprocessing`, or else to the current parent's.
+        parent: process ID of the parent; defaults to that of the current parent.
     """
     starter = multiprocessing.parent_process()
-    # A parent that has ended already is not the current one
-    expected = parent or (starter.pid if starter else None) or os.getppid()
+    expected = os.getppid() if parent is None else parent
 
     def watch() -> None:
-        # The children of a process that has ended get another parent
-        while os.getppid() == expected:
+        # The children of a process that has ended get another parent. A fork server is the parent
+        # of all processes that it forks, so these look at the one that asked for them, too
+        while os.getppid() == expected and (starter is None or starter.is_alive()):
             time.sleep(INTERVAL)
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -48,12 +48,35 @@ def is_running(process: int) -> bool:
         return False
 
 
+# The same by a fork server, which is the parent of the worker and lives on
+PARENT_BY_A_FORK_SERVER = """
+import multiprocessing, os, time
+from gn_det.processes import end_with_parent
+def work(queue):
+    end_with_parent()
+    time.sleep(2)  # longer than an interval: it must not end while its parent lives
+    queue.put(os.getpid())
+    time.sleep(99)
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    queue = context.SimpleQueue()
+    context.Process(target=work, args=(queue,)).start()
+    print(queue.get(), flush=True)
+    time.sleep(99)
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("code", [PARENT_OF_A_CHILD, PARENT_OF_A_WORKER], ids=["child", "worker"])
-def test_children_of_a_killed_process_end(code):
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+@pytest.mark.parametrize(
+    "code",
+    [PARENT_OF_A_CHILD, PARENT_OF_A_WORKER, PARENT_BY_A_FORK_SERVER],
+    ids=["child", "worker", "fork server"],
+)
+def test_children_of_a_killed_process_end(code, tmp_path):
+    (tmp_path / "parent.py").write_text(code)
+    words = [sys.executable, str(tmp_path / "parent.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
     assert is_running(child)
