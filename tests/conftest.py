@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 # Triton reads this variable on import
 if not torch.cuda.is_available():
@@ -75,3 +76,29 @@ def remove_files(request, tmp_path_factory) -> Iterator[None]:
     if not request.session.testsfailed:
         for folder in tmp_path_factory.getbasetemp().iterdir():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+# Two objects in each of ten images of 128 x 96 pixels
+OBJECTS = [([70, 50, 40, 30], 1), ([5, 6, 20, 25], 2)]
+
+
+def square(box: list[float]) -> list[list[float]]:
+    x, y, w, h = box
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+@pytest.fixture
+def content(tmp_path) -> dict:
+    """A COCO instances file's content; its images are in `tmp_path / "images"`."""
+    (tmp_path / "images").mkdir()
+    images, annotations = [], []
+    for number in range(1, 11):
+        name = f"{number}.png"
+        Image.new("RGB", (128, 96), (number, 0, 0)).save(tmp_path / "images" / name)
+        images.append({"id": number, "file_name": name, "width": 128, "height": 96})
+        for box, category in OBJECTS:
+            entry = {"id": len(annotations) + 1, "image_id": number, "category_id": category}
+            entry |= {"bbox": box, "segmentation": square(box), "area": box[2] * box[3]}
+            annotations.append({**entry, "iscrowd": 0})
+    categories = [{"id": 1, "name": "nut"}, {"id": 2, "name": "bolt"}]
+    return {"images": images, "annotations": annotations, "categories": categories}

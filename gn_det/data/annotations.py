@@ -23,8 +23,12 @@ MAX_SUSPICIOUS = 0.05
 MAX_RELATIVE_LENGTH = 200_000
 
 
-def read_instances(path: Path) -> dict[str, Any]:
+def read_instances(path: Path, annotated: bool = True) -> dict[str, Any]:
     """Read a COCO instances file.
+
+    Args:
+        path: the file.
+        annotated: whether it must have "annotations".
 
     Returns:
         the JSON content, in which "images", "annotations" and "categories" are lists of dicts.
@@ -33,6 +37,8 @@ def read_instances(path: Path) -> dict[str, Any]:
         InputError: if it cannot be read, or is not a COCO instances file.
     """
     content = read_json(path)
+    if not annotated and isinstance(content, dict):
+        content.setdefault("annotations", [])
     for key in ("images", "annotations", "categories"):
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):

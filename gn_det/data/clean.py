@@ -1,22 +1,12 @@
 """Check custom datasets in COCO format, and fix what can be fixed automatically."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .annotations import (
-    clean_box,
-    clean_objects,
-    inspect_annotation_ids,
-    inspect_counts,
-    inspect_ids,
-    read_instances,
-)
+from .annotations import clean_objects, inspect_counts, inspect_ids, read_instances
 from .findings import Finding, Findings
-from .image_files import inspect_images, missing_images
-from .image_reader import size_error
-from .masks import clean_mask, is_read_as_given
+from .image_files import inspect_images
 from .split import split
 from .suspicious import find_copies, inspect_box_format, inspect_crowds
 
@@ -79,68 +69,6 @@ def clean(source: Source) -> Cleaned:
     content = {"categories": content["categories"], "images": entries, "annotations": objects}
     digests, copies = [digest for _, digest, _ in images], [copy for *_, copy in images]
     return Cleaned(source.images, content, list(findings), digests, copies)
-
-
-def inspect_source(source: Source, split: str = "") -> list[Finding]:
-    """Check a dataset that is used without cleaning; only the start of each image file is read.
-
-    Args:
-        source: the dataset.
-        split: "train" or "val" if the dataset is used for only one of them.
-
-    Raises:
-        InputError: if the annotation file cannot be read, or is not a COCO instances file.
-    """
-    content, findings = read_instances(source.annotations), Findings()
-    inspect_ids(content, findings)
-    if any(finding.fatal for finding in findings):
-        return list(findings)
-    inspect_annotation_ids(content["annotations"], findings)
-    missing_images(content["images"], source.images, findings)
-    sizes = {}
-    for image in content["images"]:
-        width, height = sides = image.get("width"), image.get("height")
-        if not all(type(side) is int for side in sides):
-            action = "add them to images, in pixels"
-            findings.add("images without width and height", image["file_name"], action, fatal=True)
-        elif reason := size_error(width, height):
-            example, action = f"{image['file_name']}: {reason}", "fix width and height, or the file"
-            findings.add("images of an unsupported size", example, action, fatal=True)
-        else:
-            sizes[image["id"]] = sides
-    inspect_crowds(content["annotations"], findings)
-    inspect_box_format(content["annotations"], sizes, findings)
-    for position in sorted(find_copies(content["annotations"])):
-        shown, action = content["annotations"][position].get("id"), "remove the copies"
-        findings.add("objects that are listed twice", shown, action, fatal=True)
-    objects = list(clean_objects(content["annotations"], sizes, findings))
-    _inspect_raw_masks(content["annotations"], sizes, findings)
-    inspect_counts({**content, "annotations": objects}, findings, split)
-    return list(findings)
-
-
-def _inspect_raw_masks(
-    annotations: Sequence[dict], sizes: Mapping[int, tuple[int, int]], findings: Findings
-) -> None:
-    """Check masks that cleaning would fix or skip, but that are read if the file is used as it is.
-
-    Args:
-        annotations: the annotations of a COCO instances file that passed `inspect_ids`.
-        sizes: (width, height) in pixels by image id; annotations of other images are skipped.
-        findings: collects the findings.
-    """
-    for number, annotation in enumerate(annotations, start=1):
-        mask = annotation.get("segmentation")
-        if not mask or annotation["image_id"] not in sizes:
-            continue
-        width, height = sizes[annotation["image_id"]]
-        shown = annotation.get("id", f"the {number}th")
-        if not is_read_as_given(mask):
-            action = "pass the file with --train or --val, which rewrites them"
-            findings.add("masks that Detectron2 cannot read", shown, action, fatal=True)
-        if clean_box(annotation, shown, width, height, Findings()) is None:
-            # Cleaning skips the object, but evaluation reads its mask
-            clean_mask(shown, mask, (height, width), findings)
 
 
 def split_dataset(

@@ -10,10 +10,11 @@ from detectron2.data import MetadataCatalog
 
 from ..check.anchors import objects_out_of_reach
 from ..config import as_opts
-from ..data.clean import Source, inspect_source
+from ..data.clean import Source
 from ..data.findings import raise_if_fatal
 from ..data.object_sizes import ObjectSizes
 from ..data.prepare import Prepared, keys_of, prepare
+from ..data.registered import datasets_of, inspect_registered
 from ..errors import InputError
 
 
@@ -80,18 +81,13 @@ def describe_data(cfg: CfgNode) -> Iterator[str]:
     Raises:
         InputError: for errors that would corrupt training or evaluation.
     """
-    splits = {"train": cfg.DATASETS.TRAIN, "val": cfg.DATASETS.TEST}
-    for name in dict.fromkeys((*splits["train"], *splits["val"])):
-        metadata = MetadataCatalog.get(name)
-        path = Path(metadata.get("json_file") or "")
-        used_for = [split for split, names in splits.items() if name in names]
-        # Prepared datasets, whose name is their path, have been checked already
-        if path.is_file() and str(path) != name:
-            source = Source(path, Path(metadata.image_root))
-            findings = inspect_source(source, used_for[0] if len(used_for) == 1 else "")
+    for name, split in datasets_of(cfg).items():
+        path = Path(MetadataCatalog.get(name).get("json_file") or "")
+        if path.is_file():
+            findings = inspect_registered(name, cfg, split)
             raise_if_fatal({name: findings})
             yield from (f"{name}: {finding}" for finding in findings)
-        if path.is_file() and "train" in used_for:
+        if path.is_file() and split != "val":
             yield from (
                 f"{name}: {line}" for line in objects_out_of_reach(cfg, ObjectSizes.of(path))
             )

@@ -38,7 +38,7 @@ class PretrainTrainer(Trainer):
 
     def __init__(self, cfg: CfgNode) -> None:
         self.check_architecture(cfg)
-        check_folders(cfg)
+        self.check_data(cfg)
         folder = read_folder(cfg.DATASETS.TRAIN[0])
         super().__init__(resolve_config(cfg, len(folder), len(folder.classes)))
 
@@ -59,6 +59,10 @@ class PretrainTrainer(Trainer):
         if not is_pretraining(cfg):
             name = cfg.MODEL.META_ARCHITECTURE
             raise InputError(f"this config trains a {name}: use tools/train_net.py")
+
+    @classmethod
+    def check_data(cls, cfg: CfgNode) -> None:
+        check_folders(cfg)
 
     @classmethod
     def check_inputs(cls, cfg: CfgNode, eval_only: bool) -> None:

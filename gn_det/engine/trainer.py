@@ -25,9 +25,9 @@ from ..check.machine import check_machine
 from ..check.proposals import check_proposals
 from ..checkpoint.checkpointer import StrictCheckpointer
 from ..config import is_pretraining
-from ..data import check_dataset
-from ..data.coco import check_same_classes, class_names, remove_converted_annotations
+from ..data.coco import remove_converted_annotations
 from ..data.loader import TrainLoader, build_train_loader
+from ..data.registered import check_datasets, log_findings
 from ..errors import InputError
 from ..evaluation.metrics_file import drop_metrics_from
 from ..solver import build_optimizer
@@ -58,6 +58,7 @@ class Trainer(DefaultTrainer):
                 setup_logger(name=name)
         if comm.is_main_process():
             log_warnings(cfg)
+            self.check_data(cfg)
         # DefaultTrainer.__init__ would create its own training step and checkpointer
         TrainerBase.__init__(self)
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
@@ -101,6 +102,15 @@ class Trainer(DefaultTrainer):
         refuse_problems(cfg, num_gpus)
 
     @classmethod
+    def check_data(cls, cfg: CfgNode) -> None:
+        """Check the datasets, and log what was found.
+
+        Raises:
+            InputError: for a dataset that cannot be used.
+        """
+        log_findings(cfg)
+
+    @classmethod
     def check_inputs(cls, cfg: CfgNode, eval_only: bool) -> None:
         """Check files and the device before training or evaluation starts.
 
@@ -112,13 +122,7 @@ class Trainer(DefaultTrainer):
             InputError: for a device, dataset, proposal file, weights file or output folder that
                 cannot be used.
         """
-        for name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
-            # Other architectures have their own key for the number of classes
-            is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
-            classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES if is_rcnn else None
-            check_dataset(name, classes, annotated=not eval_only)
-        names = dict.fromkeys((*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST))
-        check_same_classes({f"dataset {name}": class_names(name) for name in names})
+        check_datasets(cfg, train=not eval_only)
         check_proposals(cfg, eval_only)
         check_machine(cfg)
         if comm.is_main_process():

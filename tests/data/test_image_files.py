@@ -19,12 +19,13 @@ from PIL import Image
 
 from gn_det.data import check_dataset
 from gn_det.data.annotations import read_instances
-from gn_det.data.clean import Source, clean, inspect_source
+from gn_det.data.clean import Source, clean
 from gn_det.data.crops import write_crops
 from gn_det.data.image_files import examine, read_image
 from gn_det.data.image_folder import ImageMapper, build_test_loader
 from gn_det.data.image_reader import FORMATS
 from gn_det.data.prepare import is_prepared
+from gn_det.data.registered import inspect_source
 from gn_det.data.split import split
 from gn_det.data.unlabelled_images import find_images
 from gn_det.errors import InputError, printable
@@ -60,6 +61,7 @@ def instances(folder: Path, file_name: str = "a.png") -> Source:
     """Write annotations of one image of 40 x 30 pixels; the image itself is not written."""
     images = [{"id": 1, "file_name": file_name, "width": 40, "height": 30}]
     annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 9, 9]}
+    annotation |= {"area": 81, "iscrowd": 0}
     content = {"images": images, "annotations": [annotation]}
     content["categories"] = [{"id": 1, "name": "nut"}]
     (folder / "a.json").write_text(json.dumps(content))

@@ -15,11 +15,12 @@ from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 
 from gn_det.config_file import read_config
-from gn_det.data.clean import Source, clean_splits, inspect_source
+from gn_det.data.clean import Source, clean_splits
 from gn_det.data.findings import Findings
 from gn_det.data.image_files import read_image
 from gn_det.data.masks import clean_mask
 from gn_det.data.prepare import Prepared, keys_of, prepare, register
+from gn_det.data.registered import inspect_source
 from gn_det.data.split import split
 from gn_det.errors import InputError
 
@@ -446,7 +447,7 @@ def test_inspect_source(data):
     assert [str(f) for f in inspect_source(data[0], "train")] == lines_of(data)["train"]
     change(data[0], image(file_name="9.png"))
     change(data[0], annotation(bbox=[40, 1, 5, 5]))
-    assert sum(f.fatal for f in inspect_source(data[0])) == 2
+    assert sum(f.fatal for f in inspect_source(data[0], "train")) == 2
     change(data[0], lambda c: c["images"][0].pop("width"))
     assert any("width and height (9.png)" in str(f) for f in inspect_source(data[0]))
 

@@ -7,31 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from gn_det.data.clean import Source, clean, inspect_source
-
-# Two objects in each of ten images of 128 x 96 pixels
-OBJECTS = [([70, 50, 40, 30], 1), ([5, 6, 20, 25], 2)]
-
-
-def square(box: list[float]) -> list[list[float]]:
-    x, y, w, h = box
-    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
-
-
-@pytest.fixture
-def content(tmp_path) -> dict:
-    (tmp_path / "images").mkdir()
-    images, annotations = [], []
-    for number in range(1, 11):
-        name = f"{number}.png"
-        Image.new("RGB", (128, 96), (number, 0, 0)).save(tmp_path / "images" / name)
-        images.append({"id": number, "file_name": name, "width": 128, "height": 96})
-        for box, category in OBJECTS:
-            entry = {"id": len(annotations) + 1, "image_id": number, "category_id": category}
-            entry |= {"bbox": box, "segmentation": square(box), "area": box[2] * box[3]}
-            annotations.append({**entry, "iscrowd": 0})
-    categories = [{"id": 1, "name": "nut"}, {"id": 2, "name": "bolt"}]
-    return {"images": images, "annotations": annotations, "categories": categories}
+from gn_det.data.clean import Source, clean
+from gn_det.data.registered import inspect_source
 
 
 def cleaned(content: dict, folder: Path):
