@@ -93,6 +93,8 @@ def save_model(folder: Path) -> None:
     """A detector that has learnt nothing, as a finished training leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
     cfg = shapes_config("mask_rcnn_R_18_FPN_gn", *SCRATCH)
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = f"{folder}/model_final.pth", str(folder)
     (folder / "config.yaml").write_text(cfg.dump())
     torch.save({"model": build_model(cfg).state_dict()}, folder / "model_final.pth")
     (folder / "run.json").write_text("{}")
@@ -328,6 +330,14 @@ def test_own_data(checkout, runner):
     (words,) = commands(TOOLS, "python tools/train_net.py --train")
     printed = runner.run(words, change=[("--train", "--check --train")])
     assert "output/data/train.json: " in printed and "step 3,500: 0.00025" in printed
+
+
+def test_other_annotations(checkout, runner):
+    save_model(checkout / "output/compare/best")
+    (words,) = commands(TOOLS, "python tools/train_net.py --eval-only")
+    runner.run(words)
+    written = checkout / "output/compare/best/inference/coco_instances_results.json"
+    assert isinstance(json.loads(written.read_text()), list)
 
 
 def test_check(runner):

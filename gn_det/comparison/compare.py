@@ -30,6 +30,7 @@ from ..errors import InputError, exit_on_input_error
 from ..evaluation.report import Run, write_report
 from ..files import locked
 from .cells import DEFAULT_NORMS, compared_pairs, describe_norms
+from .estimate import describe_plan
 from .jobs import run_trainings
 from .plan import Plan, make_plan
 from .rates import DEFAULT_RATES, Trial, allows_trials, lower_rates, trial_rows, tune_rates
@@ -204,15 +205,13 @@ def rate_factors(args: argparse.Namespace, plan: Plan) -> tuple[float, ...]:
 
 
 def print_plan(plan: Plan, factors: Sequence[float]) -> None:
-    """Print the recipe of each norm and batch size, and the learning rates to be tried."""
+    """Print the recipe of each norm and batch size, the data, and the expected cost."""
     first = next(iter(plan.cells)).seed
     for cell, training in plan.cells.items():
         if cell.seed == first:
             print(f"\n{cell}\n\n{describe_recipe(training.cfg, 1)}", flush=True)
             print(describe_steps(training.cfg), flush=True)
-    if len(factors) > 1:
-        tried = " ".join(f"{factor:g}" for factor in factors)
-        print(f"\nlearning rates to try with each norm: {tried} times the above (--rates)")
+    print(f"\nthis comparison\n\n{describe_plan(plan, factors)}")
 
 
 def run(argv: Sequence[str] | None = None) -> None:

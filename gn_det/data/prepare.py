@@ -7,7 +7,7 @@ config only needs that path in `DATASETS`.
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,9 +19,9 @@ from detectron2.data.datasets import register_coco_instances
 
 from ..errors import InputError
 from ..files import open_regular, write_whole
-from .annotations import read_instances
-from .clean import Cleaned, Source, clean_splits
-from .findings import raise_if_fatal
+from .annotations import inspect_counts, read_instances
+from .clean import Cleaned, Source, clean, clean_splits
+from .findings import Findings, raise_if_fatal
 from .image_files import copy_image
 from .json_files import MAX_BYTES
 from .masks import box_mask
@@ -89,6 +89,33 @@ def prepare(
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
     return Prepared(**names, findings=lines)
+
+
+def prepare_test(source: Source, folder: Path, masks: bool) -> tuple[str, list[str]]:
+    """Check a dataset on which a trained model is evaluated, and write its cleaned copy.
+
+    Args:
+        source: the dataset.
+        folder: the output folder; the copy's name is a hash of the dataset.
+        masks: whether the model has a mask head (`MODEL.MASK_ON`).
+
+    Returns:
+        the path of the copy, which is also the name of the dataset, and the printed findings.
+
+    Raises:
+        InputError: if a file cannot be read or written, or a finding is fatal.
+    """
+    cleaned, counted = clean(source), Findings()
+    raise_if_fatal({"val": cleaned.findings})
+    inspect_counts(cleaned.content, counted, "val")
+    digest = fingerprint([source], folder, {"masks": masks})
+    path = folder.resolve() / f"test_{digest[:12]}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(cleaned, path, masks)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
+    return str(path), [str(finding) for finding in (*cleaned.findings, *counted)]
 
 
 def fingerprint(sources: Iterable[Source], folder: Path, options: dict[str, Any]) -> str:
@@ -217,8 +244,7 @@ def keys_of(prepared: Prepared, cfg: CfgNode) -> dict[str, Any]:
             "register the dataset in Detectron2's catalog, and name it in DATASETS"
         )
     content = json.loads(Path(prepared.train).read_text())
-    real = [a for a in content["annotations"] if not a["iscrowd"]]
-    masks = [a["segmentation"] for a in real if "segmentation" in a]
+    masks = _masks(content)
     keys: dict[str, Any] = {
         "DATASETS.TRAIN": (prepared.train,),
         "DATASETS.TEST": (prepared.val,),
@@ -229,3 +255,20 @@ def keys_of(prepared: Prepared, cfg: CfgNode) -> dict[str, Any]:
         # Detectron2's default format, polygons, cannot represent RLE
         keys["INPUT.MASK_FORMAT"] = "bitmask"
     return keys
+
+
+def evaluation_keys(path: str, cfg: CfgNode) -> dict[str, Any]:
+    """The config keys for evaluating a model on a dataset of `prepare_test`.
+
+    Args:
+        path: of the copy.
+        cfg: the config of the model.
+    """
+    masks = _masks(json.loads(Path(path).read_text()))
+    return {"DATASETS.TEST": (path,), "MODEL.MASK_ON": cfg.MODEL.MASK_ON and bool(masks)}
+
+
+def _masks(content: Mapping[str, Any]) -> list[Any]:
+    """The masks of all objects that are not crowds."""
+    objects = content["annotations"]
+    return [a["segmentation"] for a in objects if "segmentation" in a and not a["iscrowd"]]

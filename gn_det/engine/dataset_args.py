@@ -13,7 +13,7 @@ from ..config import as_opts
 from ..data.clean import Source
 from ..data.findings import raise_if_fatal
 from ..data.object_sizes import ObjectSizes
-from ..data.prepare import Prepared, keys_of, prepare
+from ..data.prepare import Prepared, evaluation_keys, keys_of, prepare, prepare_test
 from ..data.registered import datasets_of, inspect_registered
 from ..errors import InputError
 
@@ -30,6 +30,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, required: bool = False) 
     help_ += "(required)" if required else "(default: the DATASETS of the config)"
     add("--train", help=help_, required=required, **pair)
     help_ = "validation set, in the same form (default: a part of --train)"
+    help_ += "" if required else "; alone with --eval-only, to evaluate a model on it"
     add("--val", help=help_, **pair)
     help_ = "fraction of --train that is used for validation, without --val (default: 0.2)"
     add("--val-fraction", type=float, metavar="F", help=help_)
@@ -96,20 +97,29 @@ def describe_data(cfg: CfgNode) -> Iterator[str]:
 def data_opts(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
     """Prepare the custom dataset, and return the `KEY VALUE` overrides that select it.
 
+    With `--eval-only`, `--val` alone is enough.
+
     Args:
         args: with the flags of `add_data_arguments`, `--resume` and `--eval-only`.
         cfg: `OUTPUT_DIR` is where copies are written.
 
     Returns:
-        alternating keys and values; none without `--train`.
+        alternating keys and values; none without a custom dataset.
 
     Raises:
-        InputError: as `prepare_data`, and for `--val` and the like without `--train`.
+        InputError: as `prepare_data`, and for `--val` and the like without `--train` or
+            `--eval-only`.
     """
+    folder = Path(cfg.OUTPUT_DIR) / "data"
+    options = (args.val_fraction, args.group_by)
+    if args.val and args.eval_only and not args.train and options == (None, None):
+        path, findings = prepare_test(Source(*args.val), folder, cfg.MODEL.MASK_ON)
+        for finding in findings:
+            print(f"val: {finding}", flush=True)
+        return as_opts(evaluation_keys(path, cfg))
     if not args.train:
         if args.val or args.val_fraction is not None or args.group_by is not None:
             raise InputError("--val, --val-fraction and --group-by need --train JSON IMAGES")
         return []
-    folder = Path(cfg.OUTPUT_DIR) / "data"
     prepared = prepare_data(args, cfg, folder, resume=args.resume or args.eval_only)
     return as_opts(keys_of(prepared, cfg))

@@ -59,7 +59,7 @@ def relative_steps(cfg: CfgNode) -> dict[str, RelativeStep]:
     model = _build(cfg)
     optimizer = build_optimizer(cfg, model)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    batch = next(iter(build_train_loader(cfg)))[:IMAGES]
+    batch = first_batch(cfg)[:IMAGES]
     with EventStorage(0):
         sum(model(batch).values()).backward()
     weights = {
@@ -77,6 +77,14 @@ def relative_steps(cfg: CfgNode) -> dict[str, RelativeStep]:
     length = _relative_length(cfg) / (1 - cfg.SOLVER.MOMENTUM)
     steps = {part: (a / b) ** 0.5 for part, (a, b) in totals.items() if b > 0}
     return {part: RelativeStep(step, step * length) for part, step in steps.items()}
+
+
+def first_batch(cfg: CfgNode) -> list[dict]:
+    """The first batch of images, read without loader processes."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATALOADER.NUM_WORKERS = 0
+    return next(iter(build_train_loader(cfg)))
 
 
 def _build(cfg: CfgNode) -> nn.Module:
@@ -117,7 +125,7 @@ def describe_steps(cfg: CfgNode) -> str:
     """
     if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
         return ""
-    if reason := _why_not(cfg):
+    if reason := why_not(cfg):
         return as_section("relative step", [f"not measured: {reason}"])
     with logging_disabled():
         steps = relative_steps(cfg)
@@ -133,8 +141,8 @@ def describe_steps(cfg: CfgNode) -> str:
     return as_section("relative step", lines)
 
 
-def _why_not(cfg: CfgNode) -> str:
-    """The reason why the relative steps cannot be measured on this machine, or ""."""
+def why_not(cfg: CfgNode) -> str:
+    """The reason why a training step cannot be measured on this machine, or ""."""
     if comm.get_world_size() > 1:
         return "several processes were started"
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():

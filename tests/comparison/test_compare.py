@@ -405,6 +405,17 @@ def test_check_does_not_train(shapes, tmp_path, capsys):
     assert "adapted to the dataset" in printed and "LN, batch size 2, seed 0" in printed
     assert "norm layers      ResNet: 20 GN (32 groups)" in printed
     assert not (tmp_path / "runs").exists()
+    # The data and the runs, as they stand in the file and in the command
+    printed = printed.partition("this comparison")[2]
+    for name, images in (("train", "training set"), ("val", "validation set")):
+        content = json.loads((shapes / f"instances_{name}.json").read_text())
+        real = [a for a in content["annotations"] if not a["iscrowd"]]
+        (line,) = (line for line in printed.splitlines() if line.startswith(images + " " * 3))
+        assert f"{len(content['images'])} images, {len(real)} objects of 6 classes" in line
+        for category in content["categories"]:
+            count = sum(a["category_id"] == category["id"] for a in real)
+            assert f"{category['name']} {count}" in printed
+    assert "Mask R-CNN" in printed and "training runs    2: 2 of 6 iterations" in printed
 
 
 def test_train_net_accepts_the_same_data(shapes, tmp_path, capsys):

@@ -101,6 +101,28 @@ def test_eval_only(trained, tmp_path):
     assert not (tmp_path / "metrics.json").exists()
 
 
+def test_evaluating_on_another_file(trained, shapes, tmp_path):
+    """The same data as a registered dataset's: the same detections, and a copy that is checked."""
+    path = tmp_path / "other.json"
+    content = json.loads((shapes / "instances_val.json").read_text())
+    path.write_text(json.dumps(content))
+    data = ["--val", path, shapes / "images"]
+    output = tmp_path / "out"
+    weights = trained / "model_final.pth"
+    done = command(*TRAIN, "--eval-only", *data, *opts(output, "MODEL.WEIGHTS", weights))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, expected = (
+        json.loads((folder / "inference/coco_instances_results.json").read_text())
+        for folder in (output, trained)
+    )
+    assert [d["bbox"] for d in found] == [d["bbox"] for d in expected]
+    content["annotations"][0]["bbox"] = [9999, 1, 5, 5]
+    path.write_text(json.dumps(content))
+    words = ["--eval-only", *data, *opts(output, "MODEL.WEIGHTS", weights)]
+    with pytest.raises(SystemExit, match=r"val: .*outside"):
+        run([*TRAIN[1:], *map(str, words)])
+
+
 INVALID = {
     "config": (["--config-file", "configs/none.yaml"], "configs/none.yaml"),
     "key": (["MODEL.GROUP_NORM.NUM_GROUP", "8"], "NUM_GROUP"),
