@@ -65,6 +65,7 @@ def to_group_norm(
                 "calibrated weights are kept: use a few hundred steps"
             )
     text = ", ".join(f"{name} {100 * error:.0f}%" for name, error in errors.items())
+    conversion.errors = text
     logging.getLogger(__name__).info(
         f"converted to GN with {len(x)} images; mean squared error of the features, relative to "
         f"their variance: {text}"

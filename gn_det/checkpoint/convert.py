@@ -56,6 +56,8 @@ class Conversion:
     others: dict[str, int]
     # Config keys that fine-tuning should use
     recipe: dict[str, Any] = field(default_factory=dict)
+    # Errors of the features after a conversion to GN, such as "res2 3%, res3 4%"
+    errors: str = ""
 
     def summary(self) -> Iterator[str]:
         """Lines that count the tensors: taken, added, dropped, missing, unknown and ignored."""

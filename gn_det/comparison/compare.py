@@ -30,7 +30,8 @@ from ..errors import InputError, exit_on_input_error
 from ..evaluation.report import Run, write_report
 from ..files import locked
 from .cells import DEFAULT_NORMS, compared_pairs, describe_norms
-from .estimate import describe_plan
+from .estimate import describe_plan, describe_set
+from .initial_weights import conversion_errors
 from .jobs import run_trainings
 from .plan import Plan, make_plan
 from .rates import DEFAULT_RATES, Trial, allows_trials, lower_rates, trial_rows, tune_rates
@@ -76,6 +77,8 @@ def report(plan: Plan, failed: Mapping[str, str], trials: Sequence[Trial], comma
     findings = [f"{name}: {line}" for name, lines in plan.data.findings.items() for line in lines]
     first = next(iter(plan.cells.values()))
     facts: dict[str, Any] = {"command": command, "recipe": [first.config_file, *plan.notes]}
+    for name, path in (("training", plan.data.train), ("validation", plan.data.val)):
+        facts[f"{name} set"] = list(describe_set(Path(path)))
     facts["what each norm got"] = list(describe_cells(plan))
     facts["noticed in the data"] = findings or ["nothing"]
     if failed:
@@ -103,6 +106,8 @@ def describe_cells(plan: Plan) -> Iterator[str]:
             }
             pairs = ", ".join(f"{key} {value}" for key, value in keys.items())
             yield f"{cell.norm}, batch size {cell.images}: {pairs}"
+            if errors := conversion_errors(training.cfg.MODEL.WEIGHTS):
+                yield f"features of the converted backbone of {cell.norm}, relative error: {errors}"
 
 
 def grouping_of(cfg: CfgNode) -> dict[str, int]:

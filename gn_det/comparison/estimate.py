@@ -62,8 +62,8 @@ def describe_plan(plan: Plan, factors: Sequence[float]) -> str:
         except torch.OutOfMemoryError:
             estimate = ["the memory of the GPU is too small: see SOLVER.ACCUMULATE_ITERS"]
     sections = {
-        "training set": _describe_set(Path(plan.data.train)),
-        "validation set": _describe_set(Path(plan.data.val)),
+        "training set": describe_set(Path(plan.data.train)),
+        "validation set": describe_set(Path(plan.data.val)),
         "model": [_model(cfg)],
         "training runs": _runs(plan, factors),
         "estimate": estimate,
@@ -109,7 +109,7 @@ def _synchronize(cfg: CfgNode) -> None:
         torch.cuda.synchronize()
 
 
-def _describe_set(path: Path) -> Iterator[str]:
+def describe_set(path: Path) -> Iterator[str]:
     """Numbers of images, objects and crowds, and of the objects of each class."""
     content = json.loads(path.read_text())
     real = [a for a in content["annotations"] if not a["iscrowd"]]

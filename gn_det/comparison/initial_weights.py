@@ -19,12 +19,15 @@ from ..checkpoint.recipe import GROUPING, HEADS_GROUPING, recorded_recipe
 from ..checkpoint.save import save_backbone
 from ..config import as_opts, default_config, value_of
 from ..errors import InputError
+from ..files import write_whole
 from ..modeling.norm import is_group_norm
 from ..modeling.parts import BACKBONE_PARTS, PARTS, part_of
 from .cells import NORMS, split_norm
 
 # Steps of distillation from the BN network's features, after calibration
 DISTILL_STEPS = 300
+# Suffix of the file beside a converted backbone that holds the feature errors as text
+ERRORS = ".errors.txt"
 
 
 def weight_keys(weights: str) -> dict[str, Any]:
@@ -212,5 +215,15 @@ def convert_to_gn(
     torch.manual_seed(0)
     state = path.with_suffix(".partial")
     to_group_norm(conversion, as_opts(grouping), sample, distill_steps, state)
+    with write_whole(path.with_suffix(ERRORS)) as text:
+        text.write(conversion.errors + "\n")
     save_backbone(conversion.tensors, conversion.cfg, path, conversion.recipe)
     return path
+
+
+def conversion_errors(weights: str) -> str:
+    """The feature errors of a backbone that `convert_to_gn` has written; "" for other weights."""
+    if not Path(weights).is_file():
+        return ""
+    path = Path(weights).with_suffix(ERRORS)
+    return path.read_text().strip() if path.is_file() else ""

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from .markdown import one_line
 
 MIN_SCORE = 0.5  # detections below are not drawn
-LONG_SIDE = 512  # of a drawn image, in pixels
+# Line width and font size, relative to the image's longer side; the smallest font in pixels
+LINE, FONT, SMALLEST_FONT = 1 / 300, 1 / 40, 9
 # Okabe and Ito's palette, which is safe for colour-blind readers
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
 
@@ -110,49 +112,58 @@ def _svg(figure: Figure) -> str:
     return text.getvalue().partition("<!DOCTYPE")[2].partition(">")[2]
 
 
-def draw(image: np.ndarray, objects: list[dict[str, Any]], truth: COCO) -> np.ndarray:
-    """Draw COCO annotations or results on an image, with one colour per category.
+def draw(
+    image: np.ndarray, objects: list[dict[str, Any]], truth: COCO, longest: int | None = None
+) -> np.ndarray:
+    """Draw COCO annotations or results on an image, with one colour per object.
 
     Args:
         image: uint8 of shape (H, W, 3), RGB.
         objects: annotations or results on this image.
         truth: has the image size and the categories.
+        longest: maximum length of the longer side in pixels; larger images are scaled down.
 
     Returns:
-        uint8 of shape (H', W', 3), RGB, resized to a longer side of `LONG_SIDE`.
+        uint8 of shape (H', W', 3), RGB; of the image's own size without `longest`.
     """
     original = Image.fromarray(image)
-    scale = LONG_SIDE / max(original.size)
+    scale = min((longest or math.inf) / max(original.size), 1.0)
     size = (max(round(original.width * scale), 1), max(round(original.height * scale), 1))
     canvas = torch.from_numpy(np.array(original.resize(size))).permute(2, 0, 1)
     if objects:
-        categories = truth.getCatIds()
-        colours = [COLOURS[categories.index(o["category_id"]) % len(COLOURS)] for o in objects]
+        colours = [COLOURS[i % len(COLOURS)] for i in range(len(objects))]
         if all(o.get("segmentation") for o in objects):
-            masks = [Image.fromarray(truth.annToMask(o)).resize(size) for o in objects]
-            stacked = torch.from_numpy(np.stack([np.array(mask) for mask in masks])).bool()
-            canvas = draw_segmentation_masks(canvas, stacked, 0.45, colours)
+            # Large masks first, one by one: where masks overlap, torchvision would draw black
+            for i in sorted(range(len(objects)), key=lambda i: -_box_area(objects[i])):
+                mask = Image.fromarray(truth.annToMask(objects[i])).resize(size)
+                painted = torch.from_numpy(np.array(mask)).bool()
+                canvas = draw_segmentation_masks(canvas, painted, 0.45, colours[i])
         boxes = scale * box_convert(torch.tensor([o["bbox"] for o in objects]), "xywh", "xyxy")
-        # With a single class labels add nothing, and hide small objects
-        labels = [_label(o, truth) for o in objects] if len(categories) > 1 else None
+        labels = [_label(o, truth) for o in objects]
+        labelled = any(labels)
         canvas = draw_bounding_boxes(
             canvas,
             boxes,
-            labels,
+            labels if labelled else None,
             colours,
-            width=2,
+            width=max(round(LINE * max(size)), 1),
             font=findfont("DejaVu Sans"),  # included in matplotlib
-            font_size=16,
-            label_colors="white" if labels else None,
-            label_background_colors=colours if labels else None,
-            fill_labels=labels is not None,
+            font_size=max(round(FONT * max(size)), SMALLEST_FONT),
+            label_colors="white" if labelled else None,
+            label_background_colors=colours if labelled else None,
+            fill_labels=labelled,
         )
     return canvas.permute(1, 2, 0).numpy()
 
 
+def _box_area(entry: Mapping[str, Any]) -> float:
+    return entry["bbox"][2] * entry["bbox"][3]
+
+
 def _label(entry: Mapping[str, Any], truth: COCO) -> str:
-    score = f" {entry['score']:.0%}" if "score" in entry else ""
-    return one_line(truth.cats[entry["category_id"]]["name"]) + score
+    """The class, which a single class does not need, and the score of a detection in percent."""
+    name = one_line(truth.cats[entry["category_id"]]["name"]) if len(truth.cats) > 1 else ""
+    return f"{name} {entry['score']:.0%}".strip() if "score" in entry else name
 
 
 def data_uri(image: np.ndarray) -> str:

