@@ -2,15 +2,18 @@
 
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
 from .errors import InputError
+from .processes import is_running
 
 
 @contextmanager
@@ -25,13 +28,13 @@ def write_whole(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[An
         mode: "w" for UTF-8 text, "wb" for bytes.
 
     Yields:
-        the open file, named `<path>.partial` until the block ends.
+        the open file, which has the name of `incomplete` until the block ends.
 
     Raises:
         OSError: if the file cannot be written.
     """
     final = Path(path)
-    partial = final.with_name(f"{final.name}.partial")
+    partial = incomplete(final)
     try:
         with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -43,6 +46,27 @@ def write_whole(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[An
     _sync_folder(final.parent)
 
 
+def incomplete(path: Path) -> Path:
+    """A short name beside `path` for an incomplete file or folder of this process.
+
+    What ended processes have left there for the same `path` is removed.
+    """
+    digest = sha256(os.fsencode(path.name)).hexdigest()[:12]
+    for other in path.parent.glob(f".{digest}.*.partial"):
+        if not is_running(int(other.name.split(".")[2])):
+            remove(other)
+    return path.with_name(f".{digest}.{os.getpid()}.partial")
+
+
+# The names of `incomplete`
+INCOMPLETE = f".{'[0-9a-f]' * 12}.[0-9]*.partial"
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all its content; it may be missing."""
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 # Seconds to wait for a lock: the children of a killed command end within one or two
 LOCK_TIMEOUT = 4.0
 
@@ -50,6 +74,8 @@ LOCK_TIMEOUT = 4.0
 @contextmanager
 def locked(folder: Path, setting: str = "--output-dir") -> Iterator[None]:
     """Create a folder if needed, and lock it until the block or the process ends.
+
+    Incomplete files of killed processes are removed from it.
 
     Args:
         folder: the folder, in which a file `.lock` remains.
@@ -74,6 +100,8 @@ def locked(folder: Path, setting: str = "--output-dir") -> Iterator[None]:
         ) from None
     except NotImplementedError:
         pass  # some network file systems do not support locks
+    for left in folder.rglob(INCOMPLETE):
+        remove(left)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Processes that end with the process that started them."""
+"""Processes that end with the process that started them, and which processes exist."""
 
 import multiprocessing
 import os
@@ -31,3 +31,18 @@ def end_with_parent(parent: int | None = None) -> None:
 
     if os.name == "posix":
         threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
+
+
+def is_running(process: int) -> bool:
+    """Whether a process exists on this machine.
+
+    Args:
+        process: its ID.
+    """
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it belongs to another user
+    return True

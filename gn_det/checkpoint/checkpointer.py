@@ -72,9 +72,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         self._tidy(path)
 
     def _tidy(self, newest: Path) -> None:
-        """Remove old checkpoints, and partial files of killed processes."""
-        for partial in newest.parent.glob("*.pth.partial"):
-            partial.unlink()
+        """Remove old checkpoints."""
         periodic = sorted(newest.parent.glob(f"model_{'[0-9]' * 7}.pth"))
         if self._keep and newest in periodic:
             # Checkpoints of later iterations belong to another training run, or are damaged

@@ -5,7 +5,6 @@ backgrounds. There are occlusions, holes, truncated objects, crowds and images w
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from shapely import Point, Polygon, affinity, box
 from shapely.geometry.base import BaseGeometry
 
 from ..errors import InputError
+from ..files import incomplete, remove
 from .crops import write_crops
 from .textures import paint_background, paint_object
 
@@ -188,30 +188,39 @@ def make_shapes(root: Path, num_train: int = 600, num_val: int = 100, seed: int 
     """
     if root.exists():
         raise InputError(f"{root} exists already: remove it, or choose another folder")
-    partial = root.with_name(f".{root.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        root.parent.mkdir(parents=True, exist_ok=True)
+        partial = incomplete(root)
         (partial / "images").mkdir(parents=True)
     except OSError as error:
         raise InputError(f"cannot write the dataset to {root}: {error.strerror}") from None
-    for index, (split, count) in enumerate(zip(SPLITS, (num_train, num_val), strict=True)):
-        images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for i in range(count):
-            pixels, objects = draw_image(np.random.default_rng([seed, index, i]))
-            name = f"{split}_{i:06d}.png"
-            Image.fromarray(pixels).save(partial / "images" / name)
-            height, width = pixels.shape[:2]
-            images.append({"id": i + 1, "file_name": name, "height": height, "width": width})
-            for annotation in objects:
-                ids = {"id": len(annotations) + 1, "image_id": i + 1}
-                annotations.append({**ids, **annotation})
-        categories = [{"id": i + 1, "name": name} for i, name in enumerate(CATEGORIES)]
-        info = {"description": f"gn_det shapes, {split}, seed {seed}"}
-        content = {"info": info, "licenses": [], "images": images, "annotations": annotations}
-        (partial / f"instances_{split}.json").write_text(
-            json.dumps({**content, "categories": categories})
-        )
-        crops = partial / "crops" / split
-        write_crops(partial / f"instances_{split}.json", partial / "images", crops)
-    partial.rename(root)
+    try:
+        for index, (split, count) in enumerate(zip(SPLITS, (num_train, num_val), strict=True)):
+            _write_split(partial, split, count, [seed, index])
+        partial.rename(root)
+    except OSError as error:
+        reason = "it exists by now" if root.exists() else error.strerror
+        raise InputError(f"cannot write the dataset to {root}: {reason}") from None
+    finally:
+        remove(partial)
+
+
+def _write_split(root: Path, split: str, count: int, seed: list[int]) -> None:
+    """Write the images, annotations and crops of one split; `seed` is that of all its images."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for i in range(count):
+        pixels, objects = draw_image(np.random.default_rng([*seed, i]))
+        name = f"{split}_{i:06d}.png"
+        Image.fromarray(pixels).save(root / "images" / name)
+        height, width = pixels.shape[:2]
+        images.append({"id": i + 1, "file_name": name, "height": height, "width": width})
+        for annotation in objects:
+            ids = {"id": len(annotations) + 1, "image_id": i + 1}
+            annotations.append({**ids, **annotation})
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(CATEGORIES)]
+    info = {"description": f"gn_det shapes, {split}, seed {seed[0]}"}
+    content = {"info": info, "licenses": [], "images": images, "annotations": annotations}
+    path = root / f"instances_{split}.json"
+    path.write_text(json.dumps({**content, "categories": categories}))
+    write_crops(path, root / "images", root / "crops" / split)
