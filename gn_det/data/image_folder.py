@@ -22,6 +22,7 @@ from torchvision.datasets import ImageFolder
 from ..errors import InputError
 from .image_files import read_image
 from .loader import TrainLoader
+from .worker_limits import sharing_workers
 
 
 class UnreadableImageError(InputError):
@@ -139,6 +140,6 @@ def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
         MapDataset(samples, ImageMapper(cfg, is_train=False)),
         batch_size=max(cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), 1),
         sampler=InferenceSampler(len(samples)),
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        num_workers=sharing_workers(cfg.DATALOADER.NUM_WORKERS),
         collate_fn=list,
     )

@@ -1,5 +1,6 @@
 """A training data loader that can resume at any batch with bit-identical data."""
 
+import pickle
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..errors import printable
 from ..processes import end_with_parent
 from .image_reader import READ_ERRORS
+from .worker_limits import EXHAUSTED, can_share_batches, usable_workers
 
 # (index of a record, position of the sample in the order)
 Place = tuple[int, int]
@@ -31,6 +33,8 @@ class UnreadableSample:
 
     file_name: str
     reason: str
+    # What to do if the system, not the file, is at fault
+    fix: str = ""
 
 
 class TrainLoader:
@@ -82,13 +86,22 @@ class TrainLoader:
         seed = comm.shared_random_seed() if self._seed is None else self._seed
         with seeded(seed):
             sampler = self._make_sampler(self._records)
-        yield from DataLoader(
+        workers = usable_workers(self._num_workers)
+        packed = workers > 0 and not can_share_batches()
+        batches = DataLoader(
             _MappedRecords(self._records, self._mapper, (seed, comm.get_rank())),
             batch_sampler=_PlacedBatches(sampler, self._batch_size, self._wide, self._first),
-            num_workers=self._num_workers,
-            collate_fn=list,
+            num_workers=workers,
+            collate_fn=_pack if packed else list,
             worker_init_fn=_start_worker,
         )
+        for batch in batches:
+            yield pickle.loads(batch) if packed else batch
+
+
+def _pack(batch: Sequence[Any]) -> bytes:
+    """A batch as bytes, which a worker passes on without shared memory."""
+    return pickle.dumps(list(batch), pickle.HIGHEST_PROTOCOL)
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None) -> TrainLoader:
@@ -139,7 +152,8 @@ class _MappedRecords(Dataset):
         except READ_ERRORS as error:
             name = record["file_name"] if isinstance(record, dict) else record[0]
             reason = printable(str(error) or type(error).__name__)
-            return UnreadableSample(printable(name, 1000), reason)
+            fix = EXHAUSTED.get(error.errno or 0, "") if isinstance(error, OSError) else ""
+            return UnreadableSample(printable(name, 1000), reason, fix)
 
 
 class _PlacedBatches(Sampler):
@@ -193,3 +207,8 @@ def seed_from(*numbers: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def is_dead_loader(error: BaseException | None) -> bool:
+    """Whether an error means that a worker process of the data loader has died."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,13 +14,18 @@ from typing import Any
 import torch
 from detectron2.engine import launch as spawn
 from detectron2.utils import comm
-from torch import distributed
+from torch import distributed, nn
 from torch.multiprocessing import ProcessExitedException
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import InputError, exit_on_input_error
+from ..processes import end_with_parent
 
 # Environment variables that torchrun sets in each process
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+# Seconds after which a process that waits for the others says so
+WAIT = 15.0
 
 
 def _number(variable: str) -> int:
@@ -87,8 +94,11 @@ def torchrun_process_group(device: str) -> Iterator[None]:
                 "start it with --nproc-per-node gpu"
             )
         torch.cuda.set_device(local)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()  # torchrun; a process that was started by hand may outlive its shell
     backend = "nccl" if on_gpu else "gloo"
-    distributed.init_process_group(backend, **restart_arguments())
+    with waiting_for_others():
+        distributed.init_process_group(backend, **restart_arguments())
     # Detectron2's main branch requires this; its release 0.6 does not have this function
     if create := getattr(comm, "create_local_process_group", None):
         create(size)
@@ -96,6 +106,23 @@ def torchrun_process_group(device: str) -> Iterator[None]:
         yield
     finally:
         distributed.destroy_process_group()
+
+
+@contextmanager
+def waiting_for_others() -> Iterator[None]:
+    """Print whom this process waits for, if the block takes long."""
+    address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    text = (
+        f"process {_number('RANK')} waits for all {_number('WORLD_SIZE')} processes to meet at "
+        f"{address}: the variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say so"
+    )
+    timer = threading.Timer(WAIT, print, [text], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def restart_arguments() -> dict[str, Any]:
@@ -176,3 +203,12 @@ def forwarded_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """Wrap a model in `DistributedDataParallel` if there are several processes."""
+    if comm.get_world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    devices = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)

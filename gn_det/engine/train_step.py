@@ -68,6 +68,7 @@ class TrainingStep(SimpleTrainer):
         """Train on one batch, or skip it if it is bad.
 
         Raises:
+            InputError: if the system has no open files or memory left to read images.
             BadBatchError: for a bad batch after `skips` bad batches, and if float16 gradients are
                 Inf or NaN at every loss scale.
         """
@@ -78,6 +79,7 @@ class TrainingStep(SimpleTrainer):
         # The forward pass updates BN's running statistics before it is known that a batch is bad
         before = [buffer.clone() for buffer in self._statistics] if self._skips else []
         reason = describe_unreadable(batch)
+        check_resources(batch)
         losses: dict[str, Tensor] = {}
         # All processes must agree before forward and backward, which synchronize them
         if not any_process(bool(reason)):
@@ -160,6 +162,13 @@ def describe_unreadable(batch: Sequence[Any]) -> str:
     samples = [sample for sample in batch if isinstance(sample, UnreadableSample)]
     text = "; ".join(f"{sample.file_name} ({sample.reason})" for sample in samples)
     return f"images cannot be read: {text}" if text else ""
+
+
+def check_resources(batch: Sequence[Any]) -> None:
+    """Raise an `InputError` if the system, not a file, is the reason for an unreadable sample."""
+    for sample in batch:
+        if isinstance(sample, UnreadableSample) and sample.fix:
+            raise InputError(f"{sample.file_name}: {sample.reason}; {sample.fix}")
 
 
 def any_process(flag: bool) -> bool:

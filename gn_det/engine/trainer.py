@@ -17,7 +17,6 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..check import log_warnings, refuse_problems
@@ -26,12 +25,14 @@ from ..check.proposals import check_proposals
 from ..checkpoint.checkpointer import StrictCheckpointer
 from ..config import is_pretraining
 from ..data.coco import remove_converted_annotations
-from ..data.loader import TrainLoader, build_train_loader
+from ..data.loader import TrainLoader, build_train_loader, is_dead_loader
 from ..data.registered import check_datasets, log_findings
+from ..data.worker_limits import sharing_workers
 from ..errors import InputError
 from ..evaluation.metrics_file import drop_metrics_from
 from ..solver import build_optimizer
 from .accumulate import accumulate_gradients
+from .distributed import distribute
 from .hooks import Evaluation, MemoryRecorder, RunRecorder, StopOnSignal
 from .train_step import BadBatchError, TrainingStep
 
@@ -158,6 +159,13 @@ class Trainer(DefaultTrainer):
         return build_train_loader(cfg)
 
     @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = sharing_workers(cfg.DATALOADER.NUM_WORKERS)
+        return super().build_test_loader(cfg, dataset_name)
+
+    @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = super().build_model(cfg)
         if cfg.SOLVER.ACCUMULATE_ITERS > 1:
@@ -239,8 +247,8 @@ class Trainer(DefaultTrainer):
                 if not is_dead_loader(error):
                     raise
                 reason = (
-                    "a worker process of the data loader was killed, perhaps because memory ran "
-                    "out: use a smaller DATALOADER.NUM_WORKERS"
+                    "a worker process of the data loader was killed, perhaps because memory or "
+                    "/dev/shm was full: use a smaller DATALOADER.NUM_WORKERS"
                 )
             finally:
                 if isinstance(self.data_loader, TrainLoader):
@@ -274,15 +282,6 @@ class Trainer(DefaultTrainer):
             )
 
 
-def distribute(model: nn.Module) -> nn.Module:
-    """Wrap a model in `DistributedDataParallel` if there are several processes."""
-    if comm.get_world_size() == 1:
-        return model
-    device = next(model.parameters()).device
-    devices = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
-
-
 @contextmanager
 def without_traceback() -> Iterator[None]:
     """Suppress the traceback that Detectron2 logs for errors that are reported in one sentence."""
@@ -297,8 +296,3 @@ def without_traceback() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(wanted)
-
-
-def is_dead_loader(error: BaseException | None) -> bool:
-    """Whether an error means that a worker process of the data loader has died."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")

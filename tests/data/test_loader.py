@@ -1,15 +1,19 @@
 """Training batches are those of Detectron2, for any first batch and number of workers."""
 
+import os
+import subprocess
+import sys
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from conftest import shapes_config
+from conftest import ROOT, shapes_config
 from detectron2.data import build_detection_train_loader
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import TrainingSampler
 
+from gn_det.data import worker_limits
 from gn_det.data.loader import TrainLoader, UnreadableSample, build_train_loader, seeded
 
 RECORDS = [{"file_name": str(i), "width": 3 + i % 3, "height": 4} for i in range(10)]
@@ -22,10 +26,10 @@ def noisy(record: dict) -> dict:
     return {**record, "drawn": (torch.rand(()).item(), np.random.rand())}
 
 
-def loader(workers: int = 0, group: bool = True, first: int = 0) -> TrainLoader:
+def loader(workers: int = 0, group: bool = True, first: int = 0, mapper=noisy) -> TrainLoader:
     made = TrainLoader(
         RECORDS,
-        noisy,
+        mapper,
         lambda records: TrainingSampler(len(records)),
         batch_size=2,
         group_by_shape=group,
@@ -89,3 +93,42 @@ def test_loader_from_a_config(sampler):
         assert all(torch.equal(x["image"], y["image"]) for x, y in zip(one, two, strict=True))
     expected = next(iter(build_detection_train_loader(cfg)))
     assert [x.keys() for x in batches[0]] == [x.keys() for x in expected]
+
+
+FEW_FILES = """
+import resource, sys
+from itertools import islice
+import torch
+import test_loader
+from test_loader import loader
+if len(sys.argv) > 1:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+for batch in islice(loader(3, mapper=large), 40):
+    print([x["image"].sum().item() for x in batch])
+"""
+
+
+def large(record: dict) -> dict:
+    return {**record, "image": torch.rand(9, 200, 200), "mask": torch.rand(200) > 0.5}
+
+
+@pytest.mark.parametrize("free", [0, 50_000_000])
+def test_little_shared_memory(free, monkeypatch):
+    """As in a container: the same batches, without or with processes that do not share them."""
+    expected = list(islice(loader(mapper=large), 6))
+    monkeypatch.setattr(worker_limits, "_free_shared_memory", lambda: free)
+    for one, two in zip(expected, islice(loader(2, mapper=large), 6), strict=True):
+        for x, y in zip(one, two, strict=True):
+            assert torch.equal(x["image"], y["image"]) and torch.equal(x["mask"], y["mask"])
+
+
+def test_few_open_files():
+    """PyTorch's way of sharing tensors takes a file for each, and stops without one."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/data'}"}
+    outputs = []
+    for more in ([], ["few"]):
+        words = [sys.executable, "-c", FEW_FILES.replace("large", "test_loader.large"), *more]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == 40

@@ -134,7 +134,7 @@ def test_gradients_equal_those_of_one_process(norm, tmp_path):
     assert torch.stack(list(distances.values())).norm() <= 1e-6 * total
     for name, distance in distances.items():
         # Sums over all pixels of an image, in another order, differ slightly more
-        assert distance <= 2e-6 * expected[name].norm(), name
+        assert distance <= 2e-5 * expected[name].norm(), name
 
 
 class Small(nn.Module):
