@@ -4,6 +4,7 @@ import os
 import reprlib
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -50,10 +51,12 @@ def printable(value: object, limit: int = 200) -> str:
 def exit_on_input_error() -> Iterator[None]:
     """Exit with the message and code 1 on `InputError`, and with code 130 on Ctrl-C.
 
-    If the reader of the output has gone, as with `| head`, exit with code 141 and no message.
+    On SIGTERM, exit as `exit_on_sigterm` does. If the reader of the output has gone, as with
+    `| head`, exit with code 141 and no message.
     """
     try:
-        yield
+        with exit_on_sigterm():
+            yield
     except InputError as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
@@ -66,11 +69,16 @@ def exit_on_input_error() -> Iterator[None]:
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Raise `SystemExit` in the main thread on SIGTERM, so that `finally` blocks run."""
+    """On SIGTERM print why the program ends, and raise `SystemExit`, so that `finally` runs."""
 
     def leave(*_: object) -> None:
+        print("stopped by SIGTERM", file=sys.stderr, flush=True)
         raise SystemExit(128 + signal.SIGTERM)
 
+    # Python allows signal handlers to be set in the main thread only
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGTERM, leave)
     try:
         yield

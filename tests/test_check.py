@@ -14,6 +14,7 @@ from detectron2.data.datasets import register_coco_instances
 from torch import nn
 
 import gn_det
+from gn_det.check.schedule import unscaled_batch
 from gn_det.config_file import read_config
 from gn_det.engine.trainer import Trainer
 from gn_det.errors import InputError
@@ -472,6 +473,25 @@ def test_files_without_weights(suffix, content, tmp_path):
     path = tmp_path / f"broken{suffix}"
     path.write_bytes(content)
     assert set(problems(config(FPN, "MODEL.WEIGHTS", path))) == {"MODEL.WEIGHTS"}
+
+
+@pytest.mark.parametrize(
+    ("opts", "rate"),
+    [
+        (("SOLVER.IMS_PER_BATCH", "2"), "0.0025"),
+        (("SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.02"), None),
+        (("SOLVER.IMS_PER_BATCH", "2", "SOLVER.REFERENCE_WORLD_SIZE", "1"), None),
+        (("SOLVER.IMS_PER_BATCH", "16"), None),
+        ((), None),
+    ],
+)
+def test_a_batch_without_its_learning_rate(opts, rate):
+    """Two images at the rate of 16: the linear rule's values are named."""
+    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_2x_gn.yaml"
+    text = unscaled_batch(read_config(name), read_config(name, opts), opts[::2])
+    assert bool(text) == bool(rate)
+    if rate:
+        assert f"SOLVER.BASE_LR {rate}, SOLVER.MAX_ITER 1440000 " in text
 
 
 def test_the_trainer_checks_its_config(tmp_path):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, enable_sigint
 
 from gn_det.files import locked, write_whole
 
@@ -74,7 +74,8 @@ def test_the_longest_names(tmp_path):
 
 def make_shapes(folder: Path) -> subprocess.Popen:
     words = ["tools/make_shapes.py", str(folder), "--num-train", "20", "--num-val", "1"]
-    return subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    keys = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True, "preexec_fn": enable_sigint}
+    return subprocess.Popen([sys.executable, *words], **keys)
 
 
 def test_two_generators_of_one_dataset(tmp_path):
@@ -94,9 +95,10 @@ def test_an_interrupted_generator(number, tmp_path):
     while not list(tmp_path.glob(".*/images/*.png")):
         assert process.poll() is None
     os.kill(process.pid, number)
-    process.wait()
-    if number == signal.SIGINT:
-        assert not list(tmp_path.iterdir())
+    errors = process.communicate()[1]
+    assert "Traceback" not in errors and ("SIGTERM" in errors) == (number == signal.SIGTERM)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert not list(tmp_path.iterdir())
     again = make_shapes(tmp_path / "shapes")
     again.wait()
     assert again.returncode == 0 and [p.name for p in tmp_path.iterdir()] == ["shapes"]

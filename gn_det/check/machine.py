@@ -31,9 +31,20 @@ def check_machine(cfg: CfgNode) -> None:
 
 
 def check_device(cfg: CfgNode) -> None:
-    """Raise an `InputError` if `MODEL.DEVICE` is a GPU and PyTorch sees none."""
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("MODEL.DEVICE is cuda, but PyTorch sees no GPU: add MODEL.DEVICE cpu")
+    """Check that PyTorch can compute on `MODEL.DEVICE`.
+
+    Raises:
+        InputError: if it cannot.
+    """
+    name = cfg.MODEL.DEVICE
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"MODEL.DEVICE is {name}, but PyTorch sees no GPU: add MODEL.DEVICE cpu")
+    try:
+        torch.zeros(1, device=name).item()
+    # PyTorch reports devices that it was not built for with several types
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise InputError(f"MODEL.DEVICE {name} cannot be used: {reason}") from None
 
 
 def check_weights_file(cfg: CfgNode) -> None:

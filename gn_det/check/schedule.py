@@ -1,6 +1,6 @@
 """Checks of the training schedule, the batch and the number of classes."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import pairwise
 
 from detectron2.config import CfgNode
@@ -43,6 +43,37 @@ def check_batch(cfg: CfgNode, num_gpus: int) -> Iterator[Problem]:
         reason = f"the {images} images per GPU and step cannot be split into so many equal passes"
         fix = f"set it to a divisor of {images}"
         yield Problem("SOLVER.ACCUMULATE_ITERS", keys.ACCUMULATE_ITERS, reason, fix)
+
+
+def unscaled_batch(before: CfgNode, cfg: CfgNode, given: Container[str]) -> str:
+    """A warning if only the batch was changed, so that rate and length are for another one.
+
+    Args:
+        before: the config file's own config.
+        cfg: the config with the user's `KEY VALUE` pairs.
+        given: the keys of these pairs.
+
+    Returns:
+        one sentence with the values of the linear scaling rule; "" if there is nothing to warn of.
+    """
+    keys, old = cfg.SOLVER, before.SOLVER
+    scale = keys.IMS_PER_BATCH / old.IMS_PER_BATCH
+    # Detectron2 scales these keys itself for another number of GPUs
+    if scale == 1 or "SOLVER.BASE_LR" in given or keys.REFERENCE_WORLD_SIZE or is_pretraining(cfg):
+        return ""
+    length = (
+        ""
+        if "SOLVER.MAX_ITER" in given
+        else (
+            f", SOLVER.MAX_ITER {round(keys.MAX_ITER / scale)} and SOLVER.STEPS "
+            f'"({",".join(str(round(step / scale)) for step in keys.STEPS)})"'
+        )
+    )
+    return (
+        f"SOLVER.IMS_PER_BATCH is {keys.IMS_PER_BATCH} instead of the config's "
+        f"{old.IMS_PER_BATCH}, at the same learning rate: the linear scaling rule gives "
+        f"SOLVER.BASE_LR {keys.BASE_LR * scale:g}{length}"
+    )
 
 
 def check_solver(cfg: CfgNode) -> Iterator[Problem]:

@@ -83,6 +83,11 @@ def _unknown(cfg: CfgNode) -> Iterator[Problem]:
     for key in NAMES:
         if not isinstance(value_of(cfg, key), str):
             yield Problem(key, value_of(cfg, key), "it is not a name", "set it to a name")
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except (RuntimeError, TypeError):
+        fix = "set it to cuda or cpu"
+        yield Problem("MODEL.DEVICE", cfg.MODEL.DEVICE, "PyTorch knows no such device", fix)
 
 
 def _check_scheduler(cfg: CfgNode) -> Iterator[Problem]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..layers import GroupNorm
 from ..modeling.conv import StandardizedConv2d
+from ..progress import progress
 
 # Normalised channels with a smaller standard deviation count as constant: their gamma becomes 0
 SILENT = 1e-3
@@ -68,8 +69,10 @@ def calibrate(network: nn.Module, reference: nn.Module, images: Tensor, moments:
     """
     signs = {name: norm.weight.sign() for name, norm in norm_layers(reference).items()}
     modules = dict(network.named_modules())
+    layers = progress(signs, "calibrating layers", len(signs))
 
     def fit(name: str, norm: GroupNorm, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        next(layers)
         convolution = modules[name.removesuffix(".norm")]
         factors = balance(inputs[0], norm.num_groups)
         if isinstance(convolution, StandardizedConv2d):

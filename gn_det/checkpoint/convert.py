@@ -54,6 +54,8 @@ class Conversion:
     assumed: Facts
     # Place of other networks in the file -> number of tensors
     others: dict[str, int]
+    # Prefix of the network's names in the file
+    prefix: str = ""
     # Config keys that fine-tuning should use
     recipe: dict[str, Any] = field(default_factory=dict)
     # Errors of the features after a conversion to GN, such as "res2 3%, res3 4%"
@@ -91,8 +93,12 @@ class Conversion:
         ):
             left = [n for n in names if not any(fnmatch(n.split(" ")[0], p) for p in allowed)]
             if left:
+                # Such as the two encoders of MoCo
+                beside = self.prefix and not all(name.startswith(self.prefix) for name in left)
+                alone = f'take one network alone with --prefix "{self.prefix}", '
                 raise InputError(
-                    f"{len(left)} tensors are {title}, first {left[0]}: give another file or "
+                    f"{len(left)} tensors are {title}, first {left[0]}: "
+                    f"{alone if beside and flag == '--allow-unknown' else ''}give another file or "
                     f"--source, or allow them with {flag} NAME_OR_PATTERN"
                 )
 
@@ -148,6 +154,7 @@ def convert(
     dropped, others = renamed.dropped, file.others
     return Conversion(
         *(tensors, cfg, source, dropped, missing, unknown, added, assumed, others),
+        prefix=renamed.prefix,
         recipe=recipe_in(file),
     )
 

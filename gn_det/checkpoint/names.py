@@ -195,6 +195,8 @@ class Renamed:
     unknown: list[str]
     # "BN", "FrozenBN" for BN fused into an affine transform, "GN" for norms without statistics
     norm: str | None = None
+    # Prefix of the network's names, such as "module."
+    prefix: str = ""
 
 
 def find_prefix(names: Iterable[str], wanted: str | None = None) -> str:
@@ -202,7 +204,8 @@ def find_prefix(names: Iterable[str], wanted: str | None = None) -> str:
 
     Args:
         names: all names of the file.
-        wanted: the prefix to use if the file holds several networks; None for the usual one.
+        wanted: the prefix to use if the file holds several networks, or its last parts, such as
+            "encoder_q"; None for the usual one.
 
     Raises:
         InputError: if several networks could be meant, or none has the wanted prefix.
@@ -210,6 +213,11 @@ def find_prefix(names: Iterable[str], wanted: str | None = None) -> str:
     known = dict.fromkeys(m[1] for name in names if (m := re.match(_TORCH_BACKBONE, name)))
     if wanted is not None and wanted in known:
         return wanted
+    if (
+        wanted
+        and len(ends := [p for p in known if f".{p}".endswith(f".{wanted.strip('.')}.")]) == 1
+    ):
+        return ends[0]
     usual = [prefix for prefix in known if re.fullmatch(_USUAL_PREFIX, prefix)] or [*known]
     if wanted is not None or len(usual) != 1:
         prefixes = ", ".join(f'"{prefix}"' for prefix in known) or "(none)"
@@ -230,6 +238,7 @@ def rename(tensors: Mapping[str, Tensor], source: Source, prefix: str | None = N
     """
     result = Renamed({}, {}, [])
     removed = find_prefix(tensors, prefix) if source.prefixed or prefix is not None else ""
+    prefix = prefix and removed
     for name, tensor in tensors.items():
         if prefix and not name.startswith(prefix):
             result.dropped[name] = f"without prefix {prefix}"
@@ -253,6 +262,7 @@ def rename(tensors: Mapping[str, Tensor], source: Source, prefix: str | None = N
         else:
             result.unknown.append(name)
     result.norm = _norm(tensors, result.tensors)
+    result.prefix = removed
     return result
 
 

@@ -169,8 +169,9 @@ def run_trainings(
         jobs = {pool.submit(train, training): training.name for training in trainings}
         try:
             return collect_failures(jobs, progress)
-        except BaseException:
-            progress.log("stopped: start the same command again to resume")
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                progress.log("stopped: start the same command again to resume")
             pool.shutdown(wait=False, cancel_futures=True)
             launcher.stop()
             raise

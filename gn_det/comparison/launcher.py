@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,9 @@ from detectron2.config import CfgNode
 
 from ..engine.train import PARENT
 from ..errors import InputError
+
+# Seconds that a subprocess has to finish its iteration and save a checkpoint
+PATIENCE = 120.0
 
 
 def check_same_config(folder: Path, cfg: CfgNode, root: Path) -> None:
@@ -102,6 +106,13 @@ class Launcher:
             raise InputError(f"{folder.name} failed, see {folder}/log.txt: {reason}")
 
     def stop(self) -> None:
-        """Terminate all running subprocesses."""
-        for process in list(self._running):
+        """Terminate all running subprocesses, and kill those that do not end in time."""
+        running = list(self._running)
+        for process in running:
             process.terminate()
+        deadline = time.monotonic() + PATIENCE
+        for process in running:
+            try:
+                process.wait(max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                process.kill()

@@ -15,6 +15,7 @@ from .suspicious import is_crowd, is_other_unit, plain_mask
 # COCO's evaluation uses at most this many detections per image
 MAX_DETECTIONS = 100
 SKIPPED = "they are skipped"
+NO_QUOTES = "write them as numbers, without quotes"
 UNUSED_CATEGORY = {"train": "they are not learned", "val": "their AP is not measured"}
 # If more than this share of the boxes look wrong, their format is probably not x, y, width, height
 MAX_SUSPICIOUS = 0.05
@@ -57,7 +58,9 @@ def inspect_ids(content: Mapping[str, list[dict]], findings: Findings) -> None:
     """
     for key in ("images", "categories"):
         for number, count in Counter(_hashable(entry.get("id")) for entry in content[key]).items():
-            if count > 1 or not _is_id(number):
+            if isinstance(number, str) and number.isdecimal():
+                findings.add(f"ids of {key} that are text", number, NO_QUOTES, True)
+            elif count > 1 or not _is_id(number):
                 description = f"ids of {key} that are missing, duplicate or not integers"
                 findings.add(description, number, "give each entry its own integer id", True)
     for key, field in (("images", "file_name"), ("categories", "name")):
@@ -66,16 +69,21 @@ def inspect_ids(content: Mapping[str, list[dict]], findings: Findings) -> None:
             if count > 1 or name is None:
                 description = f"{field}s of {key} that are missing, duplicate or invalid"
                 findings.add(description, name, f"give each entry its own {field}", True)
+    known_as = {"image_id": "images", "category_id": "categories"}
     images = {_hashable(image.get("id")) for image in content["images"]}
     categories = {_hashable(category.get("id")) for category in content["categories"]}
     for annotation in content["annotations"]:
-        number = annotation.get("id")
-        if _hashable(annotation.get("image_id")) not in images:
-            action = "fix image_id, or remove them"
-            findings.add("annotations whose image_id is not in images", number, action, True)
-        if _hashable(annotation.get("category_id")) not in categories:
-            action = "add the category, or remove them"
-            findings.add("annotations whose category_id is not in categories", number, action, True)
+        for field, known, action in (
+            ("image_id", images, "fix image_id, or remove them"),
+            ("category_id", categories, "add the category, or remove them"),
+        ):
+            number = annotation.get(field)
+            if _hashable(number) in known:
+                continue
+            kind = f"annotations whose {field} is not in {known_as[field]}"
+            if isinstance(number, str) and number.isdecimal():
+                kind, action = f"annotations whose {field} is text", NO_QUOTES
+            findings.add(kind, annotation.get("id"), action, True)
 
 
 def inspect_annotation_ids(annotations: Sequence[dict], findings: Findings) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from .annotations import clean_objects, inspect_counts, inspect_ids, read_instances
 from .findings import Finding, Findings
 from .image_files import inspect_images
-from .split import split
+from .split import split, version_of
 from .suspicious import find_copies, inspect_box_format, inspect_crowds
 
 # Difference between the wanted and the reached share of validation images that is reported
@@ -114,6 +114,14 @@ def compare_splits(train: Cleaned, val: Cleaned, masks: bool) -> list[Finding]:
             one, two = names[digest], entry["file_name"]
             example = one if one == two else f"{one} = {two}"
             findings.add("images in both sets", example, "remove them from one set", fatal=True)
+    learned_from, measured_on = (
+        {version_of(e["file_name"]): e["file_name"] for e in data.content["images"]}
+        for data in (train, val)
+    )
+    for original in sorted((learned_from.keys() & measured_on.keys()) - {""}):
+        example = f"{learned_from[original]}, {measured_on[original]}"
+        action = "AP will be too high: move all versions of an image into one set"
+        findings.add("images of which both sets have versions", example, action)
     one, two = (
         {c["id"]: c.get("name") for c in data.content["categories"]} for data in (train, val)
     )

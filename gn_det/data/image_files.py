@@ -38,6 +38,7 @@ class ImageInfo:
         orientation: EXIF's orientation, 1 to 8; 1 means upright.
         deep: "grey" or "colour" for more than 8 bits per channel, else "".
         format: Pillow's name of the format.
+        several: whether the file has more pages or frames than the first.
         error: the reason why the file is unusable, or "".
     """
 
@@ -47,6 +48,7 @@ class ImageInfo:
     orientation: int = 1
     deep: str = ""
     format: str = ""
+    several: bool = False
     error: str = ""
 
 
@@ -64,7 +66,9 @@ def examine(path: Path) -> ImageInfo:
     turned = image.upright.size
     crosswise = image.orientation in (5, 6, 7, 8)
     stored = turned[::-1] if crosswise else turned
-    return ImageInfo(stored, turned, digest, image.orientation, image.deep, image.format)
+    return ImageInfo(
+        *(stored, turned, digest, image.orientation, image.deep, image.format, image.several)
+    )
 
 
 def missing_images(entries: Sequence[dict[str, Any]], folder: Path, findings: Findings) -> None:
@@ -140,6 +144,8 @@ def _frame_of(
     """
     name, listed = entry["file_name"], (entry.get("width"), entry.get("height"))
     copy = ""
+    if file.several:
+        findings.add("files with several pages or frames", name, "only the first is used")
     if file.deep == "colour":
         action = "convert them to 8 bits per channel"
         findings.add("colour images with more than 8 bits per channel", name, action, fatal=True)

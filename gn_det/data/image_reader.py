@@ -48,12 +48,14 @@ class Decoded:
         orientation: EXIF's orientation in the file, 1 to 8; 1 means upright.
         deep: "grey" or "colour" for more than 8 bits per channel, else "".
         format: Pillow's name of the format.
+        several: whether the file has more pages or frames than the first, which is used.
     """
 
     upright: Image.Image
     orientation: int
     deep: str
     format: str
+    several: bool
 
 
 def read_image_bytes(path: Path) -> bytes:
@@ -80,7 +82,9 @@ def decode_image(content: bytes) -> Decoded:
             file.load()
             remaining = _orientation(file)
             upright = file.transpose(TURNS[remaining]) if remaining in TURNS else file.copy()
-            return Decoded(upright, orientation, deep, file.format or "")
+            # The other images of a camera's MPO file are previews
+            several = file.format != "MPO" and getattr(file, "n_frames", 1) > 1
+            return Decoded(upright, orientation, deep, file.format or "", several)
     except UnidentifiedImageError:
         # Pillow's own message is only the address of the BytesIO object
         formats = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"

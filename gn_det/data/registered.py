@@ -1,9 +1,11 @@
 """Check datasets that are registered in Detectron2's catalogs, and are read as they are."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from ..errors import InputError
+from ..files import open_regular
 from .annotations import (
     MAX_SUSPICIOUS,
     clean_box,
@@ -26,6 +29,7 @@ from .coco import check_dataset, check_same_classes, class_names
 from .findings import Finding, Findings, raise_if_fatal
 from .image_files import missing_images
 from .image_reader import size_error
+from .json_files import MAX_BYTES
 from .masks import clean_mask, is_read_as_given
 from .suspicious import find_copies, inspect_box_format, inspect_crowds
 
@@ -95,6 +99,25 @@ def datasets_of(cfg: CfgNode, train: bool = True) -> dict[str, str]:
         for name in names:
             used[name] = split if used.get(name, split) == split else ""
     return used
+
+
+def digests_of(names: Iterable[str]) -> dict[str, str]:
+    """{name: hash of its annotation file} for the datasets that have one."""
+    paths = {name: MetadataCatalog.get(name).get("json_file") for name in names}
+    return {
+        name: _digest(path, os.stat(path).st_mtime_ns)
+        for name, path in paths.items()
+        if path and os.path.isfile(path)
+    }
+
+
+@cache
+def _digest(path: str, changed: int) -> str:
+    digest = sha256()
+    with open_regular(path, MAX_BYTES) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def inspect_registered(name: str, cfg: CfgNode, split: str) -> list[Finding]:

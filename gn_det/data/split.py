@@ -18,7 +18,8 @@ def split(
     """Assign each image to training or validation.
 
     A hash decides, so that an image keeps its assignment when other images are added. Images with
-    identical files always stay together, and so do images with the same group key. With groups,
+    identical files always stay together, and so do versions of one image and images with the same
+    group key. With groups,
     validation gets those that fit into `val_fraction` of the images, in the order of their hashes,
     and one more if that comes nearer.
 
@@ -43,6 +44,8 @@ def split(
     if group_by is not None:
         # Groups that share a file are merged
         keys = _join([group_key(entry, group_by) for entry in entries], digests)
+    names = [version_of(str(entry["file_name"])) for entry in entries]
+    keys = _join(keys, [name or key for name, key in zip(names, keys, strict=True)])
     # Group keys may contain lone surrogates, which UTF-8 cannot encode
     hashes = [sha256(key.encode(errors="surrogatepass")).hexdigest() for key in keys]
     chosen = [int(digest, 16) / 16**64 < val_fraction for digest in hashes]
@@ -56,6 +59,12 @@ def split(
             "use another fraction, or pass a validation set with --val"
         )
     return chosen
+
+
+def version_of(file_name: str) -> str:
+    """The original image of an augmented copy that Roboflow has named; "" for other names."""
+    match = re.fullmatch(r"(.+)\.rf\.[0-9A-Za-z]{8,}\.\w+", file_name)
+    return match[1] if match else ""
 
 
 def _choose_groups(hashes: Sequence[str], share: float) -> set[str]:

@@ -29,6 +29,9 @@ from ..solver import build_optimizer, describe_groups, images_per_pass, is_norm
 from .pretrain_schedule import resolve_config
 from .run_record import count_parameters
 
+# More epochs than any schedule for a small dataset has
+MANY_EPOCHS = 1000
+
 
 def describe_recipe(cfg: CfgNode, num_gpus: int = 1) -> str:
     """Describe how a config would be trained, without training or downloading anything.
@@ -169,7 +172,9 @@ def _data(cfg: CfgNode) -> Iterator[str]:
     empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     images = len(get_detection_dataset_dicts(names, filter_empty=empty))
     kind = "images with annotations" if empty else "images"
-    yield f"{', '.join(names)}: {images:,} {kind}, {seen / images:.1f} epochs"
+    epochs = seen / images
+    many = ": far more than usual, lower SOLVER.MAX_ITER" if epochs > MANY_EPOCHS else ""
+    yield f"{', '.join(names)}: {images:,} {kind}, {epochs:,.1f} epochs{many}"
 
 
 def _learning_rates(cfg: CfgNode) -> Iterator[str]:

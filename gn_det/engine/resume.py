@@ -2,12 +2,15 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
 
 from ..config import flatten
 from ..config_file import read_config
+from ..data.registered import digests_of
 from ..errors import InputError
 
 # Keys that may change when a run resumes. Those of the first line are read anew, and the others
@@ -47,18 +50,62 @@ def check_resumed_config(cfg: CfgNode) -> None:
     except InputError as error:
         logger.warning(f"the settings of the earlier run cannot be compared: {error}")
         return
+    changed = changes_of(before, now)
+    refuse_fixed(changed, str(folder))
+    for key, text in changed.items():
+        if key != "OUTPUT_DIR":
+            logger.warning(f"resuming with other settings: {text}")
+
+
+def changes_of(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """{key: description of its change} for all keys that both have with different values."""
     # A file has lists where the config has tuples
-    changed = {
+    return {
         key: f"{key} {before[key]} became {value}"
         for key, value in now.items()
         if key in before and json.dumps(before[key]) != json.dumps(value)
     }
+
+
+def refuse_fixed(changed: Mapping[str, str], trained: str) -> None:
+    """Raise an `InputError` if a changed key is not one of `FREE`.
+
+    Args:
+        changed: as `changes_of` returns it.
+        trained: the folder or file whose settings are compared, for the message.
+    """
     if fixed := [text for key, text in changed.items() if not key.startswith(FREE)]:
         more = f" and {len(fixed) - SHOWN} more" * (len(fixed) > SHOWN)
         raise InputError(
-            f"{folder} was trained with other settings, which --resume cannot change: "
+            f"{trained} was trained with other settings, which --resume cannot change: "
             f"{', '.join(fixed[:SHOWN])}{more}; use the earlier values, or another OUTPUT_DIR"
         )
-    for key, text in changed.items():
-        if key != "OUTPUT_DIR":
-            logger.warning(f"resuming with other settings: {text}")
+
+
+def settings_of(cfg: CfgNode) -> dict[str, str]:
+    """What a checkpoint records of its run: all keys that are not `FREE`, and the training data.
+
+    Without this record, a folder that was used again and interrupted before its first checkpoint
+    would be resumed from a checkpoint of the run before.
+    """
+    fixed = {key: value for key, value in flatten(cfg).items() if not key.startswith(FREE)}
+    data = {f"dataset {name}": digest for name, digest in digests_of(cfg.DATASETS.TRAIN).items()}
+    return {key: json.dumps(value) for key, value in {**fixed, **data}.items()}
+
+
+def check_settings(recorded: Mapping[str, str], current: Mapping[str, str], trained: str) -> None:
+    """Refuse a checkpoint of a run with other settings or other data.
+
+    Args:
+        recorded: in the checkpoint, by `settings_of`; empty for a checkpoint of Detectron2.
+        current: those of the run that resumes.
+        trained: path of the checkpoint, for the message.
+
+    Raises:
+        InputError: naming the keys or datasets.
+    """
+    before, now = (
+        {key: json.loads(text) for key, text in settings.items()}
+        for settings in (recorded, current)
+    )
+    refuse_fixed(changes_of(before, now), trained)

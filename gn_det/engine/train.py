@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..check import ConfigError
+from ..check.schedule import unscaled_batch
 from ..check.weights import check_weights
 from ..config_file import add_base_argument, find_config, override_config, read_config
 from ..data.prepare import register
@@ -140,6 +141,10 @@ def _run(args: argparse.Namespace, cfg: CfgNode, trainer_class: type[Trainer]) -
         trainer_class.check_recipe(cfg, num_gpus)
     elif problems := list(check_weights(cfg)):
         raise ConfigError(problems)
+    if comm.is_main_process() and not args.eval_only and args.config_file:
+        before = read_config(args.config_file, (), args.allow_remote_base)
+        if warning := unscaled_batch(before, cfg, args.opts[::2]):
+            print(f"warning: {warning}", flush=True)
     if args.check and not comm.is_main_process():
         return
     if args.check:

@@ -34,6 +34,7 @@ from ..solver import build_optimizer
 from .accumulate import accumulate_gradients
 from .distributed import distribute
 from .hooks import Evaluation, MemoryRecorder, RunRecorder, StopOnSignal
+from .resume import check_settings, settings_of
 from .train_step import BadBatchError, TrainingStep
 
 
@@ -62,6 +63,7 @@ class Trainer(DefaultTrainer):
             self.check_data(cfg)
         # DefaultTrainer.__init__ would create its own training step and checkpointer
         TrainerBase.__init__(self)
+        self._settings = settings_of(cfg)
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         keys = cfg.SOLVER
         model = self.build_model(cfg)
@@ -104,11 +106,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def check_data(cls, cfg: CfgNode) -> None:
-        """Check the datasets, and log what was found.
-
-        Raises:
-            InputError: for a dataset that cannot be used.
-        """
+        """Check the datasets, and log what was found; an `InputError` if one cannot be used."""
         log_findings(cfg)
 
     @classmethod
@@ -268,9 +266,12 @@ class Trainer(DefaultTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         # Detectron2 0.6 omits its inner trainer, and the optimizer with it
-        return super().state_dict() | {"_trainer": self._trainer.state_dict()}
+        own = {"_trainer": self._trainer.state_dict(), "settings": self._settings}
+        return super().state_dict() | own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        path = self.checkpointer.get_checkpoint_file()
+        check_settings(state_dict.get("settings", {}), self._settings, path)
         TrainerBase.load_state_dict(self, state_dict)
         if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])

@@ -7,7 +7,7 @@ from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from detectron2.modeling.backbone.resnet import build_resnet_backbone
 
 from .fused import implement, implement_args
-from .norm import is_group_norm, stock_config, swap_norm
+from .norm import is_swapped, stock_config, swap_norm
 from .resnet import apply_resnet_keys
 
 
@@ -51,7 +51,7 @@ def build_gn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     fpn = build_resnet_fpn_backbone(stock_config(cfg, "RESNETS", "FPN"), input_shape)
     apply_resnet_keys(fpn.bottom_up, cfg, "backbone.bottom_up")
     fpn.bottom_up.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
-    if is_group_norm(cfg.MODEL.FPN.NORM):
+    if is_swapped(cfg.MODEL.FPN.NORM):
         for name, conv in fpn.named_children():
             if conv is not fpn.bottom_up:
                 swap_norm(conv, cfg, cfg.MODEL.FPN.NORM, f"backbone.{name}")

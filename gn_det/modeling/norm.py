@@ -1,9 +1,11 @@
 """Norm layers from Detectron2's `NORM` keys."""
 
 from collections.abc import Callable
+from functools import partial
 
 from detectron2.config import CfgNode
 from torch import nn
+from torchvision.models.convnext import LayerNorm2d
 
 from ..errors import InputError
 from ..layers import GroupNorm
@@ -19,25 +21,33 @@ NORM_KEYS = {
 }
 
 
+# Detectron2's LayerNorm, over the channels at each position; its own name "LN" is the paper's here
+POINTWISE = "LN2d"
+POINTWISE_EPSILON = 1e-6
+
+
 def get_norm(cfg: CfgNode, norm: str, layer_name: str) -> Norm:
     """Return the `norm` argument for a Detectron2 module.
 
     Args:
         cfg: a config that `add_gn_config` was called on.
         norm: the value of a `NORM` key. "GN", "LN" and "IN" follow the paper's Figure 2: G groups,
-            one group, and one channel per group. Other names, such as "", "FrozenBN", "BN" and
-            "SyncBN", are Detectron2's own.
+            one group, and one channel per group. "LN2d" is the LayerNorm at each position that
+            Detectron2 calls "LN". Other names, such as "", "FrozenBN", "BN" and "SyncBN", are
+            Detectron2's own.
         layer_name: name in the model of the layer that gets the norm. Outside the ResNet,
             `MODEL.GROUP_NORM.HEADS_DIM_PER_GP` or `HEADS_NUM_GROUPS` applies. Error messages begin
             with this name.
 
     Returns:
-        a function that builds a `GroupNorm` from a number of channels, or, for Detectron2's own
-        norms, the name `norm` itself.
+        a function that builds a `GroupNorm` or `LayerNorm2d` from a number of channels, or, for
+        Detectron2's own norms, the name `norm` itself.
 
     Raises:
         InputError: raised by the function if the groups do not divide the channels.
     """
+    if norm == POINTWISE:
+        return partial(LayerNorm2d, eps=POINTWISE_EPSILON)
     keys = cfg.MODEL.GROUP_NORM
     in_heads = part_of(layer_name) not in BACKBONE_PARTS
     if in_heads and keys.HEADS_DIM_PER_GP > 0:
@@ -64,7 +74,7 @@ def get_norm(cfg: CfgNode, norm: str, layer_name: str) -> Norm:
 
 
 def swap_norm(module: nn.Module, cfg: CfgNode, norm: str, module_name: str) -> None:
-    """Replace every `BatchNorm2d` in `module`, in place, by a `GroupNorm`.
+    """Replace every `BatchNorm2d` in `module`, in place, by the norm of gn_det with that name.
 
     Detectron2's builders take the norm as a name from the config, and its "GN" always has 32
     groups. So they build with "BN", and this function puts in the `GroupNorm` of the config.
@@ -72,7 +82,7 @@ def swap_norm(module: nn.Module, cfg: CfgNode, norm: str, module_name: str) -> N
     Args:
         module: a module that was built with `stock_config`.
         cfg: a config that `add_gn_config` was called on.
-        norm: "GN", "LN" or "IN", as in `get_norm`.
+        norm: "GN", "LN", "IN" or "LN2d", as in `get_norm`.
         module_name: name of `module` in the model, for error messages.
 
     Raises:
@@ -87,17 +97,22 @@ def swap_norm(module: nn.Module, cfg: CfgNode, norm: str, module_name: str) -> N
 def stock_config(cfg: CfgNode, *keys: str) -> CfgNode:
     """Return a copy of `cfg` for Detectron2's own builder, to be followed by `swap_norm`.
 
-    For each of `keys`, such as "RESNETS", `MODEL.<key>.NORM` becomes "BN" if it is "GN", "LN" or
-    "IN". `MODEL.BACKBONE.FREEZE_AT` becomes 0, because Detectron2's builder would turn the
+    For each of `keys`, such as "RESNETS", `MODEL.<key>.NORM` becomes "BN" if it `is_swapped`.
+    `MODEL.BACKBONE.FREEZE_AT` becomes 0, because Detectron2's builder would turn the
     BatchNorm of frozen stages into FrozenBN, which `swap_norm` does not replace.
     """
     stock = cfg.clone()
     stock.defrost()
     stock.MODEL.BACKBONE.FREEZE_AT = 0
     for key in keys:
-        if is_group_norm(cfg.MODEL[key].NORM):
+        if is_swapped(cfg.MODEL[key].NORM):
             stock.MODEL[key].NORM = "BN"
     return stock
+
+
+def is_swapped(norm: str) -> bool:
+    """Whether this value of a `NORM` key stands for a norm that `swap_norm` puts in."""
+    return is_group_norm(norm) or norm == POINTWISE
 
 
 def is_group_norm(norm: str) -> bool:

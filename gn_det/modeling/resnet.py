@@ -5,7 +5,7 @@ from detectron2.layers import CNNBlockBase, Conv2d
 from torch import nn
 
 from .conv import StandardizedConv2d
-from .norm import is_group_norm, swap_norm
+from .norm import is_swapped, swap_norm
 
 
 def apply_resnet_keys(stages: nn.Module, cfg: CfgNode, module_name: str) -> None:
@@ -20,7 +20,7 @@ def apply_resnet_keys(stages: nn.Module, cfg: CfgNode, module_name: str) -> None
         InputError: if the groups do not divide the channels of a layer; it names the layer.
     """
     keys = cfg.MODEL.RESNETS
-    if is_group_norm(keys.NORM):
+    if is_swapped(keys.NORM):
         swap_norm(stages, cfg, keys.NORM, module_name)
     if keys.ZERO_INIT_RESIDUAL:
         _zero_last_gamma(stages)

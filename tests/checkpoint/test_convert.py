@@ -437,3 +437,20 @@ def test_standardised_weights_for_standardised_convolutions():
     keys = ["MODEL.RESNETS.WEIGHT_STANDARDIZATION", "True"]
     conversion = convert(WeightsFile(state), opts=keys)
     assert type(build_resnet(conversion.cfg).res2[0].conv1).__name__ == "StandardizedConv2d"
+
+
+def test_a_file_with_two_networks():
+    """As MoCo's: the error names the flag, whose value may leave out outer modules."""
+    network = torchvision.models.resnet18().state_dict()
+    tensors = {
+        f"module.encoder_{which}.{name}": tensor
+        for which in "qk"
+        for name, tensor in network.items()
+    }
+    file = WeightsFile(tensors)
+    with pytest.raises(InputError, match=r'--prefix "module\.encoder_q\."'):
+        convert(file).check_complete()
+    for prefix in ("module.encoder_k.", "encoder_k"):
+        conversion = convert(file, prefix=prefix)
+        conversion.check_complete()
+        assert torch.equal(conversion.tensors["stem.conv1.weight"], network["conv1.weight"])

@@ -17,7 +17,7 @@ from gn_det.data.registered import check_datasets
 from gn_det.engine.trainer import Trainer
 from gn_det.errors import InputError
 
-NAME = "mine"
+NAME = "own_data_registered"
 
 
 @pytest.fixture

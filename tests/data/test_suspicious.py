@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from gn_det.data.clean import Source, clean
+from gn_det.data.clean import Source, clean, clean_splits
 from gn_det.data.registered import inspect_source
+from gn_det.errors import InputError
 
 
 def cleaned(content: dict, folder: Path):
@@ -113,3 +114,58 @@ def test_near_names_of_missing_images(name, content, tmp_path):
     expected = "\u00e9.png" if "e" == name[0] else "2.png"
     (finding,) = [f for f in cleaned(content, tmp_path).findings if f.fatal]
     assert finding.examples[0].endswith(f"found as {expected}")
+
+
+@pytest.mark.parametrize("field", ["id", "image_id", "category_id"])
+def test_ids_as_text(field, content, tmp_path):
+    """One finding of one kind, instead of a dangling reference."""
+    entries = content["images"] if field == "id" else content["annotations"]
+    for entry in entries:
+        entry[field] = str(entry[field])
+    found = kinds(cleaned(content, tmp_path))
+    assert any("text" in kind and fatal for kind, (_, fatal) in found.items())
+
+
+def test_files_with_several_pages(content, tmp_path):
+    frames = [Image.new("RGB", (128, 96), (value, 0, 0)) for value in (10, 90)]
+    for name in ("2.tif", "3.gif"):
+        path = tmp_path / "images" / name
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+        content["images"][int(name[0]) - 1]["file_name"] = name
+    assert list(kinds(cleaned(content, tmp_path)).values()) == [(2, False)]
+
+
+def name_versions(content: dict, folder: Path, originals: int) -> None:
+    """Give the images the names of Roboflow's augmented copies."""
+    for number, image in enumerate(content["images"]):
+        name = f"img{number % originals}_png.rf.{number:032x}.png"
+        (folder / "images" / image["file_name"]).rename(folder / "images" / name)
+        image["file_name"] = name
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.4, 0.6])
+def test_versions_of_an_image_stay_together(fraction, content, tmp_path):
+    name_versions(content, tmp_path, 5)
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(content))
+    try:
+        sets = clean_splits(Source(path, tmp_path / "images"), None, val_fraction=fraction)[:2]
+    except InputError:
+        return  # all five are on one side
+    one, two = ({e["file_name"][:4] for e in data.content["images"]} for data in sets)
+    assert one and two and not one & two
+
+
+def test_versions_of_an_image_in_both_sets(content, tmp_path):
+    name_versions(content, tmp_path, 5)
+    sources = []
+    for half in (slice(0, 6), slice(6, 10)):
+        images = content["images"][half]
+        ids = {image["id"] for image in images}
+        objects = [a for a in content["annotations"] if a["image_id"] in ids]
+        path = tmp_path / f"{half.start}.json"
+        path.write_text(json.dumps({**content, "images": images, "annotations": objects}))
+        sources.append(Source(path, tmp_path / "images"))
+    (finding,) = clean_splits(sources[0], sources[1])[2]["both"]
+    # 0 to 5 against 6 to 9: versions of 1, 2, 3 and 4
+    assert (finding.count, finding.fatal) == (4, False) and "versions" in finding.description

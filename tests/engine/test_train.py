@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,6 +232,32 @@ def test_resuming_for_longer(trained, caplog):
     trainer = Trainer(read_config(TRAIN[2], opts(trained)))
     trainer.resume_or_load(resume=True)
     assert "SOLVER.MAX_ITER" in caplog.text.splitlines()[-1]
+
+
+def test_a_checkpoint_of_an_earlier_run_in_the_folder(trained, tmp_path):
+    """A new run that was killed before its first checkpoint left its config.yaml."""
+    shutil.copytree(trained, tmp_path / "run")
+    other = opts(tmp_path / "run", "SOLVER.BASE_LR", 0.5)
+    (tmp_path / "run/config.yaml").write_text(read_config(TRAIN[2], other).dump())
+    with pytest.raises(SystemExit, match=r"model_final\.pth .*SOLVER\.BASE_LR"):
+        run([*TRAIN[1:], "--resume", *other])
+
+
+def test_resuming_with_changed_annotations(shapes, tmp_path):
+    """A registered dataset whose file has changed is another dataset."""
+    path = tmp_path / "own.json"
+    content = json.loads((shapes / "instances_train.json").read_text())
+    name = f"own_{tmp_path.name}"
+    register_coco_instances(name, {}, str(path), str(shapes / "images"))
+    keys = ("SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()", "DATASETS.TEST", "()")
+    words = [*TRAIN[1:], *opts(tmp_path / "out", *keys, "DATASETS.TRAIN", f"('{name}',)")]
+    path.write_text(json.dumps(content))
+    run(words)
+    run([*words[:2], "--resume", *words[2:]])
+    del content["annotations"][0]
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=f"dataset {name} "):
+        run([*words[:2], "--resume", *words[2:]])
 
 
 def test_ground_truth_of_an_earlier_run(tmp_path):

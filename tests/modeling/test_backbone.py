@@ -123,6 +123,24 @@ def test_groups_reach_every_layer(norm, opts, groups_of_64):
     assert {m.eps for m in layers} == {1e-3}
 
 
+def test_layer_norm_at_each_position():
+    """Detectron2's LayerNorm, which its main branch calls LN, against its formula in float64."""
+    fpn, c4 = build(*norm_everywhere("LN2d")), build(*C4, "MODEL.RESNETS.NORM", "LN2d")
+    for model, count in ((fpn, 36), (c4, 53)):
+        layers = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
+        assert len(layers) == count
+        assert not any(isinstance(m, nn.GroupNorm | nn.BatchNorm2d) for m in model.modules())
+    norm = fpn.backbone.fpn_output2.norm
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(2, 64, 5, 7)
+    y = x.double()
+    mean, variance = y.mean(1, keepdim=True), y.var(1, unbiased=False, keepdim=True)
+    weight, bias = (p.detach().double().view(-1, 1, 1) for p in (norm.weight, norm.bias))
+    expected = (y - mean) / (variance + 1e-6).sqrt() * weight + bias
+    assert_close(norm(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_heads_num_groups_applies_outside_the_resnet():
     """C4's res5 belongs to the ResNet, because its weights are pretrained with it."""
     opts = ("MODEL.GROUP_NORM.DIM_PER_GP", 16, "MODEL.GROUP_NORM.HEADS_NUM_GROUPS", 8)
