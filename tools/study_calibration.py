@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -332,21 +333,41 @@ def main() -> None:
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Refuse a folder with results of another backbone or other overrides.
+    """Refuse a folder with results of another backbone, other data or other overrides.
 
     Raises:
-        InputError: naming the file that records them.
+        InputError: naming the file that records them, or a file that cannot be read.
     """
-    digest = sha256(Path(args.backbone).read_bytes()).hexdigest()
-    settings = json.dumps({"backbone": digest, "opts": args.opts})
+    folders = dict(args.data) | ({"probe": args.probe} if args.probe else {})
+    settings = {"backbone": digest_of([Path(args.backbone)]), "opts": args.opts}
+    settings |= {
+        f"data {name}": digest_of([Path(folder) / f"instances_{s}.json" for s in ("train", "val")])
+        for name, folder in folders.items()
+    }
     record = args.output_dir / "settings.json"
-    if record.exists() and record.read_text() != settings:
+    before = json.loads(record.read_text()) if record.exists() else {}
+    if differ := [key for key in before.keys() & settings.keys() if before[key] != settings[key]]:
         raise InputError(
-            f"{args.output_dir} has results of another backbone or other --opts ({record} differs):"
-            " choose another folder with --output-dir"
+            f"{args.output_dir} has results of another {' and '.join(sorted(differ))} ({record} "
+            "differs): choose another folder with --output-dir"
         )
     with write_whole(record) as file:
-        file.write(settings)
+        file.write(json.dumps(before | settings))
+
+
+def digest_of(paths: Sequence[Path]) -> str:
+    """SHA-256 of the content of files.
+
+    Raises:
+        InputError: naming a file that cannot be read.
+    """
+    digest = sha256()
+    for path in paths:
+        try:
+            digest.update(path.read_bytes())
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 def execute_all(args: argparse.Namespace) -> None:
@@ -360,7 +381,8 @@ def execute_all(args: argparse.Namespace) -> None:
         results[key] = result
         with write_whole(path) as file:
             file.write(json.dumps(results, indent=1) + "\n")
-    (args.output_dir / "table.md").write_text(markdown(runs, results))
+    with write_whole(args.output_dir / "table.md") as file:
+        file.write(markdown(runs, results))
     plot(runs, results, args.output_dir / "plot.png")
     print(markdown(runs, results))
 
