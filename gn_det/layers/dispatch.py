@@ -14,14 +14,14 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tests set this to run the kernels on the CPU, in a process with TRITON_INTERPRET=1
 INTERPRETED = False
-# PyTorch 2.6 cannot tell: the models that it exports contain gn_det's operators
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def is_exporting() -> bool:
     """Whether the model is being traced or exported, and must use PyTorch's own operators."""
-    return torch.jit.is_tracing() or _is_exporting()
+    # `torch.compiler.is_exporting()` is true under torch.compile, too, up to PyTorch 2.11. PyTorch
+    # 2.6 cannot tell at all: the models that it exports contain gn_det's operators
+    return torch.jit.is_tracing() or getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def has_kernel(x: Tensor) -> bool:

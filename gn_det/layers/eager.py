@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import cast_like
+
 aten = torch.ops.aten
 
 
@@ -37,8 +39,8 @@ def group_norm(
         (N, groups).
     """
     wide, weight, bias = _widen(x, weight, bias)
-    y, mean, rstd = torch.native_group_norm(wide, weight, bias, *_sizes(x), groups, eps)
-    return _add_and_relu(y, x, residual, relu), mean, rstd
+    y, mean, rstd = torch.native_group_norm(_native(wide), weight, bias, *_sizes(x), groups, eps)
+    return _add_and_relu(cast_like(y, wide), x, residual, relu), mean, rstd
 
 
 def group_norm_backward(
@@ -72,11 +74,37 @@ def group_norm_backward(
         y = group_norm(x, weight, bias, None, groups, eps, relu)[0]
         dy = aten.threshold_backward(dy, y, 0)
     wide, wide_dy, wide_weight = _widen(x, dy, weight)
-    output_mask = [True, True, True]
-    dx, dweight, dbias = aten.native_group_norm_backward(
-        wide_dy, wide, mean, rstd, wide_weight, *_sizes(x), groups, output_mask
+    if x.is_cpu and x.dim() == 4 and not x.is_contiguous():
+        dx, dweight, dbias = _backward_channels_last(wide_dy, wide, mean, rstd, wide_weight, groups)
+    else:
+        output_mask = [True, True, True]
+        dx, dweight, dbias = aten.native_group_norm_backward(
+            *(_native(wide_dy), _native(wide), mean, rstd, wide_weight),
+            *(*_sizes(x), groups, output_mask),
+        )
+    return cast_like(dx, x), dweight.to(weight.dtype), dbias.to(bias.dtype), dresidual
+
+
+def _backward_channels_last(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias by elementwise operations and sums.
+
+    PyTorch's own kernel takes 2 to 40 times as long in this format on a CPU.
+    """
+    count = x[0].numel() // groups
+    shape = (len(x), groups, -1)  # of values for each image and channel
+    products, sums = (dy * x).sum((2, 3)).view(shape), dy.sum((2, 3)).view(shape)
+    mean, rstd, weight = mean[..., None], rstd[..., None], weight.view(1, groups, -1)
+    centred = products - sums * mean
+    of_x = -(weight * centred).sum(-1, keepdim=True) * rstd**3 / count
+    offset = -of_x * mean - (weight * sums).sum(-1, keepdim=True) * rstd / count
+    scale, of_x, offset = (
+        value.expand(products.shape).reshape(len(x), -1, 1, 1)
+        for value in (weight * rstd, of_x, offset)
     )
-    return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(bias.dtype), dresidual
+    dx = torch.addcmul(offset, dy, scale).addcmul_(x, of_x)
+    return dx, (centred * rstd).sum(0).flatten(), sums.sum(0).flatten()
 
 
 def frozen_bn(
@@ -130,6 +158,11 @@ def _widen(*tensors: Tensor) -> Sequence[Tensor]:
     """Cast to float64 if any of the tensors is float64, else to float32."""
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     return [t if t.dtype == dtype else t.to(dtype) for t in tensors]
+
+
+def _native(x: Tensor) -> Tensor:
+    """Convert x for PyTorch's kernels, of which only the CPU's know channels_last."""
+    return x if x.is_cpu else x.contiguous()
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:

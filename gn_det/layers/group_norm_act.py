@@ -1,5 +1,6 @@
 """Group Normalization, the addition of a residual, and ReLU, as one operator."""
 
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -75,6 +76,12 @@ def group_norm_act(
     return _GroupNormAct.apply(x, weight, bias, residual, num_groups, eps, relu)
 
 
+def _recompute_with(
+    operator: Callable[..., Tensor], groups: int, eps: float, relu: bool, *inputs: Tensor
+) -> Tensor:
+    return operator(*inputs, groups, eps, relu)
+
+
 def _check(
     x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, residual: Tensor | None
 ) -> None:
@@ -109,9 +116,9 @@ class _GroupNormAct(torch.autograd.Function):
         # Under torch.compile, the compiler itself chooses what to save and what to recompute
         eagerly = not torch.compiler.is_compiling()
         if eagerly and is_recomputing() and residual is None:
-            inputs = [t.detach() for t in (x, weight, bias, mean, rstd)]
-            compute = partial(torch.ops.gn_det.group_norm_act_recompute, *inputs, groups, eps, relu)
-            ctx.recomputation = Recomputation(compute)
+            operator = torch.ops.gn_det.group_norm_act_recompute
+            compute = partial(_recompute_with, operator, groups, eps, relu)
+            ctx.recomputation = Recomputation(compute, x, weight, bias, mean, rstd)
         # Without a residual, the backward pass can get the ReLU's mask from x instead of from y
         mask_from_x = ctx.recomputation is not None or (eagerly and has_kernel(x))
         needs_y = relu and (residual is not None or not mask_from_x)

@@ -27,11 +27,15 @@ def recompute_activations(enabled: bool = True) -> Iterator[None]:
 
     Tensors without a `Recomputation` are saved as usual. Inside `torch.utils.checkpoint` this does
     nothing: PyTorch runs only the innermost hooks, and the checkpoint's own hooks save more memory.
+    Under torch.compile it does nothing either, since the compiler chooses what to recompute.
 
     Args:
         enabled: False makes this context do nothing.
+
+    Raises:
+        RuntimeError: in the backward pass, if a saved tensor has been modified in place.
     """
-    if not enabled or _has_hooks():
+    if not enabled or torch.compiler.is_compiling() or _has_hooks():
         yield
         return
     outer = is_recomputing()
@@ -52,19 +56,37 @@ def is_recomputing() -> bool:
     return getattr(_state, "active", False)
 
 
+class Saved:
+    """A tensor that is saved for the backward pass, with PyTorch's check of its version."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        # Detached: an operation that saves its own result would otherwise keep its graph alive
+        self._tensor, self._version = tensor.detach(), tensor._version
+
+    def __call__(self) -> Tensor:
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: a tensor of shape {tuple(self._tensor.shape)}"
+            )
+        return self._tensor
+
+
 class Recomputation:
     """A deferred recomputation of a tensor. It keeps its latest result until `take` is called.
 
     Args:
-        compute: computes and returns the tensor.
+        compute: computes and returns the tensor from `inputs`.
+        inputs: tensors that must not be modified before.
     """
 
-    def __init__(self, compute: Callable[[], Tensor]) -> None:
+    def __init__(self, compute: Callable[..., Tensor], *inputs: Tensor) -> None:
         self._compute = compute
+        self._inputs = [Saved(tensor) for tensor in inputs]
         self._latest: Tensor | None = None
 
     def __call__(self) -> Tensor:
-        self._latest = self._compute()
+        self._latest = self._compute(*(saved() for saved in self._inputs))
         return self._latest
 
     def take(self) -> Tensor | None:
@@ -78,13 +100,12 @@ def attach(y: Tensor, recomputation: Recomputation) -> None:
     y._recomputation = y._version, recomputation  # type: ignore[attr-defined]
 
 
-def _pack(tensor: Tensor) -> Tensor | Recomputation:
+def _pack(tensor: Tensor) -> Saved | Recomputation:
     version, recomputation = getattr(tensor, "_recomputation", (None, None))
     if recomputation is not None and version == tensor._version:
         return recomputation
-    # Detached: an operation that saves its own result would otherwise keep its graph alive
-    return tensor.detach()
+    return Saved(tensor)
 
 
-def _unpack(saved: Tensor | Recomputation) -> Tensor:
-    return saved if isinstance(saved, Tensor) else saved()
+def _unpack(saved: Saved | Recomputation) -> Tensor:
+    return saved()

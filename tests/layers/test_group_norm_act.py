@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from studies.saved_bytes import saved_bytes
 from torch import library, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from gn_det.layers import frozen_bn_act, group_norm_act, recompute_activations
+from gn_det.layers import GroupNormAct, frozen_bn_act, group_norm_act, recompute_activations
 
 CASES = {
     "linear": (False, False),
@@ -227,6 +228,66 @@ def test_compiled_as_one_graph_for_any_size():
         )
         assert_close(actual, expected)
     assert counter.frame_count == 1
+
+
+def test_the_operators_are_in_the_compiled_graph():
+    """Forward and backward; exported graphs have PyTorch's operators instead."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(module, _):
+        graphs.append(str(module.graph))
+        return module
+
+    x, weight, bias, residual = inputs(requires_grad=True)
+
+    def act(x, residual):
+        return group_norm_act(x, weight, bias, 4, 1e-5, residual, relu=True)
+
+    compiled = torch.compile(act, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    compiled(x, residual).sum().backward()
+    forward, backward = graphs
+    assert "gn_det.group_norm_act" in forward and "gn_det.group_norm_act_backward" in backward
+    for strict in (False, True):
+        exported = torch.export.export(GroupNormAct(8, 4), (x.detach(),), strict=strict)
+        code = str(exported.graph)
+        assert "group_norm" in code and "gn_det" not in code
+
+
+@pytest.mark.parametrize("change", ["input", "output", "filter"])
+def test_saved_tensors_must_not_change(change):
+    """As without the context, where autograd notices it."""
+    conv = nn.Conv2d(8, 8, 1)
+    for enabled in (False, True):
+        x, weight, bias, _ = inputs(requires_grad=True)
+        y = x * 1
+        with recompute_activations(enabled):
+            z = group_norm_act(y, weight, bias, 4, relu=True)
+            loss = conv(z).square().sum()
+        with torch.no_grad():
+            {"input": y, "output": z, "filter": conv.weight}[change].add_(1)
+        if change == "output" and enabled:
+            # The convolution's input is recomputed, so a change of it does no harm
+            torch.autograd.grad(loss, [conv.weight, x])
+            continue
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, [conv.weight, x])
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 5, 6), (3, 8, 2, 2), (1, 8, 7, 1), (0, 8, 5, 6)])
+@pytest.mark.parametrize("groups", [1, 4, 8])
+def test_channels_last(shape, groups):
+    """The same derivatives as in float64 and NCHW, and the format is kept."""
+    x, weight, bias, residual = inputs(shape, torch.float64)
+    wanted = [t.clone().requires_grad_() for t in (x, weight, bias, residual)]
+    F.relu(F.group_norm(wanted[0], groups, *wanted[1:3]) + wanted[3]).square().sum().backward()
+    given = [t.float().requires_grad_() for t in (x, weight, bias, residual)]
+    image, r = (given[i].to(memory_format=torch.channels_last) for i in (0, 3))
+    y = group_norm_act(image, given[1], given[2], groups, 1e-5, r, relu=True)
+    assert not y.numel() or y.is_contiguous(memory_format=torch.channels_last)
+    y.square().sum().backward()
+    for one, two in zip(given, wanted, strict=True):
+        assert_close(one.grad.double(), two.grad, rtol=2e-4, atol=2e-4)
 
 
 def test_operators_pass_opcheck():
