@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 # Seconds in which all processes of a killed command must end
 GRACE = 5.0
 MODEL = (
-    *["MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_AT", "0", "SOLVER.IMS_PER_BATCH", "2"],
+    *["MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_AT", "0"],
     *["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "INPUT.MASK_FORMAT", "bitmask"],
     *["MODEL.RPN.POST_NMS_TOPK_TEST", "20", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"],
 )
