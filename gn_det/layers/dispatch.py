@@ -1,7 +1,8 @@
 """Choice of the implementation for a tensor, and of the memory format that it needs.
 
 - While a model is traced or exported: PyTorch's own operators, which other runtimes support.
-- On GPUs of compute capability 8.0 or newer: the Triton kernels in `kernels`.
+- On GPUs of compute capability 8.0 or newer: the Triton kernels in `kernels`, if they pass a test
+  on the device.
 - Everywhere else: PyTorch's native kernels, in `eager`.
 """
 
@@ -27,8 +28,8 @@ def is_exporting() -> bool:
 def has_kernel(x: Tensor) -> bool:
     """Whether the Triton kernels support x.
 
-    They need a GPU of compute capability 8.0 or newer, and a tensor of shape (N, C, H, W), float32,
-    bfloat16 or float16, contiguous or channels_last, that is not empty.
+    They need a GPU of compute capability 8.0 or newer that passes `kernels_work`, and a tensor of
+    shape (N, C, H, W), float32, bfloat16 or float16, contiguous or channels_last, not empty.
     """
     if not (x.is_cuda or INTERPRETED) or not HAS_TRITON:
         return False
@@ -39,12 +40,17 @@ def has_kernel(x: Tensor) -> bool:
         return False
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         return False
-    return INTERPRETED or _is_new_enough(x.device.index)
+    return INTERPRETED or _supports_kernels(x.device.index)
 
 
 @cache
-def _is_new_enough(device: int) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+def _supports_kernels(device: int) -> bool:
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    from .self_test import kernels_work
+
+    with torch.cuda.device(device), torch.no_grad():
+        return kernels_work(torch.device("cuda", device))
 
 
 def dense(x: Tensor) -> Tensor:

@@ -6,10 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from gn_det.layers import dispatch, frozen_bn_act, group_norm_act, recompute_activations
+from gn_det.layers import (
+    dispatch,
+    frozen_bn_act,
+    group_norm_act,
+    recompute_activations,
+    self_test,
+)
 
 pytest.importorskip("triton")
-from gn_det.layers.kernels import split, tile, whole
+from gn_det.layers.kernels import frozen_bn, split, tile, whole
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -207,3 +213,36 @@ def test_inputs_without_a_kernel():
     assert dispatch.has_kernel(x) and dispatch.has_kernel(x.to(memory_format=torch.channels_last))
     for other in (x.double(), x[:, ::2], x[:0], x[0], x.transpose(2, 3)):
         assert not dispatch.has_kernel(other)
+
+
+def test_the_kernels_pass_their_own_test(caplog):
+    caplog.set_level("INFO", "gn_det.layers")
+    assert self_test.kernels_work(torch.device(DEVICE))
+    assert DEVICE in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "fault"),
+    [
+        *((m, n, "slightly wrong") for m in (whole, frozen_bn) for n in ("forward", "backward")),
+        *((split, "forward", "NaN"), (split, "backward", "not built")),
+    ],
+)
+def test_kernels_that_fail_are_not_used(module, name, fault, monkeypatch, caplog):
+    """One warning, which names the kernel, or says what Triton lacks."""
+    right = getattr(module, name)
+
+    def wrong(*arguments):
+        if fault == "not built":
+            raise RuntimeError("Failed to find C compiler")
+        results = right(*arguments)
+        first = results[0] if isinstance(results, tuple) else results
+        first.view(-1)[5] = float("nan") if fault == "NaN" else first.view(-1)[5] + 0.1
+        return results
+
+    monkeypatch.setattr(module, name, wrong)
+    monkeypatch.setattr(self_test, "LAYOUTS", (torch.contiguous_format,))
+    assert not self_test.kernels_work(torch.device(DEVICE))
+    (record,) = caplog.records
+    named = "frozen_bn" if module is frozen_bn else module.__name__.rpartition(".")[2]
+    assert ("C compiler" if fault == "not built" else named) in record.getMessage()
