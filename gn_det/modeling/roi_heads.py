@@ -13,7 +13,7 @@ from detectron2.modeling.roi_heads import (
     MaskRCNNConvUpsampleHead,
     Res5ROIHeads,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers import recompute_activations
 from .fused import implement, implement_args
@@ -42,9 +42,12 @@ class _ImplementedHead:
 
     Attributes:
         recompute: whether norms are recomputed, set by `implement`; "none" means they are not.
+        recomputing: the subclass that such a head becomes. Others keep Detectron2's `forward`,
+            which torch.jit.script can compile.
     """
 
     recompute = "none"
+    recomputing: type[nn.Module]
 
     @configurable
     def __init__(
@@ -52,6 +55,8 @@ class _ImplementedHead:
     ) -> None:
         super().__init__(input_shape, **kwargs)  # type: ignore[call-arg]
         implement(self, **(implementation or {}))  # type: ignore[arg-type]
+        if self.recompute != "none":
+            self.__class__ = self.recomputing  # type: ignore[assignment]
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
@@ -69,9 +74,14 @@ class GNFastRCNNConvFCHead(_ImplementedHead, FastRCNNConvFCHead):
         head["implementation"] = implement_args(cfg)
         return head
 
+
+class _RecomputingBoxHead(GNFastRCNNConvFCHead):
     def forward(self, x: Tensor) -> Tensor:
-        with recompute_activations(self.recompute != "none"):
+        with recompute_activations():
             return super().forward(x)
+
+
+GNFastRCNNConvFCHead.recomputing = _RecomputingBoxHead
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -89,6 +99,11 @@ class GNMaskRCNNConvUpsampleHead(_ImplementedHead, MaskRCNNConvUpsampleHead):
         head["implementation"] = implement_args(cfg)
         return head
 
+
+class _RecomputingMaskHead(GNMaskRCNNConvUpsampleHead):
     def layers(self, x: Tensor) -> Tensor:
-        with recompute_activations(self.recompute != "none"):
+        with recompute_activations():
             return super().layers(x)
+
+
+GNMaskRCNNConvUpsampleHead.recomputing = _RecomputingMaskHead
