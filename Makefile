@@ -16,8 +16,8 @@ test: $(READY)
 N ?= 200
 faults: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py
-	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py $(N)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kills.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py $(N)
 
 lint: $(READY)
 	$(BIN)/ruff check .

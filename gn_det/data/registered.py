@@ -27,7 +27,7 @@ from .annotations import (
 from .clean import Source
 from .coco import check_dataset, check_same_classes, class_names
 from .findings import Finding, Findings, raise_if_fatal
-from .image_files import missing_images
+from .image_files import MISSING, UNREADABLE, missing_images
 from .image_reader import size_error
 from .json_files import MAX_BYTES
 from .masks import clean_mask, is_read_as_given
@@ -70,10 +70,9 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> list[str]:
     check_same_classes({f"dataset {name}": class_names(name) for name in used})
     lines = []
     for name, split in used.items():
-        if not name.startswith(PUBLISHED):
-            findings = inspect_registered(name, cfg, split)
-            raise_if_fatal({name: findings})
-            lines += [f"{name}: {finding}" for finding in findings]
+        findings = inspect_registered(name, cfg, split)
+        raise_if_fatal({name: findings})
+        lines += [f"{name}: {finding}" for finding in findings]
     return lines
 
 
@@ -123,12 +122,13 @@ def _digest(path: str, changed: int) -> str:
 def inspect_registered(name: str, cfg: CfgNode, split: str) -> list[Finding]:
     """Check the annotations of a registered dataset; only the start of each image file is read.
 
-    Datasets without instance annotations, those of another evaluator than COCO's, and those that
-    `prepare` has checked already have no findings.
+    Datasets without instance annotations, those of another evaluator than COCO's, COCO's own, and
+    those that `prepare` has checked already have no findings.
 
     Args:
         name: of a registered dataset.
-        cfg: `MODEL.MASK_ON` and `INPUT.MASK_FORMAT` decide which masks can be used.
+        cfg: `MODEL.MASK_ON` and `INPUT.MASK_FORMAT` decide which masks can be used, and
+            `SOLVER.SKIP_BAD_BATCHES` whether image files may be missing or damaged.
         split: "train" or "val" if the dataset is used for only one of them.
 
     Raises:
@@ -137,11 +137,22 @@ def inspect_registered(name: str, cfg: CfgNode, split: str) -> list[Finding]:
     metadata = MetadataCatalog.get(name)
     path = Path(metadata.get("json_file") or "")
     changed = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else (0, 0)
-    if str(path) == name or metadata.get("evaluator_type", "coco") != "coco":
+    if (
+        name.startswith(PUBLISHED)
+        or str(path) == name
+        or metadata.get("evaluator_type", "coco") != "coco"
+    ):
         return []
     is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
     mask_format = cfg.INPUT.MASK_FORMAT if is_rcnn and cfg.MODEL.MASK_ON else ""
-    return list(_inspect(name, DatasetCatalog[name], changed, split, mask_format))
+    found = _inspect(name, DatasetCatalog[name], changed, split, mask_format)
+    if cfg.SOLVER.SKIP_BAD_BATCHES <= 0 or split == "val":
+        return list(found)
+    kept = "batches with them are skipped, up to SOLVER.SKIP_BAD_BATCHES"
+    return [
+        replace(f, action=kept, fatal=False) if f.description in (MISSING, UNREADABLE) else f
+        for f in found
+    ]
 
 
 @cache

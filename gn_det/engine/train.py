@@ -21,7 +21,7 @@ from ..errors import InputError, exit_on_input_error
 from ..files import locked
 from ..processes import end_with_parent
 from .dataset_args import add_data_arguments, data_opts, describe_data
-from .describe import describe_recipe
+from .describe import describe_recipe, logging_disabled
 from .distributed import count_processes, launch, restarted_by_torchrun, torchrun_process_group
 from .relative_steps import describe_steps
 from .resume import check_resumed_config
@@ -142,7 +142,8 @@ def _run(args: argparse.Namespace, cfg: CfgNode, trainer_class: type[Trainer]) -
     elif problems := list(check_weights(cfg)):
         raise ConfigError(problems)
     if comm.is_main_process() and not args.eval_only and args.config_file:
-        before = read_config(args.config_file, (), args.allow_remote_base)
+        with logging_disabled():  # its warnings have been logged already
+            before = read_config(args.config_file, (), args.allow_remote_base)
         if warning := unscaled_batch(before, cfg, args.opts[::2]):
             print(f"warning: {warning}", flush=True)
     if args.check and not comm.is_main_process():

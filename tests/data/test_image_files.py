@@ -5,6 +5,7 @@ import json
 import os
 import random
 import socket
+import struct
 import sys
 import time
 import warnings
@@ -296,3 +297,34 @@ def test_group_name_that_utf_8_cannot_encode():
 
 if __name__ == "__main__":
     {"hostile": check_hostile, "damaged": check_damaged}[sys.argv[1]](Path(sys.argv[2]))
+
+
+def random_exif(rng: np.random.Generator, pixels: bytes) -> bytes:
+    """A JPEG with random EXIF tags, most of them invalid, and an orientation."""
+    entries = [
+        struct.pack("<HHII", *(int(rng.integers(1 << bits)) for bits in (16, 4, 6, 32)))
+        for _ in range(6)
+    ]
+    entries.append(struct.pack("<HHII", 0x0112, 3, 1, int(rng.integers(1, 9))))
+    body = (
+        b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(sorted(entries)) + b"\0" * 4
+    )
+    segment = b"Exif\0\0" + body + rng.bytes(40)
+    return pixels[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + pixels[2:]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_random_exif(tmp_path):
+    """Whatever Detectron2 reads is read in the same way, as are tags that Pillow cannot write."""
+    rng, path, read = np.random.default_rng(3), tmp_path / "a.jpg", 0
+    plain = saved("JPEG")
+    for _ in range(300):
+        path.write_bytes(random_exif(rng, plain))
+        image = read_image(path)
+        try:
+            expected = detection_utils.read_image(str(path), "RGB")
+        except Exception:
+            continue
+        assert np.array_equal(image, expected)
+        read += 1
+    assert read > 100

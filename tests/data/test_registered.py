@@ -122,6 +122,18 @@ def test_a_trainer_from_python(content, registered):
         Trainer(cfg)
 
 
+def test_images_whose_batches_are_skipped(content, registered):
+    """In training only: an evaluation without an image would be another one."""
+    content["images"][2]["file_name"] = "none.png"
+    cfg = registered("SOLVER.SKIP_BAD_BATCHES", 3, "DATASETS.TEST", "()")
+    assert any("none.png" in line for line in check_datasets(cfg))
+    cfg.defrost()
+    cfg.DATASETS.TEST = (NAME,)
+    cfg.DATASETS.TRAIN = ()
+    with pytest.raises(InputError, match=r"none\.png"):
+        check_datasets(cfg)
+
+
 def test_a_file_that_is_repaired_is_read_anew(content, registered, tmp_path):
     content["annotations"][0]["id"] = 0
     cfg = registered()

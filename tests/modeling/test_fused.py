@@ -110,6 +110,13 @@ def test_heads(channels_last, count):
         assert not any(p.any() for p in gradients(fused, x).values())
 
 
+def test_a_native_head_in_torchscript():
+    box = lambda cfg: build_box_head(cfg, ShapeSpec(channels=64, height=7, width=7))  # noqa: E731
+    _, native = pair(box)
+    x = torch.randn(3, 64, 7, 7)
+    assert_close(torch.jit.script(native)(x), native(x), rtol=0, atol=0)
+
+
 def test_res5_of_c4():
     torch.manual_seed(0)
     build = lambda cfg: build_model(cfg).roi_heads.res5  # noqa: E731
