@@ -10,7 +10,7 @@ import importlib.util
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Tests set this to run the kernels on the CPU, in a process with TRITON_INTERPRET=1
@@ -68,3 +68,20 @@ def _format(x: Tensor) -> torch.memory_format:
     if x.dim() == 4 and not x.is_contiguous():
         return torch.channels_last
     return torch.contiguous_format
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to record an operation on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether an operator's function can be called directly, past PyTorch's dispatcher.
+
+    Compilers, tensor subclasses and dispatch modes have to see the operator itself.
+    """
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+    )

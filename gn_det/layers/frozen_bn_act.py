@@ -1,5 +1,6 @@
 """Frozen BatchNorm (BN*), the addition of a residual, and ReLU, as one operator."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from . import eager
-from .dispatch import cast_like, dense, has_kernel, is_exporting
+from .dispatch import cast_like, dense, has_kernel, is_exporting, is_plain, needs_gradient
 
 _LIBRARY = library.Library("gn_det", "FRAGMENT")
 _LIBRARY.define(
@@ -56,9 +57,13 @@ def frozen_bn_act(
         residual = cast_like(residual, x)
     vectors = [vector.contiguous() for vector in (weight, bias, mean, variance)]
     arguments = (x, *vectors, residual, eps, relu)
-    if not torch.is_grad_enabled():
-        return torch.ops.gn_det.frozen_bn_act(*arguments)
+    if not needs_gradient(x, residual):
+        return _operator(x)(*arguments)
     return _FrozenBNAct.apply(*arguments)
+
+
+def _operator(x: Tensor) -> Callable[..., Tensor]:
+    return _forward if is_plain(x) else torch.ops.gn_det.frozen_bn_act
 
 
 class _FrozenBNAct(torch.autograd.Function):
@@ -74,7 +79,7 @@ class _FrozenBNAct(torch.autograd.Function):
         eps: float,
         relu: bool,
     ) -> Tensor:
-        y = torch.ops.gn_det.frozen_bn_act(x, weight, bias, mean, variance, residual, eps, relu)
+        y = _operator(x)(x, weight, bias, mean, variance, residual, eps, relu)
         ctx.save_for_backward(y if relu else None, weight, variance)
         ctx.eps, ctx.has_residual = eps, residual is not None
         return y
@@ -84,9 +89,8 @@ class _FrozenBNAct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple:
         y, weight, variance = ctx.saved_tensors
         dy = dense(dy) if y is None else cast_like(dy, y)
-        dx, dresidual = torch.ops.gn_det.frozen_bn_act_backward(
-            dy, y, weight, variance, ctx.eps, ctx.has_residual
-        )
+        operator = _backward if is_plain(dy) else torch.ops.gn_det.frozen_bn_act_backward
+        dx, dresidual = operator(dy, y, weight, variance, ctx.eps, ctx.has_residual)
         # Without a ReLU, dy itself is the residual's gradient, and the operator returns no copy
         dresidual = dy if y is None else dresidual
         return dx, None, None, None, None, dresidual if ctx.has_residual else None, None, None

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
 from . import eager
-from .dispatch import cast_like, dense, has_kernel, is_exporting
+from .dispatch import cast_like, dense, has_kernel, is_exporting, is_plain, needs_gradient
 from .recompute import Recomputation, attach, is_recomputing
 
 _LIBRARY = library.Library("gn_det", "FRAGMENT")
@@ -71,8 +71,8 @@ def group_norm_act(
     x, weight, bias = dense(x), weight.contiguous(), bias.contiguous()
     if residual is not None:
         residual = cast_like(residual, x)
-    if not torch.is_grad_enabled():
-        return torch.ops.gn_det.group_norm_act(x, weight, bias, residual, num_groups, eps, relu)[0]
+    if not needs_gradient(x, weight, bias, residual):
+        return operators(x).forward(x, weight, bias, residual, num_groups, eps, relu)[0]
     return _GroupNormAct.apply(x, weight, bias, residual, num_groups, eps, relu)
 
 
@@ -97,6 +97,19 @@ def _check(
         raise ValueError(f"residual has shape {shapes}")
 
 
+class Operators(NamedTuple):
+    """The forward, backward and recomputing functions."""
+
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    recompute: Callable[..., Tensor]
+
+
+def operators(x: Tensor) -> Operators:
+    """PyTorch's operators for compilers and the like, else the functions behind them, faster."""
+    return _DIRECT if is_plain(x) else _DISPATCHED
+
+
 class _GroupNormAct(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -109,15 +122,13 @@ class _GroupNormAct(torch.autograd.Function):
         eps: float,
         relu: bool,
     ) -> Tensor:
-        y, mean, rstd = torch.ops.gn_det.group_norm_act(
-            x, weight, bias, residual, groups, eps, relu
-        )
+        operator = operators(x)
+        y, mean, rstd = operator.forward(x, weight, bias, residual, groups, eps, relu)
         ctx.recomputation = None
         # Under torch.compile, the compiler itself chooses what to save and what to recompute
         eagerly = not torch.compiler.is_compiling()
         if eagerly and is_recomputing() and residual is None:
-            operator = torch.ops.gn_det.group_norm_act_recompute
-            compute = partial(_recompute_with, operator, groups, eps, relu)
+            compute = partial(_recompute_with, operator.recompute, groups, eps, relu)
             ctx.recomputation = Recomputation(compute, x, weight, bias, mean, rstd)
         # Without a residual, the backward pass can get the ReLU's mask from x instead of from y
         mask_from_x = ctx.recomputation is not None or (eagerly and has_kernel(x))
@@ -141,7 +152,7 @@ class _GroupNormAct(torch.autograd.Function):
             # the ReLU's mask from x instead
             recomputed = ctx.recomputation.take()
             y = None if has_kernel(x) else recomputed
-        dx, dweight, dbias, dresidual = torch.ops.gn_det.group_norm_act_backward(
+        dx, dweight, dbias, dresidual = operators(x).backward(
             cast_like(dy, x), x, y, *others, *ctx.constants
         )
         # Without a ReLU, dy itself is the residual's gradient, and the operator returns no copy
@@ -225,3 +236,10 @@ for _name, _function, _fake in (
 ):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     library.register_fake(f"gn_det::{_name}", _fake, lib=_LIBRARY)
+
+_DIRECT = Operators(_forward, _backward, _recompute)
+_DISPATCHED = Operators(
+    torch.ops.gn_det.group_norm_act,
+    torch.ops.gn_det.group_norm_act_backward,
+    torch.ops.gn_det.group_norm_act_recompute,
+)

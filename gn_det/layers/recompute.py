@@ -100,12 +100,23 @@ def attach(y: Tensor, recomputation: Recomputation) -> None:
     y._recomputation = y._version, recomputation  # type: ignore[attr-defined]
 
 
-def _pack(tensor: Tensor) -> Saved | Recomputation:
-    version, recomputation = getattr(tensor, "_recomputation", (None, None))
-    if recomputation is not None and version == tensor._version:
+def _pack(tensor: Tensor) -> Callable[[], Tensor]:
+    if recomputation := _recomputation_of(tensor):
         return recomputation
+    # Such as the flattened output of a head's last convolution
+    if tensor._is_view() and (recomputation := _recomputation_of(tensor._base)):
+        view = tensor.size(), tensor.stride(), tensor.storage_offset()
+        return lambda: recomputation().as_strided(*view)
     return Saved(tensor)
 
 
-def _unpack(saved: Saved | Recomputation) -> Tensor:
+def _recomputation_of(tensor: Tensor | None) -> Recomputation | None:
+    """The recomputation that is attached to a tensor, unless that has been modified in place."""
+    version, recomputation = getattr(tensor, "_recomputation", (None, None))
+    if tensor is None or recomputation is None or version != tensor._version:
+        return None
+    return recomputation
+
+
+def _unpack(saved: Callable[[], Tensor]) -> Tensor:
     return saved()

@@ -189,8 +189,21 @@ def test_recomputation_in_heads():
     one, two = (gradients(head, x) for head in heads)
     assert all(torch.equal(one[name], two[name]) for name in one)
     kept = [saved_bytes(lambda h=head: h(x).sum()) for head in heads]
-    # The outputs of the first 3 ReLUs are not saved; the linear layer still saves the last one
-    assert kept[0] - kept[1] == pytest.approx(3 * x.numel() * 4, rel=0.01)
+    # The outputs of the 4 ReLUs are not saved, nor is the flattened one for the linear layer
+    assert kept[0] - kept[1] == pytest.approx(4 * x.numel() * 4, rel=0.01)
+
+
+@pytest.mark.parametrize("level", ["conv3", "block"])
+def test_bytes_saved_by_an_fpn(level):
+    """The outputs of its 1x1 convolutions, at strides 4 to 32, are not saved."""
+    x, own = torch.randn(1, 3, 64, 96), []
+    for setting in ("none", level):
+        keys = ("MODEL.GROUP_NORM.RECOMPUTE", setting)
+        fpn = backbone(shapes_config(NORMS["GN"], *UNFROZEN, *keys))
+        trunk = saved_bytes(lambda f=fpn: sum(y.sum() for y in f.bottom_up(x).values()))
+        own.append(saved_bytes(lambda f=fpn: sum(y.sum() for y in f(x).values())) - trunk)
+    positions = sum(64 // s * 96 // s for s in (4, 8, 16, 32))
+    assert own[0] - own[1] >= 0.9 * 64 * positions * 4
 
 
 # Bytes that a bottleneck block saves in float32, per element of its first convolution's output

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import offsets, relu_gradient, tiles
+from .tile import ceil_div, offsets, relu_gradient, tiles
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _backward_kernel(
 
 def _grid(x: Tensor, tile: dict) -> tuple[int, int, int]:
     n, c, h, w = x.shape
-    return triton.cdiv(h * w, tile["BLOCK_P"]), triton.cdiv(c, tile["BLOCK_C"]), n
+    return ceil_div(h * w, tile["BLOCK_P"]), ceil_div(c, tile["BLOCK_C"]), n
 
 
 def forward(

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import offsets, relu_gradient, tiles
+from .tile import ceil_div, offsets, power_of_2, relu_gradient, tiles
 
 # Number of programs that keeps a large GPU busy: 16 for each of an H100's 132 multiprocessors
 PROGRAMS = 16 * 132
@@ -219,15 +219,15 @@ def _input_gradient_kernel(
 def _chunks(x: Tensor, tile: dict) -> tuple[int, int]:
     """Number of chunks per channel, and number of positions per chunk."""
     positions = x.shape[2] * x.shape[3]
-    programs = x.shape[0] * triton.cdiv(x.shape[1], tile["BLOCK_C"])
-    chunks = min(triton.cdiv(PROGRAMS, programs), triton.cdiv(positions, tile["BLOCK_P"]), 512)
-    size = triton.cdiv(triton.cdiv(positions, chunks), tile["BLOCK_P"]) * tile["BLOCK_P"]
-    return triton.cdiv(positions, size), size
+    programs = x.shape[0] * ceil_div(x.shape[1], tile["BLOCK_C"])
+    chunks = min(ceil_div(PROGRAMS, programs), ceil_div(positions, tile["BLOCK_P"]), 512)
+    size = ceil_div(ceil_div(positions, chunks), tile["BLOCK_P"]) * tile["BLOCK_P"]
+    return ceil_div(positions, size), size
 
 
 def _blocks(channels_per_group: int, chunks: int) -> dict[str, int]:
-    block_s = triton.next_power_of_2(chunks)
-    block_d = min(64, triton.next_power_of_2(channels_per_group), 4096 // block_s)
+    block_s = power_of_2(chunks)
+    block_d = min(64, power_of_2(channels_per_group), 4096 // block_s)
     return {"BLOCK_D": block_d, "BLOCK_S": block_s}
 
 
@@ -239,9 +239,9 @@ def forward(
     n, c, h, w = x.shape
     tile = tiles(x)
     chunks, size = _chunks(x, tile)
-    means, m2s = x.new_empty((2, n, chunks, c), dtype=torch.float32)
-    mean, rstd = x.new_empty((2, n, groups), dtype=torch.float32)
-    grid = (chunks, triton.cdiv(c, tile["BLOCK_C"]), n)
+    means, m2s = (x.new_empty((n, chunks, c), dtype=torch.float32) for _ in range(2))
+    mean, rstd = (x.new_empty((n, groups), dtype=torch.float32) for _ in range(2))
+    grid = (chunks, ceil_div(c, tile["BLOCK_C"]), n)
     _moments_kernel[grid](x, means, m2s, c, h * w, size, **tile)
     blocks = _blocks(c // groups, chunks)
     _group_moments_kernel[(n * groups,)](
@@ -265,7 +265,7 @@ def _normalize(
     n, c, h, w = x.shape
     tile = tiles(x)
     y = torch.empty_like(x)
-    grid = (triton.cdiv(h * w, tile["BLOCK_P"]), triton.cdiv(c, tile["BLOCK_C"]), n)
+    grid = (ceil_div(h * w, tile["BLOCK_P"]), ceil_div(c, tile["BLOCK_C"]), n)
     _normalize_kernel[grid](
         x, residual, y, mean, rstd, weight, bias, c, h * w, groups,
         HAS_RESIDUAL=residual is not None, RELU=relu, **tile,
@@ -284,20 +284,21 @@ def backward(
     dx = torch.empty_like(x)
     dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
     workspace = x.new_empty((2, n, chunks, c), dtype=torch.float32)
-    shift, slope = x.new_empty((2, n, groups), dtype=torch.float32)
-    columns = triton.cdiv(c, tile["BLOCK_C"])
+    sums, dots = workspace[0], workspace[1]  # unpacking the tensor takes much longer
+    shift, slope = (x.new_empty((n, groups), dtype=torch.float32) for _ in range(2))
+    columns = ceil_div(c, tile["BLOCK_C"])
     _gradient_sums_kernel[(chunks, columns, n)](
-        dy, x, y, dresidual, mean, rstd, weight, bias, *workspace, c, h * w, groups, size,
+        dy, x, y, dresidual, mean, rstd, weight, bias, sums, dots, c, h * w, groups, size,
         HAS_RESIDUAL=y is not None, RELU=relu, **tile,
     )  # fmt: skip
     _group_gradients_kernel[(n * groups,)](
-        *workspace, weight, shift, slope, c, h * w, chunks, groups, **_blocks(c // groups, chunks)
+        sums, dots, weight, shift, slope, c, h * w, chunks, groups, **_blocks(c // groups, chunks)
     )
     # With a residual, `_gradient_sums_kernel` has already masked dy and stored it
     dy, relu = (dy, relu) if y is None else (dresidual, False)
-    _input_gradient_kernel[(triton.cdiv(h * w, tile["BLOCK_P"]), columns, n)](
+    _input_gradient_kernel[(ceil_div(h * w, tile["BLOCK_P"]), columns, n)](
         dy, x, dx, mean, rstd, weight, bias, shift, slope, c, h * w, groups,
         RELU=relu, **tile,
     )  # fmt: skip
-    dbias, dweight = workspace.sum((1, 2))
-    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dresidual
+    totals = workspace.sum((1, 2))
+    return dx, totals[1].to(weight.dtype), totals[0].to(bias.dtype), dresidual

@@ -12,6 +12,16 @@ from torch import Tensor
 TILE, CHANNELS = 2048, 64
 
 
+def ceil_div(count: int, size: int) -> int:
+    """Number of blocks of `size` that cover `count`; Triton's own function takes much longer."""
+    return -(-count // size)
+
+
+def power_of_2(count: int) -> int:
+    """The smallest power of two that is not below `count`, which is at least 1."""
+    return 1 << (count - 1).bit_length()
+
+
 @triton.jit
 def offsets(p, c, HW, C, CHANNELS_LAST: tl.constexpr):
     """Offsets of positions p and channels c from the start of an image, (BLOCK_P, BLOCK_C)."""
@@ -30,8 +40,8 @@ def tiles(x: Tensor) -> dict[str, int | bool]:
     """Compile-time arguments of a kernel that processes x: the shape and layout of its tiles."""
     channels, positions = x.shape[1], x.shape[2] * x.shape[3]
     last = not x.is_contiguous()
-    width = min(CHANNELS, triton.next_power_of_2(channels)) if last else 1
-    height = min(TILE // width, triton.next_power_of_2(positions))
+    width = min(CHANNELS, power_of_2(channels)) if last else 1
+    height = min(TILE // width, power_of_2(positions))
     # 16-bit values are loaded 8 at a time only if the compiler knows that every channel starts at a
     # multiple of 8 elements; `HW = HW // 8 * 8` in the kernels tells it
     aligned = positions % 8 == 0

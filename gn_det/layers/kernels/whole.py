@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import relu_gradient
+from .tile import ceil_div, power_of_2, relu_gradient
 
 # Number of elements that a program keeps in registers without spilling
 LARGEST_TILE = 4096
@@ -111,8 +111,8 @@ def _tile_shape(x: Tensor, groups: int) -> dict[str, int | bool]:
     """Compile-time arguments of the kernels for x."""
     last = not x.is_contiguous()
     channels = x.shape[1] // groups
-    width = triton.next_power_of_2(channels)
-    positions = triton.next_power_of_2(x.shape[2] * x.shape[3])
+    width = power_of_2(channels)
+    positions = power_of_2(x.shape[2] * x.shape[3])
     adjacent = 1
     while last and adjacent < groups and adjacent * width < CHANNELS:
         if 2 * adjacent * width * positions > LARGEST_TILE:
@@ -141,8 +141,8 @@ def forward(
     n, c, h, w = x.shape
     tile = _tile_shape(x, groups)
     y = torch.empty_like(x)
-    mean, rstd = x.new_empty((2, n, groups), dtype=torch.float32)
-    _forward_kernel[(n, triton.cdiv(groups, tile["GROUPS"]))](
+    mean, rstd = (x.new_empty((n, groups), dtype=torch.float32) for _ in range(2))
+    _forward_kernel[(n, ceil_div(groups, tile["GROUPS"]))](
         x, residual, y, mean, rstd, weight, bias, c, h * w, groups, eps,
         HAS_RESIDUAL=residual is not None, RELU=relu, **tile, num_warps=_warps(tile),
     )  # fmt: skip
@@ -167,9 +167,9 @@ def backward(
     dx = torch.empty_like(x)
     dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
     shares = x.new_empty((2, n, c), dtype=torch.float32)
-    _backward_kernel[(n, triton.cdiv(groups, tile["GROUPS"]))](
-        dy, x, y, dx, dresidual, mean, rstd, weight, bias, *shares, c, h * w, groups,
+    _backward_kernel[(n, ceil_div(groups, tile["GROUPS"]))](
+        dy, x, y, dx, dresidual, mean, rstd, weight, bias, shares[0], shares[1], c, h * w, groups,
         HAS_RESIDUAL=y is not None, RELU=relu, **tile, num_warps=_warps(tile),
     )  # fmt: skip
-    dbias, dweight = shares.sum(1)
-    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dresidual
+    totals = shares.sum(1)
+    return dx, totals[1].to(weight.dtype), totals[0].to(bias.dtype), dresidual
