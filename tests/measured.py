@@ -285,10 +285,16 @@ def features(table: Table) -> list[list[str]]:
     return [[n, *(f"{shares[n][s]:.1f}%" for s in table.head[1:])] for n in table.column(0)]
 
 
-def memory(table: Table) -> list[list[str]]:
-    ratios = {row["rival"]: row["memory ratio"] for row in load("benchmark.json")["R50-FPN"]}
-    rivals = [name.replace("'s ", " ").replace("`", "") for name in table.column(0)]
-    return [[name, f"{ratios[r]:.2f}"] for name, r in zip(table.column(0), rivals, strict=True)]
+def ratios(table: Table) -> list[list[str]]:
+    """Memory and time of a training step and time of inference, relative to Detectron2's BN*."""
+    found = {(row["rival"], row["way"]): row for row in load("benchmark.json")["R50-FPN"]}
+    rows = []
+    for name in table.column(0):
+        rival = name.replace("'s ", " ").replace("`", "")
+        train, infer = (found[rival, way] for way in ("train", "infer"))
+        values = train["memory ratio"], train["time ratio"], infer["time ratio"]
+        rows.append([name, *(f"{value:.2f}" for value in values)])
+    return rows
 
 
 def bytes_kept(table: Table) -> list[list[str]]:
@@ -430,8 +436,8 @@ TABLES = [
     ),
     Measured(
         "gn_det/layers/README.md",
-        ("memory for the backward pass", "ratio to Detectron2's BN*"),
-        memory,
+        ("relative to Detectron2's BN*", "memory", "training step", "inference"),
+        ratios,
     ),
     Measured(
         "gn_det/layers/README.md", ("`RECOMPUTE`", "float32", "bfloat16", "recomputed"), bytes_kept
