@@ -35,6 +35,11 @@ from .suspicious import find_copies, inspect_box_format, inspect_crowds
 
 # Detectron2's own names of COCO, whose files are large and known to be right
 PUBLISHED = ("coco_2014_", "coco_2017_", "keypoints_coco_")
+# What a function of the user, and records in another format, may raise
+RECORD_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, OSError),
+    *(RuntimeError, TypeError, ValueError),
+)
 REWRITE = "or pass the file with --train or --val, which does that"
 # What `prepare` would fix, by the finding's description: how a file that is read as it is must be
 # changed, and whether it must
@@ -122,8 +127,8 @@ def _digest(path: str, changed: int) -> str:
 def inspect_registered(name: str, cfg: CfgNode, split: str) -> list[Finding]:
     """Check the annotations of a registered dataset; only the start of each image file is read.
 
-    Datasets without instance annotations, those of another evaluator than COCO's, COCO's own, and
-    those that `prepare` has checked already have no findings.
+    Datasets without instance annotations, those of another evaluator than COCO's, COCO's own,
+    those with rotated boxes, and those that `prepare` has checked already have no findings.
 
     Args:
         name: of a registered dataset.
@@ -141,6 +146,7 @@ def inspect_registered(name: str, cfg: CfgNode, split: str) -> list[Finding]:
         name.startswith(PUBLISHED)
         or str(path) == name
         or metadata.get("evaluator_type", "coco") != "coco"
+        or cfg.MODEL.PROPOSAL_GENERATOR.NAME == "RRPN"  # its boxes have an angle
     ):
         return []
     is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
@@ -228,7 +234,7 @@ def _from_records(name: str) -> dict[str, Any]:
         categories = [{"id": i, "name": str(names[i]) if names else f"class {i}"} for i in ids]
         for number, annotation in enumerate(objects, start=1):
             annotation["id"] = number
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, AssertionError) as error:
+    except RECORD_ERRORS as error:
         raise InputError(
             f"dataset {name}: its function does not return records in Detectron2's dataset format: "
             f"{type(error).__name__}: {error}"
