@@ -10,9 +10,7 @@ import argparse
 import json
 import random
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -23,6 +21,7 @@ from filelock import FileLock
 from studies.linear_probe import image_labels, mean_auc, pooled_features
 from studies.pool import run_parallel
 from studies.promised_moments import to_promised_group_norm
+from studies.recorded_settings import check_settings
 from studies.tables import markdown_table, spread
 
 from gn_det.checkpoint.bn_to_gn import to_group_norm
@@ -33,7 +32,7 @@ from gn_det.comparison.initial_weights import DISTILL_STEPS
 from gn_det.config import as_opts, default_device
 from gn_det.config_file import read_config
 from gn_det.engine.train import Trainer
-from gn_det.errors import InputError, exit_on_input_error
+from gn_det.errors import exit_on_input_error
 from gn_det.files import locked, write_whole
 
 EXAMPLE = "example: python tools/study_calibration.py R-50.pth --data nuclei=datasets/nuclei"
@@ -330,44 +329,6 @@ def main() -> None:
     with exit_on_input_error(), locked(args.output_dir):
         check_settings(args)
         execute_all(args)
-
-
-def check_settings(args: argparse.Namespace) -> None:
-    """Refuse a folder with results of another backbone, other data or other overrides.
-
-    Raises:
-        InputError: naming the file that records them, or a file that cannot be read.
-    """
-    folders = dict(args.data) | ({"probe": args.probe} if args.probe else {})
-    settings = {"backbone": digest_of([Path(args.backbone)]), "opts": args.opts}
-    settings |= {
-        f"data {name}": digest_of([Path(folder) / f"instances_{s}.json" for s in ("train", "val")])
-        for name, folder in folders.items()
-    }
-    record = args.output_dir / "settings.json"
-    before = json.loads(record.read_text()) if record.exists() else {}
-    if differ := [key for key in before.keys() & settings.keys() if before[key] != settings[key]]:
-        raise InputError(
-            f"{args.output_dir} has results of another {' and '.join(sorted(differ))} ({record} "
-            "differs): choose another folder with --output-dir"
-        )
-    with write_whole(record) as file:
-        file.write(json.dumps(before | settings))
-
-
-def digest_of(paths: Sequence[Path]) -> str:
-    """SHA-256 of the content of files.
-
-    Raises:
-        InputError: naming a file that cannot be read.
-    """
-    digest = sha256()
-    for path in paths:
-        try:
-            digest.update(path.read_bytes())
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from None
-    return digest.hexdigest()
 
 
 def execute_all(args: argparse.Namespace) -> None:

@@ -25,8 +25,8 @@ from gn_det.data.crops import write_crops
 from gn_det.data.image_files import examine, read_image
 from gn_det.data.image_folder import ImageMapper, build_test_loader
 from gn_det.data.image_reader import FORMATS
+from gn_det.data.inspect_source import inspect_source
 from gn_det.data.prepare import is_prepared
-from gn_det.data.registered import inspect_source
 from gn_det.data.split import split
 from gn_det.data.unlabelled_images import find_images
 from gn_det.errors import InputError, printable

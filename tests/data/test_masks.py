@@ -14,8 +14,8 @@ from PIL import Image
 from gn_det.data.annotations import clean_objects
 from gn_det.data.clean import Source
 from gn_det.data.findings import Findings
+from gn_det.data.inspect_source import inspect_source
 from gn_det.data.masks import area_of, bounds_of, clean_mask, length_of
-from gn_det.data.registered import inspect_source
 
 SIZE = (30, 40)  # height, width
 SQUARE = [10, 10, 20, 10, 20, 20, 10, 20]

@@ -18,9 +18,9 @@ from gn_det.config_file import read_config
 from gn_det.data.clean import Source, clean_splits
 from gn_det.data.findings import Findings
 from gn_det.data.image_files import read_image
+from gn_det.data.inspect_source import inspect_source
 from gn_det.data.masks import clean_mask
 from gn_det.data.prepare import Prepared, keys_of, prepare, register
-from gn_det.data.registered import inspect_source
 from gn_det.data.split import split
 from gn_det.errors import InputError
 

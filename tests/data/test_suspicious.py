@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from gn_det.data.clean import Source, clean, clean_splits
-from gn_det.data.registered import inspect_source
+from gn_det.data.inspect_source import inspect_source
 from gn_det.errors import InputError
 
 
