@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -52,14 +52,20 @@ def incomplete(path: Path) -> Path:
     What ended processes have left there for the same `path` is removed.
     """
     digest = sha256(os.fsencode(path.name)).hexdigest()[:12]
-    for other in path.parent.glob(f".{digest}.*.partial"):
-        if not is_running(int(other.name.split(".")[2])):
-            remove(other)
+    remove_abandoned(path.parent.glob(f".{digest}.[0-9]*.partial"))
     return path.with_name(f".{digest}.{os.getpid()}.partial")
 
 
 # The names of `incomplete`
 INCOMPLETE = f".{'[0-9a-f]' * 12}.[0-9]*.partial"
+
+
+def remove_abandoned(paths: Iterable[Path]) -> None:
+    """Remove those files and folders named by `incomplete` whose process has ended."""
+    for path in [*paths]:  # complete, before folders disappear
+        process = path.name.split(".")[2]
+        if not (process.isdecimal() and is_running(int(process))):
+            remove(path)
 
 
 def remove(path: Path) -> None:
@@ -100,8 +106,7 @@ def locked(folder: Path, setting: str = "--output-dir") -> Iterator[None]:
         ) from None
     except NotImplementedError:
         pass  # some network file systems do not support locks
-    for left in folder.rglob(INCOMPLETE):
-        remove(left)
+    remove_abandoned(folder.rglob(INCOMPLETE))
     try:
         yield
     finally:

@@ -47,9 +47,12 @@ def test_a_locked_folder_is_tidied(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "download.partial").write_text("mine")
     killed_while_writing(tmp_path / "deep/a.json")
-    with locked(tmp_path):
-        left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {"download.partial", ".lock"}
+    with write_whole(tmp_path / "deep/b.json") as file:
+        file.write("a run of its own, in a folder below")
+        with locked(tmp_path):
+            left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"download.partial", ".lock", Path(file.name).name}
+    assert (tmp_path / "deep/b.json").exists()
 
 
 def test_two_writers_do_not_meet(tmp_path):
