@@ -100,6 +100,18 @@ def trials(table: Table) -> list[list[str]]:
     return rows
 
 
+def rates(table: Table) -> list[list[str]]:
+    """One seed's box AP / mask AP at each learning rate and factor of the backbone's."""
+    found = {
+        (f"{run['norm']}, {run['rate']:g}", f"{run['factor']:g}"): run
+        for run in load("compare.json")["rates on nuclei, 400"]["runs"]
+    }
+    runs = [(row[0], row[1], found[row[0], row[1]]) for row in table.rows]
+    return [
+        [name, factor, f"{run['box AP']:.1f} / {run['mask AP']:.1f}"] for name, factor, run in runs
+    ]
+
+
 def compared(model: Mapping[str, Sequence[float]] | None) -> str:
     """Mean ± standard deviation of box AP and mask AP over the seeds of a model."""
     if model is None:
@@ -400,6 +412,7 @@ TABLES = [
         comparisons,
     ),
     Measured(RESULTS, ("learning rate", "BN*", "BN*, GN in FPN and heads", "GN"), trials),
+    Measured(RESULTS, ("norm, learning rate", "factor", "box AP / mask AP"), rates),
     Measured(
         RESULTS,
         ("after iterations", "BN*", "BN*, slow", "GN, slow", "GN − BN*, slow"),
