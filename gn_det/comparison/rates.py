@@ -26,8 +26,6 @@ ALLOWED = 2 / 3
 LOWERED = "rates/lowered.json"
 # Below this AP a trial has learned too little to choose a rate by it
 MIN_AP = 1.0
-# The lowest rate with this share of the best trial's AP is used
-CLOSE = 0.9
 
 
 @dataclass(frozen=True)
@@ -129,21 +127,17 @@ def _short_schedule(cell: Cell, training: Training) -> dict[str, object]:
 
 
 def choose(trials: Sequence[Trial]) -> dict[tuple[str, int], Trial]:
-    """The trial with the rate to use for each norm and batch size.
+    """The trial with the best rate for each norm and batch size.
 
-    It is the lowest rate whose score, the mean of box AP and mask AP, is at least `CLOSE` times the
-    highest. A trial has one seed and is shorter than a run, and short trainings favor high rates.
-    If all scores are below `MIN_AP`, the rate closest to the linear rule's is kept.
+    The highest mean of box AP and mask AP counts. If all are below `MIN_AP`, the rate closest to
+    the linear rule's is kept.
     """
     chosen: dict[tuple[str, int], Trial] = {}
     for cell in dict.fromkeys((trial.norm, trial.images) for trial in trials):
         mine = [trial for trial in trials if (trial.norm, trial.images) == cell]
-        best = max(trial.score for trial in mine)
-        if best < MIN_AP:
+        chosen[cell] = max(mine, key=lambda trial: trial.score)
+        if chosen[cell].score < MIN_AP:
             chosen[cell] = min(mine, key=lambda trial: abs(math.log(trial.factor)))
-        else:
-            close = [trial for trial in mine if trial.score >= CLOSE * best]
-            chosen[cell] = min(close, key=lambda trial: trial.factor)
     return chosen
 
 
@@ -154,7 +148,7 @@ def tune_rates(
     at_once: int = 1,
     optional: bool = False,
 ) -> tuple[Plan, list[Trial]]:
-    """Run the trials, and give each norm the learning rate of `choose`.
+    """Run the trials, and give each norm its best learning rate.
 
     Args:
         plan, group_by: as in `make_trials`.
@@ -190,7 +184,7 @@ def tune_rates(
 
 
 def rates_to_use(plan: Plan, trials: Sequence[Trial]) -> dict[tuple[str, int], float]:
-    """The chosen rate of each norm and batch size, or a lower one if runs diverged at it."""
+    """The best rate of each norm and batch size, or a lower one if runs diverged at it."""
     rates = {cell: trial.rate for cell, trial in choose(trials).items()}
     record = plan.output / LOWERED
     lowered = json.loads(record.read_text()) if record.is_file() else {}

@@ -67,27 +67,22 @@ def trial(tmp_path, norm: str, factor: float, box: float | None, mask: float = 0
 
 
 def test_choice_of_the_rate(tmp_path):
-    """The lowest rate near the best mean of box and mask AP, for each norm on its own."""
+    """The mean of box and mask AP decides, for each norm on its own."""
     trials = [
         trial(tmp_path, "FrozenBN", 1.0, 20.0, 18.0),
         trial(tmp_path, "FrozenBN", 2.0, 30.0, 0.5),
         trial(tmp_path, "FrozenBN", 4.0, None),
         trial(tmp_path, "GN", 1.0, 20.0, 18.0),
-        trial(tmp_path, "GN", 2.0, 24.0, 21.0),
+        trial(tmp_path, "GN", 2.0, 19.0, 19.5),
         trial(tmp_path, "GN", 4.0, float("nan"), 50.0),
-        # The best score is 20; 18.2 is close to it, and 17.8 is not
-        trial(tmp_path, "IN", 1.0, 17.8, 17.8),
-        trial(tmp_path, "IN", 2.0, 18.4, 18.0),
-        trial(tmp_path, "IN", 4.0, 20.0, 20.0),
-        trial(tmp_path, "IN", 8.0, 19.9, 19.9),
         # None has learned enough to choose: the linear rule is kept
         trial(tmp_path, "LN", 0.5, 0.9),
         trial(tmp_path, "LN", 1.0, 0.0),
     ]
     chosen = {norm: t.factor for (norm, _), t in choose(trials).items()}
-    assert chosen == {"FrozenBN": 1.0, "GN": 2.0, "IN": 2.0, "LN": 1.0}
+    assert chosen == {"FrozenBN": 1.0, "GN": 2.0, "LN": 1.0}
     rows = list(trial_rows(trials))
-    assert [row[0] for row in rows if row[-1]] == ["FrozenBN", "GN", "IN", "LN"]
+    assert [row[0] for row in rows if row[-1]] == ["FrozenBN", "GN", "LN"]
     assert rows[2][3] == "failed" and rows[0][3:5] == ["20.0", "18.0"]
 
 
@@ -135,7 +130,7 @@ def test_a_lower_rate_for_a_norm_that_diverged(shapes, tmp_path):
     """All its runs are repeated at the next lower rate; a resumed command keeps it."""
     plan = comparison(shapes, tmp_path, "--seeds", "0", "1", "--norms", "LN", "GN")
     trials = []
-    for norm, aps in (("LN", (9.0, 10.0, 12.0)), ("GN", (9.0, 10.0, 12.0))):
+    for norm, aps in (("LN", (9.0, 10.0, 11.0)), ("GN", (9.0, 10.0, 11.0))):
         for factor, ap in zip((1.0, 2.0, 4.0), aps, strict=True):
             trials.append(trial(tmp_path, norm, factor, ap, ap))
     plan = plan.with_rates(rates_to_use(plan, trials))
