@@ -8,243 +8,184 @@ that the forward pass saves for the backward pass.
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Collection, Iterator
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 try:
     import torch
     import torch._dynamo
-    import torch.nn.functional as F
-    from studies.rivals import BASELINE, MODELS, Detector, build_rivals
+    from studies import operators
+    from studies.rivals import BASELINE, COMPILED, Detector, build_rivals, rival_names
     from studies.saved_bytes import saved_bytes
     from studies.tables import markdown_table
-    from studies.timing import Times, interleave
-    from torch import Tensor
+    from studies.timing import Times, gpu_work, interleave
 
     from gn_det.config import default_device
     from gn_det.engine.run_record import device_name, git_commit, versions
-    from gn_det.layers import group_norm_act
 except ImportError as error:
     raise SystemExit(f"error: {error}") from None
 
 DEVICE = default_device()
-EXAMPLE = "example: python tools/benchmark.py --parts operators --dtypes bf16 --rounds 10"
-# Up to this H * W a group fits in a GPU's registers, so that the kernel reads the input only once
-ROI = 14 * 14
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EXAMPLE = "example: python tools/benchmark.py --everything --minutes 40"
+OPERATORS = "operators"
+PARTS = ["R50-FPN", OPERATORS, "R50-C4"]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Row = dict[str, Any]
 
 
-def operator_shapes(images: int, height: int, width: int) -> Iterator[tuple[str, tuple, bool]]:
-    """Shapes of the norm layers of an R50-FPN Mask R-CNN.
+class Unit(NamedTuple):
+    """What is measured between two looks at the clock."""
 
-    Args:
-        images: per batch.
-        height: of the images, in pixels.
-        width: of the images, in pixels.
-
-    Yields:
-        layer name, (N, C, H, W), and whether a residual is added.
-    """
-    yield "stem", (images, 64, height // 2, width // 2), False
-    for i, channels in enumerate((64, 128, 256, 512), start=2):
-        side = height // 2**i, width // 2**i
-        yield f"res{i}", (images, channels, *side), False
-        yield f"res{i}, wide", (images, 4 * channels, *side), True
-    for i in range(2, 6):
-        yield f"p{i}", (images, 256, height // 2**i, width // 2**i), False
-    rois = (512, 128) if DEVICE == "cuda" else (64, 16)
-    yield "box head", (images * rois[0], 256, 7, 7), False
-    yield "mask head", (images * rois[1], 256, 14, 14), False
+    part: str
+    dtype: str
+    images: int
+    names: Collection[str]
 
 
-def operators() -> dict[str, Callable[..., Tensor]]:
-    """Implementations by name of relu(GN(x) * weight + bias + residual), residual optional."""
-
-    def native(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
-        y = F.group_norm(x, 32, weight.to(x.dtype), bias.to(x.dtype))
-        return F.relu_(y if residual is None else y + residual)
-
-    functions: dict[str, Callable[..., Tensor]] = {
-        "fused": lambda x, w, b, r: group_norm_act(x, w, b, 32, 1e-5, r, True),
-        "native": native,
-    }
-    if DEVICE == "cuda":
-        functions["compiled"] = torch.compile(native, dynamic=True)
-    try:
-        from liger_kernel.ops.group_norm import LigerGroupNormFunction
-    except ImportError:
-        return functions
-
-    def liger(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
-        flat = x.flatten(2)
-        y = LigerGroupNormFunction.apply(flat, weight, bias, x.shape[1], 32, 1e-5).view_as(x)
-        return F.relu_(y if residual is None else y + residual)
-
-    return {**functions, "Liger": liger}
+def names_of(part: str) -> list[str]:
+    """All implementations that a part can measure."""
+    return [*operators.operators()] if part == OPERATORS else rival_names(part)
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second, read plus written, of a copy in device memory."""
-    source = torch.empty(2**28 if DEVICE == "cuda" else 2**26, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    copies = interleave({"copy": lambda: target.copy_(source)}, rounds=20, cold=True)
-    return 2 * source.numel() / copies["copy"].median
+def units(args: argparse.Namespace) -> Iterator[Unit]:
+    """All measurements, the most important ones first, and those that compile last."""
+    settings = list(product(args.dtypes, args.images, args.parts))
+    for compiled in (False, True):
+        for dtype, images, part in settings:
+            names = [name for name in names_of(part) if not args.only or name in args.only]
+            names = [name for name in names if (name in (COMPILED, operators.COMPILED)) == compiled]
+            if names and not (compiled and args.quick):
+                yield Unit(part, dtype, images, names)
 
 
-def benchmark_operators(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time all operators.
-
-    Returns:
-        one row for each setting and operator, with "ms" and "bandwidth". The latter is the minimum
-        memory traffic per second, as a fraction of the bandwidth of a copy.
-    """
-    bandwidth, rows, functions = copy_bandwidth(), [], operators()
-    warm_up = min(3, args.rounds)
-    torch._dynamo.config.recompile_limit = 64
-    for dtype in args.dtypes:
-        for images in args.images:
-            for name, shape, residual in operator_shapes(images, *args.size):
-                x, r, dy = (torch.randn(shape, device=DEVICE, dtype=DTYPES[dtype]) for _ in "xrd")
-                weight, bias = torch.randn(2, shape[1], device=DEVICE)
-                inputs = [t.requires_grad_() for t in (x, weight, bias, r)]
-                if not residual:
-                    inputs[3] = None
-                present = [t for t in inputs if t is not None]
-                for both in (False, True):
-                    steps = {
-                        operator: partial(_operate, function, inputs, present, dy if both else None)
-                        for operator, function in functions.items()
-                    }
-                    # Tensors read and written at least, each of the size of x
-                    passes = 3 + residual + (5 + 2 * residual) * both
-                    if shape[2] * shape[3] <= ROI:
-                        passes = 2 + residual + (3 + 2 * residual) * both
-                    least = passes * x.numel() * x.element_size() / bandwidth
-                    timed = interleave(steps, args.rounds, warm_up, cold=True)
-                    for operator, times in timed.items():
-                        row = {"dtype": dtype, "images": images, "layer": name}
-                        row["operator"] = operator
-                        way = "forward and backward" if both else "forward"
-                        share = {"bandwidth": least / times.median, "spread": times.spread}
-                        rows.append({**row, "way": way, "ms": 1e3 * times.median, **share})
-    return rows
+def measure(unit: Unit, args: argparse.Namespace) -> Iterator[list[Row]]:
+    """Tables of one unit, as soon as each is complete."""
+    dtype = DTYPES[unit.dtype]
+    if unit.part == OPERATORS:
+        functions = {k: f for k, f in operators.operators().items() if k in unit.names}
+        rows = operators.operator_rows(unit.images, args.size, dtype, functions, args.rounds)
+        yield [{"dtype": unit.dtype, **row} for row in rows]
+        return
+    torch._dynamo.reset()
+    names = {BASELINE, *unit.names}
+    rivals = build_rivals(unit.part, unit.images, args.size, dtype, DEVICE, names)
+    for way in ("train", "infer"):
+        found = _detector_rows(rivals, way, unit.images, args.rounds)
+        yield [{"model": unit.part, "dtype": unit.dtype, **row} for row in found]
 
 
-def _operate(
-    function: Callable[..., Tensor], inputs: list, present: list[Tensor], dy: Tensor | None
-) -> None:
-    """Run an operator forward, and backward if `dy` is given."""
-    if dy is None:
-        with torch.no_grad():
-            function(*inputs)
-    else:
-        torch.autograd.grad(function(*inputs), present, dy)
+def _detector_rows(
+    rivals: dict[str, Detector], way: str, images: int, rounds: int
+) -> Iterator[Row]:
+    """Time one way of all detectors; see `Times` for those that run out of memory."""
+    steps = {name: getattr(rival, way) for name, rival in rivals.items()}
+    times = interleave(steps, rounds, warm_up=min(3, rounds))
+    memory = {name: _mib(times[name], rival, way) for name, rival in rivals.items()}
+    for name in rivals:
+        mine, baseline = times[name], times[BASELINE]
+        row: Row = {"images": images, "rival": name, "way": way, "images/s": images / mine.median}
+        row |= {"seconds": mine.median, "spread": mine.spread, "MiB": memory[name]}
+        row["time ratio"] = mine.median / baseline.median
+        row["memory ratio"] = memory[name] / memory[BASELINE] if memory[BASELINE] else None
+        if DEVICE == "cuda" and not math.isnan(mine.median):
+            work = gpu_work(steps[name])
+            row |= {"GPU busy ms": 1e3 * work["busy"], "CPU ms": 1e3 * work["cpu"]}
+            row["launches"] = work["launches"]
+        yield row
 
 
-def benchmark_detectors(args: argparse.Namespace, model: str) -> list[dict[str, Any]]:
-    """Time training steps and inference of all implementations of one detector.
-
-    Args:
-        args: as `parse` returns them.
-        model: one of `MODELS`.
-
-    Returns:
-        one row for each setting and implementation, with ratios to `BASELINE`.
-    """
-    rows, warm_up = [], min(3, args.rounds)
-    for dtype in args.dtypes:
-        for images in args.images:
-            torch._dynamo.reset()
-            rivals = build_rivals(model, images, args.size, DTYPES[dtype], DEVICE, args.only)
-            for way in ("train", "infer"):
-                steps = {name: getattr(rival, way) for name, rival in rivals.items()}
-                times = interleave(steps, args.rounds, warm_up)
-                for name, rival in rivals.items():
-                    row = {"model": model, "dtype": dtype, "images": images, "rival": name}
-                    rows.append({**row, "way": way, **_figures(times, name, rival, images, way)})
-    baselines = {_key(row): row for row in rows if row["rival"] == BASELINE}
-    for row in rows:
-        baseline = baselines[_key(row)]
-        row["time ratio"] = row["seconds"] / baseline["seconds"]
-        row["memory ratio"] = row["MiB"] / baseline["MiB"] if baseline["MiB"] else None
-    return rows
-
-
-def _figures(
-    times: dict[str, Times], name: str, rival: Detector, images: int, way: str
-) -> dict[str, Any]:
-    mine = times[name]
-    memory = mine.peak_mib + rival.resident_mib(way)
+def _mib(times: Times, rival: Detector, way: str) -> float:
     if DEVICE == "cpu":
-        memory = saved_bytes(rival.loss) / 2**20 if way == "train" else 0.0
-    rate = {"images/s": images / mine.median, "seconds": mine.median, "spread": mine.spread}
-    return {**rate, "MiB": memory}
+        return saved_bytes(rival.loss) / 2**20 if way == "train" else 0.0
+    return times.peak_mib + rival.resident_mib(way)
 
 
-def _key(row: dict[str, Any]) -> tuple:
-    return row["model"], row["dtype"], row["images"], row["way"]
-
-
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Format result rows as a Markdown table; "" without rows."""
 
     def cell(value: Any) -> str:
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
+        if isinstance(value, float):
+            return "out of memory" if math.isnan(value) else f"{value:.3g}"
+        return "" if value is None else str(value)
 
-    if not rows:
-        return ""
-    columns = list(rows[0])
-    return markdown_table(columns, ([cell(row[c]) for c in columns] for row in rows))
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return markdown_table(columns, ([cell(row.get(c)) for c in columns] for row in rows))
 
 
 def parse() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog=EXAMPLE)
     cpu = DEVICE == "cpu"
-    parts = ["operators", *MODELS]
     add = parser.add_argument
-    help_ = "what to benchmark (default: all)"
-    add("--parts", nargs="+", choices=parts, default=parts, help=help_)
+    help_ = "all parts, precisions and numbers of images, and everything that needs a compiler"
+    add("--everything", action="store_true", help=help_)
+    help_ = "start no measurement after this time (default: no limit)"
+    add("--minutes", type=float, default=math.inf, metavar="M", help=help_)
+    help_ = "what to benchmark (default R50-FPN operators)"
+    add("--parts", nargs="+", choices=PARTS, metavar="PART", help=help_)
     size = [128, 192] if cpu else [800, 1344]
     help_ = "image height and width in pixels (default 128 192, on a GPU 800 1344)"
     add("--size", nargs=2, type=int, default=size, metavar=("H", "W"), help=help_)
-    help_ = "images per batch; several values are measured in turn (default 1, on a GPU 1 2)"
-    add("--images", nargs="+", type=int, default=[1] if cpu else [1, 2], metavar="N", help=help_)
-    help_ = "precisions (default fp32, on a GPU fp32 bf16)"
-    dtypes = ["fp32"] if cpu else list(DTYPES)
-    add("--dtypes", nargs="+", choices=DTYPES, default=dtypes, help=help_)
+    help_ = "images per batch; several values are measured in turn (default 1, on a GPU 2)"
+    add("--images", nargs="+", type=int, metavar="N", help=help_)
+    help_ = "precisions, bf16 or fp32 (default fp32, on a GPU bf16)"
+    add("--dtypes", nargs="+", choices=DTYPES, metavar="TYPE", help=help_)
     help_ = "timed repetitions of each measurement (default 10, on a GPU 30)"
     add("--rounds", type=int, default=10 if cpu else 30, metavar="N", help=help_)
-    help_ = "detector implementations to measure beside the baseline, by name (default: all)"
+    help_ = "implementations to measure beside the baseline, by name (default: all)"
     add("--only", nargs="+", default=[], metavar="RIVAL", help=help_)
     help_ = "folder of results.json and results.md (default %(default)s)"
     add("--output-dir", type=Path, default=Path("output/benchmark"), metavar="FOLDER", help=help_)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.size = tuple(args.size)
+    args.quick = not args.everything and not args.only
+    args.parts = args.parts or (PARTS if args.everything else PARTS[:2])
+    args.dtypes = args.dtypes or ([*DTYPES] if args.everything else ["fp32" if cpu else "bf16"])
+    args.images = args.images or ([2, 1] if args.everything else [1 if cpu else 2])
+    known = [name for part in args.parts for name in names_of(part)]
+    if unknown := [name for name in args.only if name not in known]:
+        parser.error(f"--only {unknown[0]!r} is none of: {'; '.join(dict.fromkeys(known))}")
+    return args
 
 
 def main() -> None:
-    """Run the benchmark, and write `results.json` and `results.md`."""
+    """Run the benchmark, and write `results.json` and `results.md` after every measurement."""
     args = parse()
+    deadline = time.monotonic() + 60 * args.minutes
     args.output_dir.mkdir(parents=True, exist_ok=True)
     facts = {"device": device_name(DEVICE), **versions(), "commit": git_commit()}
     facts |= {"TF32 convolutions": str(torch.backends.cudnn.allow_tf32)}
     facts |= {"date": time.strftime("%Y-%m-%d"), "size": "x".join(map(str, args.size))}
     summary = ", ".join(f"{name} {value}" for name, value in facts.items())
-    results: dict[str, Any] = {"facts": facts}
-    text = f"{summary}\n"
     print(summary, flush=True)
-    for part in args.parts:
-        if part == "operators":
-            results[part] = benchmark_operators(args)
-        else:
-            results[part] = benchmark_detectors(args, part)
-        text += f"\n{table(results[part])}"
-        print(f"\n{table(results[part])}", flush=True)
-        (args.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        (args.output_dir / "results.md").write_text(text)
+    results: dict[str, list[Row]] = {}
+    left_out = []
+    for unit in units(args):
+        if time.monotonic() > deadline:
+            left_out.append(f"{unit.part}, {unit.dtype}, {unit.images} images")
+            continue
+        for rows in measure(unit, args):
+            results.setdefault(unit.part, []).extend(rows)
+            print(f"\n{table(rows)}", flush=True)
+            _write(args.output_dir, summary, {"facts": facts, **results})
+    if left_out:
+        print(f"Not measured, as --minutes {args.minutes:g} had passed: {'; '.join(left_out)}")
+
+
+def _write(folder: Path, summary: str, results: dict[str, Any]) -> None:
+    """JSON has no NaN, so that what ran out of memory is null there."""
+    rows = {part: [_without_nan(row) for row in results[part]] for part in results if part in PARTS}
+    (folder / "results.json").write_text(json.dumps({**results, **rows}, indent=1) + "\n")
+    tables = [table(results[part]) for part in results if part in PARTS]
+    (folder / "results.md").write_text("\n".join([summary + "\n", *tables]))
+
+
+def _without_nan(row: Row) -> Row:
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
 
 
 if __name__ == "__main__":

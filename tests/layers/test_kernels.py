@@ -110,6 +110,28 @@ def test_group_norm(shape, layout, relu, residual, kernels):
         assert actual[2].dtype == torch.float32
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes too long in Triton's interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "size", [(2, 64, 400, 672), (2, 256, 200, 336), (2, 2048, 25, 42), (256, 256, 14, 14)]
+)
+def test_sizes_of_a_detector(size, layout, dtype):
+    """The tiles and grids that training uses: stem, res2 and p2, res5, and the mask head."""
+    torch.manual_seed(0)
+    x, dy, residual = (make(size, dtype, layout) for _ in range(3))
+    weight, bias = torch.randn(2, size[1], device=DEVICE)
+    for inputs in ((x, weight, bias, residual), (x, weight, bias, None)):
+        actual = run(lambda x, w, b, r: group_norm_act(x, w, b, 32, 1e-5, r, True), dy, *inputs)
+        expected = run(formula(32, 1e-5, True), dy.double(), *double(*inputs))
+        # A rounding error decides whether the ReLU passes the gradient of a value next to 0
+        y, exact = actual.pop(0), expected.pop(0)
+        compare([y], [exact], dtype)
+        for one, two in zip(actual, expected, strict=True):
+            error = (one.double() - two).norm() / two.norm()
+            assert error < 2 * TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
 @pytest.mark.parametrize("layout", LAYOUTS)

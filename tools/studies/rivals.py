@@ -1,6 +1,6 @@
 """Detector implementations for the benchmark: Detectron2's, gn_det's and torchvision's."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,14 @@ COMPILED_VARIANTS = 64
 BASELINE, TORCHVISION = "Detectron2 BN*", "torchvision, GN in the backbone"
 COMPILED = "GN through torch.compile"
 OBJECTS = 20  # per image
+# Any overlap makes a RoI foreground, so that every mask head gets the same number of RoIs: with
+# random weights, few proposals overlap an object well, and how many depends on the norm
+FOREGROUND_IOU = 1e-4
+
+
+def rival_names(model: str) -> list[str]:
+    """Names of all implementations of a detector, one of `MODELS`; the baseline is first."""
+    return [*_configs(model, "cpu"), *([TORCHVISION] if model == "R50-FPN" else [])]
 
 
 def build_rivals(
@@ -39,9 +47,9 @@ def build_rivals(
     size: tuple[int, int],
     dtype: torch.dtype,
     device: str,
-    only: Sequence[str] = (),
+    names: Collection[str],
 ) -> dict[str, "Detector"]:
-    """Build all implementations of a detector, each with the same batch.
+    """Build implementations of a detector, each with the same batch.
 
     Args:
         model: one of `MODELS`.
@@ -49,20 +57,17 @@ def build_rivals(
         size: height and width of the images.
         dtype: float32, or the dtype of autocast.
         device: "cpu" or "cuda".
-        only: names to build beside the baseline; all if empty.
+        names: some of `rival_names`.
 
     Returns:
         detectors by name.
     """
     batch = _random_batch(images, *size, device)
-    rivals = {
-        name: Detector(_build(cfg), batch, dtype)
-        for name, cfg in _configs(model, device).items()
-        if not only or name in (BASELINE, *only)
-    }
+    configs = {name: cfg for name, cfg in _configs(model, device).items() if name in names}
+    rivals = {name: Detector(_build(cfg), batch, dtype) for name, cfg in configs.items()}
     if COMPILED in rivals:
         compile_blocks(rivals[COMPILED].model)
-    if model == "R50-FPN" and (not only or TORCHVISION in only):
+    if TORCHVISION in names and model == "R50-FPN":
         theirs = _torchvision_detector(*size).to(device), _torchvision_batch(batch, device)
         rivals[TORCHVISION] = Detector(*theirs, dtype)
     return rivals
@@ -74,6 +79,8 @@ def _configs(model: str, device: str) -> dict[str, CfgNode]:
     impl, recompute = "MODEL.GROUP_NORM.IMPL", "MODEL.GROUP_NORM.RECOMPUTE"
     rivals = {
         BASELINE: (bn, stock),
+        # GN's configs have the stride in the 3x3 convolutions, as the paper's, which costs more
+        f"{BASELINE}, GN's stride": (bn, [*stock, "MODEL.RESNETS.STRIDE_IN_1X1", "False"]),
         "Detectron2 GN": (gn, stock),
         "gn_det BN*": (bn, []),
         **{f"gn_det GN, {level}": (gn, [recompute, level]) for level in ("none", "norm", "conv3")},
@@ -88,6 +95,7 @@ def _configs(model: str, device: str) -> dict[str, CfgNode]:
         *("MODEL.DEVICE", device, "MODEL.WEIGHTS", "", "MODEL.PIXEL_STD", "[57.0,57.0,57.0]"),
         # Always the maximum number of detections, although the network is untrained
         *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", *few),
+        *("MODEL.ROI_HEADS.IOU_THRESHOLDS", f"[{FOREGROUND_IOU}]"),
     ]
     return {
         name: read_config(
@@ -195,7 +203,9 @@ def _torchvision_detector(height: int, width: int) -> nn.Module:
     backbone = resnet_fpn_backbone(
         backbone_name="resnet50", weights=None, norm_layer=norm, trainable_layers=3
     )
-    return MaskRCNN(backbone, 81, min_size=height, max_size=width, box_score_thresh=0.0)
+    overlap = {"box_fg_iou_thresh": FOREGROUND_IOU, "box_bg_iou_thresh": FOREGROUND_IOU}
+    size = {"min_size": height, "max_size": width}
+    return MaskRCNN(backbone, 81, **size, box_score_thresh=0.0, **overlap)
 
 
 def _torchvision_batch(
