@@ -7,7 +7,9 @@
 """
 
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +64,18 @@ def cast_like(tensor: Tensor, x: Tensor) -> Tensor:
     """Return `tensor` in the dtype and memory format of a dense x, copied only if they differ."""
     tensor = tensor if tensor.dtype == x.dtype else tensor.to(x.dtype)
     return tensor.contiguous(memory_format=_format(x))
+
+
+def aligned(*tensors: Tensor | None) -> list[Any]:
+    """Copy those of the tensors that do not start at a multiple of 16 bytes, as kernels expect."""
+    return [t if t is None or t.data_ptr() % 16 == 0 else t.clone() for t in tensors]
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager:
+    """A context in which the current device is that of x."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def _format(x: Tensor) -> torch.memory_format:

@@ -9,7 +9,16 @@ from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from . import eager
-from .dispatch import cast_like, dense, has_kernel, is_exporting, is_plain, needs_gradient
+from .dispatch import (
+    aligned,
+    cast_like,
+    dense,
+    has_kernel,
+    is_exporting,
+    is_plain,
+    needs_gradient,
+    on_device_of,
+)
 
 _LIBRARY = library.Library("gn_det", "FRAGMENT")
 _LIBRARY.define(
@@ -106,13 +115,14 @@ def _forward(
     eps: float,
     relu: bool,
 ) -> Tensor:
-    arguments = (x, weight, bias, mean, variance, residual, eps, relu)
+    tensors = x, weight, bias, mean, variance, residual
     if not has_kernel(x):
-        return eager.frozen_bn(*arguments)
+        return eager.frozen_bn(*tensors, eps, relu)
     from .kernels import frozen_bn
 
-    with torch.cuda.device_of(x):
-        return frozen_bn.forward(*arguments)
+    with on_device_of(x):
+        x, weight, bias, mean, variance, residual = aligned(*tensors)
+        return frozen_bn.forward(x, weight, bias, mean, variance, residual, eps, relu)
 
 
 def _backward(
@@ -122,7 +132,8 @@ def _backward(
         return eager.frozen_bn_backward(dy, y, weight, variance, eps, residual)
     from .kernels import frozen_bn
 
-    with torch.cuda.device_of(dy):
+    with on_device_of(dy):
+        dy, y, weight, variance = aligned(dy, y, weight, variance)
         return frozen_bn.backward(dy, y, weight, variance, eps, residual)
 
 

@@ -1,7 +1,7 @@
 """Group Normalization, the addition of a residual, and ReLU, as one operator."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from . import eager
-from .dispatch import cast_like, dense, has_kernel, is_exporting, is_plain, needs_gradient
+from .dispatch import (
+    aligned,
+    cast_like,
+    dense,
+    has_kernel,
+    is_exporting,
+    is_plain,
+    needs_gradient,
+    on_device_of,
+)
 from .recompute import Recomputation, attach, is_recomputing
 
 _LIBRARY = library.Library("gn_det", "FRAGMENT")
@@ -171,7 +180,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not has_kernel(x):
         return eager.group_norm(x, weight, bias, residual, groups, eps, relu)
-    with torch.cuda.device_of(x):
+    x, weight, bias, residual = aligned(x, weight, bias, residual)
+    with on_device_of(x):
         return _kernels_for(x, groups).forward(x, weight, bias, groups, eps, residual, relu)
 
 
@@ -189,7 +199,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not has_kernel(x):
         return eager.group_norm_backward(dy, x, y, weight, bias, mean, rstd, groups, eps, relu)
-    with torch.cuda.device_of(x):
+    dy, x, y, weight, bias = aligned(dy, x, y, weight, bias)
+    with on_device_of(x):
         return _kernels_for(x, groups).backward(dy, x, y, weight, bias, mean, rstd, groups, relu)
 
 
@@ -205,16 +216,23 @@ def _recompute(
 ) -> Tensor:
     if not has_kernel(x):
         return eager.group_norm(x, weight, bias, None, groups, eps, relu)[0]
-    with torch.cuda.device_of(x):
+    x, weight, bias = aligned(x, weight, bias)
+    with on_device_of(x):
         kernels = _kernels_for(x, groups)
         return kernels.normalize(x, mean, rstd, weight, bias, groups, eps, relu)
 
 
 def _kernels_for(x: Tensor, groups: int) -> ModuleType:
     """`whole` for groups that fit into one program, such as those of RoIs, else `split`."""
+    split, whole = _kernel_modules()
+    return whole if whole.fits(x.shape, not x.is_contiguous(), groups) else split
+
+
+@cache
+def _kernel_modules() -> tuple[ModuleType, ModuleType]:
     from .kernels import split, whole
 
-    return whole if whole.fits(x, groups) else split
+    return split, whole
 
 
 def _fake_forward(x, weight, bias, residual, groups, eps, relu):  # type: ignore[no-untyped-def]

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from gn_det.layers.kernels import frozen_bn, split, whole
 
 IMAGES = ("X", "Y", "DX", "DY", "RESIDUAL", "DRESIDUAL")
-SIZES = ("N", "C", "HW", "CHUNK", "S", "G")
+SIZES = ("C", "HW", "CHUNK", "S", "G", "ROWS", "SHARES")
 BIN = Path(nvidia.__file__).parent / "bin"
 
 
@@ -61,8 +61,8 @@ def compile_one(kernel, warps: int, constants: dict, dtype: str, capability: int
         else:
             pointer = f"*{dtype}" if name in IMAGES else "*fp32"
             signature[name] = "fp32" if name == "eps" else pointer
-        # The launchers promise nothing about HW except by ALIGNED
-        if name in ("C", "CHUNK", "G") or signature[name].startswith("*"):
+        # The launchers promise nothing about HW and CHUNK except by ALIGNED
+        if name == "C" or signature[name].startswith("*"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", capability, 32)
     source = ASTSource(kernel, signature, constants, attributes)

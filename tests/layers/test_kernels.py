@@ -1,5 +1,7 @@
 """The Triton kernels against formulas in float64; without a GPU, in Triton's interpreter."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,13 +40,21 @@ def on_any_device(monkeypatch) -> None:
 
 
 @pytest.fixture(params=["split", "whole"])
-def kernels(request, monkeypatch) -> str:
+def kernels(request, monkeypatch) -> Iterator[str]:
     """Force either kind of kernel at any size, with small tiles, so that there are several."""
     monkeypatch.setattr(whole, "LARGEST_TILE", 0 if request.param == "split" else 1 << 20)
     monkeypatch.setattr(tile, "TILE", 32)
     monkeypatch.setattr(tile, "CHANNELS", 4)
     monkeypatch.setattr(split, "PROGRAMS", 20)
-    return request.param
+    forget_plans()
+    yield request.param
+    forget_plans()
+
+
+def forget_plans() -> None:
+    """They depend on the sizes of tiles."""
+    for function in (split._plan, split._normalization, whole._plan, whole.fits, frozen_bn._plan):
+        function.cache_clear()
 
 
 def make(shape, dtype, layout, mean=0.0) -> Tensor:

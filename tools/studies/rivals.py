@@ -171,21 +171,21 @@ class Detector:
             return sum(self.model(*inputs).values(), torch.zeros((), device=self.device))
 
     def resident_mib(self, way: str) -> float:
-        """Memory held between steps in MiB: weights, and for training gradients and momentum.
+        """Memory held between steps in MiB: weights, and for training the momentum.
 
         Args:
             way: "train" or "infer".
         """
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        tensors += [*self.trained, *self.trained] if way == "train" else []
+        tensors += self.trained if way == "train" else []
         return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
     def train(self) -> None:
-        """One training step."""
-        self.loss().backward()
+        """One training step, as Detectron2's trainer takes it."""
+        loss = self.loss()
+        self.optimizer.zero_grad()
+        loss.backward()
         self.optimizer.step()
-        # Keep the gradients allocated, so that all implementations allocate the same per step
-        self.optimizer.zero_grad(set_to_none=False)
 
     @torch.no_grad()
     def infer(self) -> None:

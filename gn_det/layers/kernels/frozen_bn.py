@@ -1,11 +1,14 @@
 """Frozen BatchNorm, residual and ReLU: one kernel for the forward and one for the backward pass."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import ceil_div, offsets, relu_gradient, tiles
+from .launch import Launch, types_of
+from .tile import ceil_div, divisible, offsets, relu_gradient, tiles
 
 
 @triton.jit
@@ -14,7 +17,7 @@ def _scale(VARIANCE, WEIGHT, c, C, eps):
     return tl.load(WEIGHT + c, c < C, 0.0).to(tl.float32) / tl.sqrt(variance + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HW"])
 def _forward_kernel(
     X, RESIDUAL, Y, MEAN, VARIANCE, WEIGHT, BIAS, C, HW, eps,
     HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, ALIGNED: tl.constexpr,
@@ -39,7 +42,7 @@ def _forward_kernel(
     tl.store(Y + offset, y.to(Y.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HW"])
 def _backward_kernel(
     DY, Y, DX, DRESIDUAL, VARIANCE, WEIGHT, C, HW, eps,
     HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, ALIGNED: tl.constexpr,
@@ -61,9 +64,16 @@ def _backward_kernel(
     tl.store(DX + offset, dx.to(DX.dtype.element_ty), inside)
 
 
-def _grid(x: Tensor, tile: dict) -> tuple[int, int, int]:
-    n, c, h, w = x.shape
-    return ceil_div(h * w, tile["BLOCK_P"]), ceil_div(c, tile["BLOCK_C"]), n
+@lru_cache(maxsize=4096)
+def _plan(
+    shape: torch.Size, types: tuple, last: bool, residual: bool, relu: bool, forward: bool
+) -> Launch:
+    n, c, h, w = shape
+    tile = tiles(c, h * w, last)
+    grid = ceil_div(h * w, tile["BLOCK_P"]), ceil_div(c, tile["BLOCK_C"]), n
+    flags = {"HAS_RESIDUAL": residual, "RELU": relu}
+    kernel = _forward_kernel if forward else _backward_kernel
+    return Launch(kernel, grid, (types, divisible(c)), **flags, **tile)
 
 
 def forward(
@@ -71,10 +81,11 @@ def forward(
     residual: Tensor | None, eps: float, relu: bool,
 ) -> Tensor:  # fmt: skip
     """Compute `frozen_bn_act`; arguments and result are those of `eager.frozen_bn`."""
-    tile, y = tiles(x), torch.empty_like(x)
-    _forward_kernel[_grid(x, tile)](
-        x, residual, y, mean, variance, weight, bias, x.shape[1], x.shape[2] * x.shape[3], eps,
-        HAS_RESIDUAL=residual is not None, RELU=relu, **tile,
+    shape, y = x.shape, torch.empty_like(x)
+    types = types_of(x, residual, mean, variance, weight, bias)
+    plan = _plan(shape, types, not x.is_contiguous(), residual is not None, relu, True)
+    plan(
+        x, residual, y, mean, variance, weight, bias, shape[1], shape[2] * shape[3], eps
     )  # fmt: skip
     return y
 
@@ -83,10 +94,9 @@ def backward(
     dy: Tensor, y: Tensor | None, weight: Tensor, variance: Tensor, eps: float, residual: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients; arguments and results are those of `eager.frozen_bn_backward`."""
-    tile, dx = tiles(dy), torch.empty_like(dy)
+    shape, dx = dy.shape, torch.empty_like(dy)
     dresidual = torch.empty_like(dy) if residual and y is not None else dy.new_empty(0)
-    _backward_kernel[_grid(dy, tile)](
-        dy, y, dx, dresidual, variance, weight, dy.shape[1], dy.shape[2] * dy.shape[3], eps,
-        HAS_RESIDUAL=residual, RELU=y is not None, **tile,
-    )  # fmt: skip
+    types = types_of(dy, y, variance, weight)
+    plan = _plan(shape, types, not dy.is_contiguous(), residual, y is not None, False)
+    plan(dy, y, dx, dresidual, variance, weight, shape[1], shape[2] * shape[3], eps)
     return dx, dresidual

@@ -9,25 +9,30 @@ of the workspace has a single writer.
 Loops are `while` loops because Triton's interpreter does not support `range` up to a tensor.
 """
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import ceil_div, offsets, power_of_2, relu_gradient, tiles
+from .launch import Launch, types_of
+from .tile import ceil_div, divisible, offsets, power_of_2, relu_gradient, tiles
 
 # Number of programs that keeps a large GPU busy: 16 for each of an H100's 132 multiprocessors
 PROGRAMS = 16 * 132
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HW", "CHUNK", "SHARES"])
 def _moments_kernel(
-    X, MEANS, M2S, C, HW, CHUNK, ALIGNED: tl.constexpr,
+    X, MEANS, C, HW, CHUNK, SHARES, ALIGNED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of each channel in each chunk, both (N, S, C)."""
+    """Mean and sum of squared deviations of each channel in each chunk, (2, N, S, C)."""
     if ALIGNED:
         HW = HW // 8 * 8
+        CHUNK = CHUNK // 8 * 8
     s, n = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     lane = tl.arange(0, BLOCK_P)
@@ -54,12 +59,12 @@ def _moments_kernel(
     delta = mean - chunk_mean[None, :]
     slot = (n * tl.num_programs(0) + s) * C + c
     tl.store(MEANS + slot, chunk_mean, c < C)
-    tl.store(M2S + slot, tl.sum(m2 + delta * delta * counts, 0), c < C)
+    tl.store(MEANS + SHARES + slot, tl.sum(m2 + delta * delta * counts, 0), c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HW", "CHUNK", "S", "G", "SHARES"])
 def _group_moments_kernel(
-    MEANS, M2S, MEAN, RSTD, C, HW, CHUNK, S, G, eps,
+    MEANS, MEAN, RSTD, C, HW, CHUNK, S, G, SHARES, eps,
     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1 / standard deviation of each group, both (N, G), from `_moments_kernel`."""
@@ -83,7 +88,7 @@ def _group_moments_kernel(
         d = first + tl.arange(0, BLOCK_D)
         inside = (s < S)[:, None] & (d < D)[None, :]
         means = tl.load(MEANS + rows + d[None, :], inside, mean)
-        within = tl.load(M2S + rows + d[None, :], inside, 0.0)
+        within = tl.load(MEANS + SHARES + rows + d[None, :], inside, 0.0)
         delta = tl.where(inside, means - mean, 0.0)
         m2 += tl.sum(tl.sum(within + delta * delta * count[:, None], 1), 0)
         first += BLOCK_D
@@ -91,7 +96,7 @@ def _group_moments_kernel(
     tl.store(RSTD + tl.program_id(0), 1.0 / tl.sqrt(m2 / size + eps))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HW", "G"])
 def _normalize_kernel(
     X, RESIDUAL, Y, MEAN, RSTD, WEIGHT, BIAS, C, HW, G,
     HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, ALIGNED: tl.constexpr,
@@ -118,18 +123,19 @@ def _normalize_kernel(
     tl.store(Y + offset, y.to(Y.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HW", "G", "CHUNK", "SHARES"])
 def _gradient_sums_kernel(
-    DY, X, Y, DRESIDUAL, MEAN, RSTD, WEIGHT, BIAS, SUMS, DOTS, C, HW, G, CHUNK,
+    DY, X, Y, DRESIDUAL, MEAN, RSTD, WEIGHT, BIAS, SUMS, C, HW, G, CHUNK, SHARES,
     HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, ALIGNED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dy and of dy * (x - mean) * rstd over each channel in each chunk, both (N, S, C).
+    """Sums of dy and of dy * (x - mean) * rstd over each channel in each chunk, (2, N, S, C).
 
     dy is first masked by the ReLU. With a residual, the masked dy is stored as its gradient.
     """
     if ALIGNED:
         HW = HW // 8 * 8
+        CHUNK = CHUNK // 8 * 8
     s, n = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     image = n.to(tl.int64) * C * HW
@@ -159,14 +165,14 @@ def _gradient_sums_kernel(
         first += BLOCK_P
     slot = (n * tl.num_programs(0) + s) * C + c
     tl.store(SUMS + slot, tl.sum(total, 0), c < C)
-    tl.store(DOTS + slot, tl.sum(dots, 0), c < C)
+    tl.store(SUMS + SHARES + slot, tl.sum(dots, 0), c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HW", "S", "G", "SHARES"])
 def _group_gradients_kernel(
-    SUMS, DOTS, WEIGHT, SHIFT, SLOPE, C, HW, S, G, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr
+    SUMS, WEIGHT, SHIFT, C, HW, S, G, SHARES, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr
 ):
-    """Means over each group of weight * dy and of weight * dy * (x - mean) * rstd, both (N, G)."""
+    """Means over each group of weight * dy and of weight * dy * (x - mean) * rstd, (2, N, G)."""
     n, g = tl.program_id(0) // G, tl.program_id(0) % G
     D = C // G
     s = tl.arange(0, BLOCK_S)
@@ -180,20 +186,36 @@ def _group_gradients_kernel(
         slot = (n * S + s[:, None]) * C + c[None, :]
         weight = tl.load(WEIGHT + c, d < D, 0.0).to(tl.float32)
         shift += tl.sum(weight * tl.sum(tl.load(SUMS + slot, inside, 0.0), 0), 0)
-        slope += tl.sum(weight * tl.sum(tl.load(DOTS + slot, inside, 0.0), 0), 0)
+        slope += tl.sum(weight * tl.sum(tl.load(SUMS + SHARES + slot, inside, 0.0), 0), 0)
         first += BLOCK_D
     size = 1.0 * D * HW
     tl.store(SHIFT + tl.program_id(0), shift / size)
-    tl.store(SLOPE + tl.program_id(0), slope / size)
+    tl.store(SHIFT + tl.num_programs(0) + tl.program_id(0), slope / size)
 
 
 @triton.jit
+def _column_sums(ROW, c, C, ROWS):
+    """Sums over the rows of a (ROWS, C) matrix, for columns c."""
+    sums = tl.zeros(c.shape, tl.float32)
+    first = 0
+    while first < ROWS:
+        row = first + tl.arange(0, 16)
+        inside = (row < ROWS)[:, None] & (c < C)[None, :]
+        sums += tl.sum(tl.load(ROW + row[:, None] * C + c[None, :], inside, 0.0), 0)
+        first += 16
+    return sums
+
+
+@triton.jit(do_not_specialize=["HW", "G", "ROWS", "SHARES"])
 def _input_gradient_kernel(
-    DY, X, DX, MEAN, RSTD, WEIGHT, BIAS, SHIFT, SLOPE, C, HW, G,
+    DY, X, DX, MEAN, RSTD, WEIGHT, BIAS, SHIFT, SUMS, DWEIGHT, DBIAS, C, HW, G, ROWS, SHARES,
     RELU: tl.constexpr, ALIGNED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd * (weight * dy - shift - (x - mean) * rstd * slope)"""
+    """dx = rstd * (weight * dy - shift - (x - mean) * rstd * slope)
+
+    The first programs also add up the gradients of weight and bias, over ROWS = N * S chunks.
+    """
     if ALIGNED:
         HW = HW // 8 * 8
     n = tl.program_id(2)
@@ -211,24 +233,67 @@ def _input_gradient_kernel(
         bias = tl.load(BIAS + c, c < C, 0.0).to(tl.float32)
         dy = relu_gradient(dy, centered * (rstd * weight)[None, :] + bias[None, :])
     shift = tl.load(SHIFT + group, c < C, 0.0) * rstd
-    slope = tl.load(SLOPE + group, c < C, 0.0) * rstd * rstd
+    slope = tl.load(SHIFT + tl.num_programs(2) * G + group, c < C, 0.0) * rstd * rstd
     dx = dy * (rstd * weight)[None, :] - shift[None, :] - centered * slope[None, :]
     tl.store(DX + offset, dx.to(DX.dtype.element_ty), inside)
+    if (tl.program_id(0) == 0) & (n == 0):
+        total = _column_sums(SUMS, c, C, ROWS)
+        dots = _column_sums(SUMS + SHARES, c, C, ROWS)
+        tl.store(DBIAS + c, total.to(DBIAS.dtype.element_ty), c < C)
+        tl.store(DWEIGHT + c, dots.to(DWEIGHT.dtype.element_ty), c < C)
 
 
-def _chunks(x: Tensor, tile: dict) -> tuple[int, int]:
-    """Number of chunks per channel, and number of positions per chunk."""
-    positions = x.shape[2] * x.shape[3]
-    programs = x.shape[0] * ceil_div(x.shape[1], tile["BLOCK_C"])
-    chunks = min(ceil_div(PROGRAMS, programs), ceil_div(positions, tile["BLOCK_P"]), 512)
-    size = ceil_div(ceil_div(positions, chunks), tile["BLOCK_P"]) * tile["BLOCK_P"]
-    return ceil_div(positions, size), size
+class _Plan(NamedTuple):
+    """The launches of a pass, and how many positions each chunk has."""
+
+    shares: tuple[int, int, int, int]  # shape of the workspace
+    chunk: int
+    over_chunks: Launch
+    over_groups: Launch
+    over_all: Launch
 
 
-def _blocks(channels_per_group: int, chunks: int) -> dict[str, int]:
+@lru_cache(maxsize=4096)
+def _plan(
+    shape: torch.Size, types: tuple, last: bool, groups: int,
+    residual: bool, relu: bool, forward: bool,
+) -> _Plan:  # fmt: skip
+    n, c, h, w = shape
+    tile = tiles(c, h * w, last)
+    columns = ceil_div(c, tile["BLOCK_C"])
+    chunks = min(ceil_div(PROGRAMS, n * columns), ceil_div(h * w, tile["BLOCK_P"]), 512)
+    chunk = ceil_div(ceil_div(h * w, chunks), tile["BLOCK_P"]) * tile["BLOCK_P"]
+    chunks = ceil_div(h * w, chunk)
     block_s = power_of_2(chunks)
-    block_d = min(64, power_of_2(channels_per_group), 4096 // block_s)
-    return {"BLOCK_D": block_d, "BLOCK_S": block_s}
+    block_d = min(64, power_of_2(c // groups), 4096 // block_s)
+    blocks = {"BLOCK_D": block_d, "BLOCK_S": block_s}
+    over_groups = _group_moments_kernel if forward else _group_gradients_kernel
+    types = types, divisible(c)
+    if forward:
+        over_chunks = Launch(_moments_kernel, (chunks, columns, n), types, **tile)
+        over_all = _normalization(shape, types[0], last, residual, relu)
+    else:
+        flags = {"HAS_RESIDUAL": residual, "RELU": relu}
+        over_chunks = Launch(_gradient_sums_kernel, (chunks, columns, n), types, **flags, **tile)
+        # With a residual, the ReLU has already masked dy
+        grid = ceil_div(h * w, tile["BLOCK_P"]), columns, n
+        flags = {"RELU": relu and not residual}
+        over_all = Launch(_input_gradient_kernel, grid, types, **flags, **tile)
+    return _Plan(
+        (2, n, chunks, c), chunk, over_chunks,
+        Launch(over_groups, (n * groups, 1, 1), types, **blocks), over_all,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _normalization(
+    shape: torch.Size, types: tuple, last: bool, residual: bool, relu: bool
+) -> Launch:
+    n, c, h, w = shape
+    tile = tiles(c, h * w, last)
+    grid = ceil_div(h * w, tile["BLOCK_P"]), ceil_div(c, tile["BLOCK_C"]), n
+    flags = {"HAS_RESIDUAL": residual, "RELU": relu}
+    return Launch(_normalize_kernel, grid, (types, divisible(c)), **flags, **tile)
 
 
 def forward(
@@ -236,18 +301,18 @@ def forward(
     residual: Tensor | None, relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute `group_norm_act`; arguments and results are those of `eager.group_norm`."""
-    n, c, h, w = x.shape
-    tile = tiles(x)
-    chunks, size = _chunks(x, tile)
-    means, m2s = (x.new_empty((n, chunks, c), dtype=torch.float32) for _ in range(2))
-    mean, rstd = (x.new_empty((n, groups), dtype=torch.float32) for _ in range(2))
-    grid = (chunks, ceil_div(c, tile["BLOCK_C"]), n)
-    _moments_kernel[grid](x, means, m2s, c, h * w, size, **tile)
-    blocks = _blocks(c // groups, chunks)
-    _group_moments_kernel[(n * groups,)](
-        means, m2s, mean, rstd, c, h * w, size, chunks, groups, eps, **blocks
-    )
-    return _normalize(x, mean, rstd, weight, bias, groups, residual, relu), mean, rstd
+    n, c, h, w = shape = x.shape
+    types = types_of(x, residual, weight, bias)
+    plan = _plan(shape, types, not x.is_contiguous(), groups, residual is not None, relu, True)
+    y = torch.empty_like(x)
+    shares = x.new_empty(plan.shares, dtype=torch.float32)
+    mean = x.new_empty((n, groups), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    chunks, count = plan.shares[2], n * plan.shares[2] * c
+    plan.over_chunks(x, shares, c, h * w, plan.chunk, count)
+    plan.over_groups(shares, mean, rstd, c, h * w, plan.chunk, chunks, groups, count, eps)
+    plan.over_all(x, residual, y, mean, rstd, weight, bias, c, h * w, groups)
+    return y, mean, rstd
 
 
 def normalize(
@@ -255,21 +320,9 @@ def normalize(
     groups: int, eps: float, relu: bool,
 ) -> Tensor:  # fmt: skip
     """Recompute y from the saved statistics, with the same bits as `forward` without a residual."""
-    return _normalize(x, mean, rstd, weight, bias, groups, None, relu)
-
-
-def _normalize(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int,
-    residual: Tensor | None, relu: bool,
-) -> Tensor:  # fmt: skip
-    n, c, h, w = x.shape
-    tile = tiles(x)
-    y = torch.empty_like(x)
-    grid = (ceil_div(h * w, tile["BLOCK_P"]), ceil_div(c, tile["BLOCK_C"]), n)
-    _normalize_kernel[grid](
-        x, residual, y, mean, rstd, weight, bias, c, h * w, groups,
-        HAS_RESIDUAL=residual is not None, RELU=relu, **tile,
-    )  # fmt: skip
+    y, shape, types = torch.empty_like(x), x.shape, types_of(x, None, weight, bias)
+    launch = _normalization(shape, types, not x.is_contiguous(), False, relu)
+    launch(x, None, y, mean, rstd, weight, bias, shape[1], shape[2] * shape[3], groups)
     return y
 
 
@@ -278,27 +331,21 @@ def backward(
     mean: Tensor, rstd: Tensor, groups: int, relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients as `eager.group_norm_backward`; `y` is given only with a residual."""
-    n, c, h, w = x.shape
-    tile = tiles(x)
-    chunks, size = _chunks(x, tile)
-    dx = torch.empty_like(x)
+    n, c, h, w = shape = x.shape
+    types = types_of(x, y, weight, bias)
+    plan = _plan(shape, types, not x.is_contiguous(), groups, y is not None, relu, False)
+    dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
     dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
-    workspace = x.new_empty((2, n, chunks, c), dtype=torch.float32)
-    sums, dots = workspace[0], workspace[1]  # unpacking the tensor takes much longer
-    shift, slope = (x.new_empty((n, groups), dtype=torch.float32) for _ in range(2))
-    columns = ceil_div(c, tile["BLOCK_C"])
-    _gradient_sums_kernel[(chunks, columns, n)](
-        dy, x, y, dresidual, mean, rstd, weight, bias, sums, dots, c, h * w, groups, size,
-        HAS_RESIDUAL=y is not None, RELU=relu, **tile,
+    shares = x.new_empty(plan.shares, dtype=torch.float32)
+    shift = x.new_empty((2, n, groups), dtype=torch.float32)
+    rows = n * plan.shares[2]
+    plan.over_chunks(
+        dy, x, y, dresidual, mean, rstd, weight, bias, shares,
+        c, h * w, groups, plan.chunk, rows * c,
     )  # fmt: skip
-    _group_gradients_kernel[(n * groups,)](
-        sums, dots, weight, shift, slope, c, h * w, chunks, groups, **_blocks(c // groups, chunks)
-    )
-    # With a residual, `_gradient_sums_kernel` has already masked dy and stored it
-    dy, relu = (dy, relu) if y is None else (dresidual, False)
-    _input_gradient_kernel[(ceil_div(h * w, tile["BLOCK_P"]), columns, n)](
-        dy, x, dx, mean, rstd, weight, bias, shift, slope, c, h * w, groups,
-        RELU=relu, **tile,
+    plan.over_groups(shares, weight, shift, c, h * w, plan.shares[2], groups, rows * c)
+    plan.over_all(
+        dy if y is None else dresidual, x, dx, mean, rstd, weight, bias, shift,
+        shares, dweight, dbias, c, h * w, groups, rows, rows * c,
     )  # fmt: skip
-    totals = workspace.sum((1, 2))
-    return dx, totals[1].to(weight.dtype), totals[0].to(bias.dtype), dresidual
+    return dx, dweight, dbias, dresidual

@@ -5,7 +5,6 @@ NCHW and channels_last differ only in strides and tile shape.
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # TILE is the number of elements of a tile. channels_last tiles are CHANNELS channels wide, NCHW
 # tiles cover positions of a single channel
@@ -36,13 +35,22 @@ def relu_gradient(dy, y):
     return tl.where(y <= 0, 0.0, dy)
 
 
-def tiles(x: Tensor) -> dict[str, int | bool]:
-    """Compile-time arguments of a kernel that processes x: the shape and layout of its tiles."""
-    channels, positions = x.shape[1], x.shape[2] * x.shape[3]
-    last = not x.is_contiguous()
+def tiles(channels: int, positions: int, last: bool) -> dict[str, int | bool]:
+    """The shape and layout of tiles, which are constants of the kernels that process them.
+
+    Args:
+        channels: C.
+        positions: H * W.
+        last: whether the memory format is channels_last.
+    """
     width = min(CHANNELS, power_of_2(channels)) if last else 1
     height = min(TILE // width, power_of_2(positions))
     # 16-bit values are loaded 8 at a time only if the compiler knows that every channel starts at a
     # multiple of 8 elements; `HW = HW // 8 * 8` in the kernels tells it
     aligned = positions % 8 == 0
     return {"ALIGNED": aligned, "CHANNELS_LAST": last, "BLOCK_P": height, "BLOCK_C": width}
+
+
+def divisible(channels: int) -> int:
+    """What Triton specializes a number of channels by: 1, a multiple of 16, or anything else."""
+    return 16 if channels % 16 == 0 else min(channels, 2)

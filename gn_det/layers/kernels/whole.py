@@ -5,12 +5,15 @@ BLOCK_P) of GROUPS groups of D channels (padded to BLOCK_D), and stays in regist
 power of two, so that one kernel is compiled per power of two and not per feature map size.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import ceil_div, power_of_2, relu_gradient
+from .launch import Launch, types_of
+from .tile import ceil_div, divisible, power_of_2, relu_gradient
 
 # Number of elements that a program keeps in registers without spilling
 LARGEST_TILE = 4096
@@ -49,7 +52,7 @@ def _mean(x, size):
     return tl.sum(tl.sum(x, 0), 1) / size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HW", "G"])
 def _forward_kernel(
     X, RESIDUAL, Y, MEAN, RSTD, WEIGHT, BIAS, C, HW, G, eps,
     HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
@@ -75,7 +78,7 @@ def _forward_kernel(
     tl.store(RSTD + slot, rstd, g < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["HW", "G"])
 def _backward_kernel(
     DY, X, Y, DX, DRESIDUAL, MEAN, RSTD, WEIGHT, BIAS, SUMS, DOTS, C, HW, G,
     HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr,
@@ -107,30 +110,44 @@ def _backward_kernel(
     tl.store(DX + offset, dx.to(DX.dtype.element_ty), inside)
 
 
-def _tile_shape(x: Tensor, groups: int) -> dict[str, int | bool]:
-    """Compile-time arguments of the kernels for x."""
-    last = not x.is_contiguous()
-    channels = x.shape[1] // groups
+def _tile_shape(shape: torch.Size, last: bool, groups: int) -> dict[str, int]:
+    """Constants of the kernels."""
+    channels = shape[1] // groups
     width = power_of_2(channels)
-    positions = power_of_2(x.shape[2] * x.shape[3])
+    positions = power_of_2(shape[2] * shape[3])
     adjacent = 1
     while last and adjacent < groups and adjacent * width < CHANNELS:
         if 2 * adjacent * width * positions > LARGEST_TILE:
             break
         adjacent *= 2
-    blocks = {"BLOCK_P": positions, "GROUPS": adjacent, "BLOCK_D": width}
-    return {"CHANNELS_LAST": last, "D": channels, **blocks}
+    return {"BLOCK_P": positions, "GROUPS": adjacent, "D": channels, "BLOCK_D": width}
 
 
-def fits(x: Tensor, groups: int) -> bool:
-    """Whether a group of x is small enough for a single program."""
-    tile = _tile_shape(x, groups)
+@lru_cache(maxsize=4096)
+def fits(shape: torch.Size, last: bool, groups: int) -> bool:
+    """Whether a group of a tensor is small enough for a single program.
+
+    Args:
+        shape: (N, C, H, W).
+        last: whether the memory format is channels_last.
+        groups: number of groups.
+    """
+    tile = _tile_shape(shape, last, groups)
     return tile["BLOCK_P"] * tile["GROUPS"] * tile["BLOCK_D"] <= LARGEST_TILE
 
 
-def _warps(tile: dict) -> int:
-    """Number of warps, from 1 to 16: one for each 256 elements, which is 8 for each thread."""
-    return max(1, min(16, tile["BLOCK_P"] * tile["GROUPS"] * tile["BLOCK_D"] // 256))
+@lru_cache(maxsize=4096)
+def _plan(
+    shape: torch.Size, types: tuple, last: bool, groups: int,
+    residual: bool, relu: bool, forward: bool,
+) -> Launch:  # fmt: skip
+    tile = _tile_shape(shape, last, groups)
+    grid = shape[0], ceil_div(groups, tile["GROUPS"]), 1
+    # One warp for each 256 elements, which is 8 for each thread
+    warps = max(1, min(16, tile["BLOCK_P"] * tile["GROUPS"] * tile["BLOCK_D"] // 256))
+    flags = {"HAS_RESIDUAL": residual, "RELU": relu, "CHANNELS_LAST": last}
+    kernel = _forward_kernel if forward else _backward_kernel
+    return Launch(kernel, grid, (types, divisible(shape[1])), warps, **flags, **tile)
 
 
 def forward(
@@ -138,14 +155,13 @@ def forward(
     residual: Tensor | None, relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute `group_norm_act`; arguments and results are those of `eager.group_norm`."""
-    n, c, h, w = x.shape
-    tile = _tile_shape(x, groups)
+    n, c, h, w = shape = x.shape
+    types = types_of(x, residual, weight, bias)
+    plan = _plan(shape, types, not x.is_contiguous(), groups, residual is not None, relu, True)
     y = torch.empty_like(x)
-    mean, rstd = (x.new_empty((n, groups), dtype=torch.float32) for _ in range(2))
-    _forward_kernel[(n, ceil_div(groups, tile["GROUPS"]))](
-        x, residual, y, mean, rstd, weight, bias, c, h * w, groups, eps,
-        HAS_RESIDUAL=residual is not None, RELU=relu, **tile, num_warps=_warps(tile),
-    )  # fmt: skip
+    mean = x.new_empty((n, groups), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    plan(x, residual, y, mean, rstd, weight, bias, c, h * w, groups, eps)
     return y, mean, rstd
 
 
@@ -162,14 +178,14 @@ def backward(
     mean: Tensor, rstd: Tensor, groups: int, relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients; arguments and results are those of `split.backward`."""
-    n, c, h, w = x.shape
-    tile = _tile_shape(x, groups)
+    n, c, h, w = shape = x.shape
+    types = types_of(x, y, weight, bias)
+    plan = _plan(shape, types, not x.is_contiguous(), groups, y is not None, relu, False)
     dx = torch.empty_like(x)
     dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
     shares = x.new_empty((2, n, c), dtype=torch.float32)
-    _backward_kernel[(n, ceil_div(groups, tile["GROUPS"]))](
-        dy, x, y, dx, dresidual, mean, rstd, weight, bias, shares[0], shares[1], c, h * w, groups,
-        HAS_RESIDUAL=y is not None, RELU=relu, **tile, num_warps=_warps(tile),
+    plan(
+        dy, x, y, dx, dresidual, mean, rstd, weight, bias, shares[0], shares[1], c, h * w, groups
     )  # fmt: skip
     totals = shares.sum(1)
     return dx, totals[1].to(weight.dtype), totals[0].to(bias.dtype), dresidual
