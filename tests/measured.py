@@ -309,6 +309,20 @@ def ratios(table: Table) -> list[list[str]]:
     return rows
 
 
+def ratios_on_a_gpu(table: Table) -> list[list[str]]:
+    """Peak memory, GPU time and time of a training step, and time of inference, over BN*'s."""
+    found = {(row["rival"], row["way"]): row for row in load("benchmark_h100.json")["R50-FPN"]}
+    baseline = found["Detectron2 BN*", "train"]
+    rows = []
+    for name in table.column(0):
+        rival = name.replace("'s ", " ").replace("`", "")
+        train, infer = (found[rival, way] for way in ("train", "infer"))
+        busy = train["GPU busy ms"] / baseline["GPU busy ms"]
+        values = train["memory ratio"], busy, train["time ratio"], infer["time ratio"]
+        rows.append([name, *(f"{value:.2f}" for value in values)])
+    return rows
+
+
 def bytes_kept(table: Table) -> list[list[str]]:
     """Float32 as tests/modeling/test_fused.py measures it, bfloat16 as half of that."""
     text = (ROOT / "tests/modeling/test_fused.py").read_text()
@@ -451,6 +465,11 @@ TABLES = [
         "gn_det/layers/README.md",
         ("relative to Detectron2's BN*", "memory", "training step", "inference"),
         ratios,
+    ),
+    Measured(
+        "gn_det/layers/README.md",
+        ("relative to Detectron2's BN*", "memory", "GPU time", "training step", "inference"),
+        ratios_on_a_gpu,
     ),
     Measured(
         "gn_det/layers/README.md", ("`RECOMPUTE`", "float32", "bfloat16", "recomputed"), bytes_kept

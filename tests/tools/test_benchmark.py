@@ -1,9 +1,13 @@
 """`tools/benchmark.py` with small sizes: its measurements and output files."""
 
 import json
+import math
 
 import pytest
+import torch
 from conftest import command
+from detectron2.utils.events import EventStorage
+from studies.rivals import build_rivals
 from studies.timing import Times, interleave
 
 RIVALS = ("Detectron2 GN", "gn_det GN, none", "gn_det GN, conv3", "torchvision, GN in the backbone")
@@ -14,7 +18,17 @@ def results(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("benchmark")
     words = ["--size", 64, 64, "--rounds", 1, "--images", 1, "--dtypes", "fp32"]
     parts = ["--parts", "operators", "R50-FPN"]
-    done = command("tools/benchmark.py", *parts, *words, "--output-dir", folder, "--only", *RIVALS)
+    done = command(
+        "tools/benchmark.py",
+        *parts,
+        *words,
+        "--output-dir",
+        folder,
+        "--only",
+        *RIVALS,
+        "fused",
+        "native",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (folder / "results.md").read_text() in done.stdout.replace("\n\n\n", "\n\n")
     return json.loads((folder / "results.json").read_text())
@@ -40,6 +54,38 @@ def test_detectors(results):
     memory = {name: row["memory ratio"] for (name, way), row in rows.items() if way == "train"}
     assert memory["gn_det GN, none"] == pytest.approx(memory["Detectron2 GN"], abs=0.02)
     assert 0.9 < memory["gn_det GN, conv3"] < memory["gn_det GN, none"]
+
+
+def test_every_detector_gets_the_same_mask_work(results):
+    """Where few proposals overlap an object, their number would depend on the random weights."""
+    names = ("Detectron2 BN*", "gn_det GN, norm")
+    rivals = build_rivals("R50-FPN", 1, (64, 96), torch.float32, "cpu", names)
+    for rival in rivals.values():
+        rival.model.train()
+        with EventStorage() as storage:
+            rival.model(rival.batch)
+            # A quarter of MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE, which is 64 on a CPU
+            assert storage.latest()["roi_head/num_fg_samples"][0] == 16
+
+
+def test_what_runs_out_of_memory_is_not_timed():
+    def fail():
+        raise torch.OutOfMemoryError("out of memory")
+
+    times = interleave({"fails": fail, "works": lambda: None}, rounds=2)
+    assert math.isnan(times["fails"].median) and times["works"].median >= 0
+
+
+def test_unknown_names_are_refused(tmp_path):
+    done = command("tools/benchmark.py", "--only", "gn_det GN, nrom", "--output-dir", tmp_path)
+    assert done.returncode == 2 and "gn_det GN, nrom" in done.stderr
+
+
+def test_no_measurement_starts_after_the_time_is_up(tmp_path):
+    words = ["--everything", "--minutes", 0, "--output-dir", tmp_path]
+    done = command("tools/benchmark.py", *words)
+    assert done.returncode == 0 and "R50-C4, bf16, 2 images" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_steps_take_turns():
