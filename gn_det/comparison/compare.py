@@ -37,6 +37,7 @@ from .plan import Plan, make_plan
 from .rates import DEFAULT_RATES, Trial, allows_trials, lower_rates, trial_rows, tune_rates
 
 BASE = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_4conv1fc.yaml"
+TRIAL_COLUMNS = "norm", "images per batch", "learning rate", "iterations", "box AP", "mask AP"
 EXAMPLE = "example: gn-det compare --train train.json images/ --seeds 0 1"
 
 
@@ -139,20 +140,21 @@ def describe_rates(plan: Plan, trials: Sequence[Trial]) -> str:
     tried = ", ".join(f"{rate:g}" for rate in sorted({trial.rate for trial in trials}))
     if tried:
         chosen = ", ".join(f"{rate} for {norm}" for norm, rate in rates.items())
-        return f"each norm at the best of the learning rates {tried} in short trials: {chosen}"
+        return f"each norm at the best of the learning rates {tried} in trials: {chosen}"
     return f"the learning rate {' and '.join(dict.fromkeys(rates.values()))}; no other was tried"
 
 
 def rate_tables(trials: Sequence[Trial]) -> Iterator[dict[str, Any]]:
     """The table of the tried learning rates, for the report."""
     if trials:
-        cfg = trials[0].training.cfg
+        what = f"Short trials of {trials[0].training.cfg.SOLVER.MAX_ITER} iterations"
+        if any(trial.final for trial in trials):
+            what += ", and trials of the whole schedule at the best rates of these"
         yield {
             "title": "Learning rates tried",
-            "text": f"Short trials of {cfg.SOLVER.MAX_ITER} iterations with the first seed, on a "
-            "part of the training images, evaluated on the others. The validation images had no "
-            "part in the choice.",
-            "header": ["norm", "images per batch", "learning rate", "box AP", "mask AP", ""],
+            "text": f"{what}, with the first seed, on a part of the training images, evaluated on "
+            "the others. The validation images had no part in the choice.",
+            "header": [*TRIAL_COLUMNS, ""],
             "rows": list(trial_rows(trials)),
         }
 
@@ -176,9 +178,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     help_ = "iterations of the largest batch, as 5000, or epochs, as 24epochs "
     help_ += "(default: from the number of training images)"
     add("--budget", metavar="ITERS|EPOCHS", help=help_)
-    help_ = "multiples of the linear rule's learning rate to try with each norm, in short trials; "
-    help_ += f"1 tries none (default {' '.join(f'{r:g}' for r in DEFAULT_RATES)} if the trials add "
-    help_ += "at most two thirds of the iterations and SOLVER.BASE_LR is not given)"
+    help_ = "multiples of the linear rule's learning rate to try with each norm; 1 tries none "
+    help_ += f"(default {' '.join(f'{r:g}' for r in DEFAULT_RATES)} if short trials add at most "
+    help_ += "two thirds of the iterations and SOLVER.BASE_LR is not given)"
     add("--rates", nargs="+", type=positive, metavar="FACTOR", help=help_)
     add_base_argument(parser)
     help_ = "training runs in parallel, each on its own GPU (default %(default)s)"

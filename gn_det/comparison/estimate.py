@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from ..engine.run_record import count_parameters, peak_memory_mib
 from ..errors import printable
 from ..solver import build_optimizer
 from .plan import Plan
-from .rates import trial_length
+from .rates import trial_lengths
 
 # Classes that are listed by name
 LISTED = 20
@@ -136,18 +137,14 @@ def _runs(plan: Plan, factors: Sequence[float]) -> Iterator[str]:
     counts = Counter(training.cfg.SOLVER.MAX_ITER for training in plan.cells.values())
     lengths = ", ".join(f"{runs} of {length:,} iterations" for length, runs in counts.items())
     yield f"{len(plan.cells)}: {lengths}"
-    if trials := _trials(plan, factors):
+    short, whole = trial_lengths(plan, factors)
+    if short:
         tried = " ".join(f"{factor:g}" for factor in factors)
-        length = " or ".join(f"{n:,}" for n in dict.fromkeys(trials))
-        yield f"before them {len(trials)} trials of {length} iterations, with learning rates of"
+        length = " or ".join(f"{n:,}" for n in dict.fromkeys(short))
+        yield f"before them {len(short)} trials of {length} iterations, with learning rates of"
         yield f"{tried} times the above (--rates)"
-
-
-def _trials(plan: Plan, factors: Sequence[float]) -> list[int]:
-    """The number of iterations of each trial."""
-    first = next(iter(plan.cells)).seed
-    lengths = [t.cfg.SOLVER.MAX_ITER for cell, t in plan.cells.items() if cell.seed == first]
-    return [trial_length(n) for n in lengths for _ in factors] if len(factors) > 1 else []
+    if whole:
+        yield f"and {len(whole)} trials of the whole schedule, with the best of these rates"
 
 
 def _estimate(plan: Plan, factors: Sequence[float], cost: StepCost) -> Iterator[str]:
@@ -160,7 +157,7 @@ def _estimate(plan: Plan, factors: Sequence[float], cost: StepCost) -> Iterator[
         evaluations = math.ceil(keys.MAX_ITER / period) if period > 0 else 1
         images += keys.MAX_ITER * keys.IMS_PER_BATCH + EVALUATION * evaluations * validation
     batch = next(iter(plan.cells.values())).cfg.SOLVER.IMS_PER_BATCH
-    for length in _trials(plan, factors):
+    for length in chain(*trial_lengths(plan, factors)):
         images += length * batch + EVALUATION * FRACTION * training
     device = plan.cells[next(iter(plan.cells))].cfg.MODEL.DEVICE
     yield f"time: {duration(images * cost.seconds)} on {device}, without --num-gpus"

@@ -1,4 +1,4 @@
-"""Choose the learning rate of each norm by short trials on a part of the training set."""
+"""Choose the learning rate of each norm by trials on a part of the training set."""
 
 import json
 import math
@@ -18,10 +18,13 @@ from .plan import Cell, Plan, with_keys
 
 # Multiples of the linear rule's learning rate
 DEFAULT_RATES = (1.0, 2.0, 4.0, 8.0)
-# Length of a trial: a share of the schedule, and a number of iterations
+# Length of a short trial: a share of the schedule, and a number of iterations
 SHARE, LEAST = 0.25, 100
-# Largest share of the comparison's own iterations that trials may add by default
+# Largest share of the comparison's own iterations that short trials may add by default
 ALLOWED = 2 / 3
+# So many rates of each norm, the best of the short trials, are tried for the whole schedule, unless
+# all trials together would take longer than the comparison itself
+FINALISTS = 2
 # Record of the rates in use, once one was lowered
 LOWERED = "rates/lowered.json"
 # Below this AP a trial has learned too little to choose a rate by it
@@ -30,19 +33,26 @@ MIN_AP = 1.0
 
 @dataclass(frozen=True)
 class Trial:
-    """A short training run of one norm at one learning rate.
+    """A training run of one norm at one learning rate, on a part of the training set.
 
     Args:
         norm: as in `Cell`.
         images: images per batch.
         factor: multiple of the linear rule's learning rate.
         training: the run.
+        final: whether it has the whole schedule.
     """
 
     norm: str
     images: int
     factor: float
     training: Training
+    final: bool = False
+
+    @property
+    def cell(self) -> tuple[str, int]:
+        """Its norm and number of images per batch."""
+        return self.norm, self.images
 
     @property
     def rate(self) -> float:
@@ -64,16 +74,29 @@ class Trial:
 
 
 def trial_length(iterations: int) -> int:
-    """Number of iterations of a trial for a schedule of `iterations`."""
+    """Number of iterations of a short trial for a schedule of `iterations`."""
     return min(max(math.ceil(SHARE * iterations), LEAST), iterations)
 
 
+def trial_lengths(plan: Plan, factors: Sequence[float]) -> tuple[list[int], list[int]]:
+    """The number of iterations of each short trial, and of each one of the whole schedule."""
+    first = next(iter(plan.cells)).seed
+    lengths = [t.cfg.SOLVER.MAX_ITER for cell, t in plan.cells.items() if cell.seed == first]
+    if len(factors) < 2:
+        return [], []
+    short = [trial_length(n) for n in lengths for _ in factors]
+    final = [n for n in lengths if trial_length(n) < n for _ in range(FINALISTS)]
+    affordable = sum(short) + sum(final) <= _own_iterations(plan)
+    return short, final if affordable else []
+
+
 def allows_trials(plan: Plan, factors: Sequence[float] = DEFAULT_RATES) -> bool:
-    """Whether trials add at most `ALLOWED` of the comparison's own iterations."""
-    lengths = {cell: t.cfg.SOLVER.MAX_ITER for cell, t in plan.cells.items()}
-    first = next(iter(lengths)).seed
-    trials = sum(trial_length(n) for cell, n in lengths.items() if cell.seed == first)
-    return trials * len(factors) <= ALLOWED * sum(lengths.values())
+    """Whether short trials add at most `ALLOWED` of the comparison's own iterations."""
+    return sum(trial_lengths(plan, factors)[0]) <= ALLOWED * _own_iterations(plan)
+
+
+def _own_iterations(plan: Plan) -> int:
+    return sum(training.cfg.SOLVER.MAX_ITER for training in plan.cells.values())
 
 
 def scaled_rate(training: Training, factor: float) -> float:
@@ -81,7 +104,9 @@ def scaled_rate(training: Training, factor: float) -> float:
     return float(f"{factor * training.cfg.SOLVER.BASE_LR:.4g}")
 
 
-def make_trials(plan: Plan, factors: Sequence[float], group_by: str | None) -> list[Trial]:
+def make_trials(
+    plan: Plan, factors: Sequence[float], group_by: str | None, earlier: Sequence[Trial] = ()
+) -> list[Trial]:
     """The trials of all norms and batch sizes, for the first seed.
 
     Every norm gets the same rates, iterations and images. Trials are evaluated on training images
@@ -91,6 +116,7 @@ def make_trials(plan: Plan, factors: Sequence[float], group_by: str | None) -> l
         plan: of the comparison.
         factors: multiples of the plan's learning rate.
         group_by: as in `hold_out`.
+        earlier: short trials that were run; with them, the trials of the whole schedule are made.
 
     Raises:
         InputError: if the training set is too small to hold images out.
@@ -100,19 +126,33 @@ def make_trials(plan: Plan, factors: Sequence[float], group_by: str | None) -> l
     trials = []
     first = next(iter(plan.cells)).seed
     for cell, training in plan.cells.items():
-        for factor in factors if cell.seed == first else ():
+        mine = [trial for trial in earlier if trial.cell == (cell.norm, cell.images)]
+        tried = finalists(mine) if earlier else factors
+        for factor in tried if cell.seed == first else ():
             name = f"{cell.norm.replace('/', '-')}_{cell.images}_x{factor:g}"
+            name += "_whole" if earlier else ""
             keys = {
-                **_short_schedule(cell, training),
+                **(_one_evaluation(training) if earlier else _short_schedule(cell, training)),
                 "SOLVER.BASE_LR": scaled_rate(training, factor),
                 "DATASETS.TRAIN": (str(train),),
                 "DATASETS.TEST": (str(held_out),),
                 "OUTPUT_DIR": str((folder / name).resolve()),
             }
             title = f"{cell.norm}, batch size {cell.images}, rate x{factor:g}"
-            short = with_keys(training, keys, name=title, folder=(folder / name).resolve())
-            trials.append(Trial(cell.norm, cell.images, factor, short))
+            title += ", whole schedule" if earlier else ""
+            run = with_keys(training, keys, name=title, folder=(folder / name).resolve())
+            trials.append(Trial(cell.norm, cell.images, factor, run, bool(earlier)))
     return trials
+
+
+def finalists(trials: Sequence[Trial]) -> list[float]:
+    """The factors of the `FINALISTS` best short trials of a norm, in the order of the trials.
+
+    If no trial has learned enough to choose by it, there are none.
+    """
+    best = sorted(trials, key=lambda trial: -trial.score)[:FINALISTS]
+    learned = any(trial.score >= MIN_AP for trial in trials)
+    return [trial.factor for trial in trials if trial in best and learned]
 
 
 def _short_schedule(cell: Cell, training: Training) -> dict[str, object]:
@@ -121,21 +161,29 @@ def _short_schedule(cell: Cell, training: Training) -> dict[str, object]:
     length = trial_length(cfg.SOLVER.MAX_ITER)
     wanted = ("SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS")
     proposals = propose_schedule(cfg, length * cell.images, cell.images, "")
-    keys: dict[str, object] = {p.key: p.value for p in proposals if p.key in wanted}
-    # One evaluation, at the end, and no checkpoint before it
-    return keys | {"TEST.EVAL_PERIOD": 0, "SOLVER.CHECKPOINT_PERIOD": 2 * length}
+    return {p.key: p.value for p in proposals if p.key in wanted} | _one_evaluation(training)
+
+
+def _one_evaluation(training: Training) -> dict[str, object]:
+    """Keys for an evaluation at the end, and no checkpoint before it."""
+    period = 2 * training.cfg.SOLVER.MAX_ITER
+    return {"TEST.EVAL_PERIOD": 0, "SOLVER.CHECKPOINT_PERIOD": period}
 
 
 def choose(trials: Sequence[Trial]) -> dict[tuple[str, int], Trial]:
     """The trial with the best rate for each norm and batch size.
 
-    The highest mean of box AP and mask AP counts. If all are below `MIN_AP`, the rate closest to
-    the linear rule's is kept.
+    The highest mean of box AP and mask AP counts, among those of the whole schedule if there are
+    any. If all are below `MIN_AP`, the rate closest to the linear rule's is kept.
     """
     chosen: dict[tuple[str, int], Trial] = {}
-    for cell in dict.fromkeys((trial.norm, trial.images) for trial in trials):
-        mine = [trial for trial in trials if (trial.norm, trial.images) == cell]
-        chosen[cell] = max(mine, key=lambda trial: trial.score)
+    for cell in dict.fromkeys(trial.cell for trial in trials):
+        mine = [trial for trial in trials if trial.cell == cell]
+        whole = [trial for trial in mine if trial.final and trial.aps]
+        # A rate may be too high only for the whole schedule
+        failed = min((t.rate for t in mine if t.final and not t.aps), default=math.inf)
+        short = [trial for trial in mine if not trial.final and trial.rate < failed]
+        chosen[cell] = max(whole or short or mine, key=lambda trial: trial.score)
         if chosen[cell].score < MIN_AP:
             chosen[cell] = min(mine, key=lambda trial: abs(math.log(trial.factor)))
     return chosen
@@ -176,11 +224,19 @@ def tune_rates(
             raise
         print(f"no learning rates are tried: {error}", flush=True)
         return plan, []
+    _run(trials, plan, at_once)
+    if trial_lengths(plan, factors)[1]:
+        whole = make_trials(plan, factors, group_by, trials)
+        _run(whole, plan, at_once)
+        trials += whole
+    return plan.with_rates(rates_to_use(plan, trials)), trials
+
+
+def _run(trials: Sequence[Trial], plan: Plan, at_once: int) -> None:
     run_trainings([trial.training for trial in trials], plan.output, at_once)
     for trial in trials:
         # Only its AP is needed
         (trial.training.folder / "model_final.pth").unlink(missing_ok=True)
-    return plan.with_rates(rates_to_use(plan, trials)), trials
 
 
 def rates_to_use(plan: Plan, trials: Sequence[Trial]) -> dict[tuple[str, int], float]:
@@ -212,7 +268,7 @@ def lower_rates(plan: Plan, trials: Sequence[Trial], failed: Mapping[str, str]) 
     }
     lower: dict[tuple[str, int], float] = {}
     for key, rate in rates_to_use(plan, trials).items():
-        tried = [t.rate for t in trials if (t.norm, t.images) == key and t.aps and t.rate < rate]
+        tried = [t.rate for t in trials if t.cell == key and t.aps and t.rate < rate]
         if key in diverged and tried:
             lower[key] = max(tried)
     if not lower:
@@ -228,10 +284,11 @@ def lower_rates(plan: Plan, trials: Sequence[Trial], failed: Mapping[str, str]) 
 
 
 def trial_rows(trials: Sequence[Trial]) -> Iterator[list[str]]:
-    """Rows of a table: norm, images per batch, learning rate, box AP, mask AP, and the choice."""
+    """Rows of a table: norm, images per batch, rate, iterations, box AP, mask AP, the choice."""
     chosen = choose(trials)
     for trial in trials:
         aps = [f"{ap:.1f}" for ap in trial.aps] or ["failed"]
-        mark = "chosen" if chosen[trial.norm, trial.images] is trial else ""
+        mark = "chosen" if chosen[trial.cell] is trial else ""
         rate = f"{trial.rate:g} ({trial.factor:g} x the linear rule)"
-        yield [trial.norm, str(trial.images), rate, *(aps + [""] * 2)[:2], mark]
+        length = str(trial.training.cfg.SOLVER.MAX_ITER)
+        yield [trial.norm, str(trial.images), rate, length, *(aps + [""] * 2)[:2], mark]

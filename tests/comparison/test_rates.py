@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from small_comparison import comparison, words
 
+from gn_det.comparison import rates
 from gn_det.comparison.cells import Cell
 from gn_det.comparison.compare import parse, rate_factors
 from gn_det.comparison.jobs import Training
@@ -14,10 +15,12 @@ from gn_det.comparison.plan import make_plan
 from gn_det.comparison.rates import (
     Trial,
     choose,
+    finalists,
     lower_rates,
     make_trials,
     rates_to_use,
     trial_length,
+    trial_lengths,
     trial_rows,
     tune_rates,
 )
@@ -29,6 +32,22 @@ from gn_det.errors import InputError
 def test_length_of_a_trial(whole, length):
     """A quarter of the schedule, and at least 100 iterations."""
     assert trial_length(whole) == length
+
+
+@pytest.mark.parametrize(
+    ("iterations", "seeds", "wanted"),
+    [
+        (400, "012", (8 * [100], 4 * [400])),
+        (2000, "012", (8 * [500], 4 * [2000])),
+        (300, "012", (8 * [100], [])),  # all trials would take longer than the six runs
+        (400, "01", (8 * [100], [])),
+        (80, "012", (8 * [80], [])),  # the first trials have the whole schedule already
+    ],
+)
+def test_numbers_of_trials(iterations, seeds, wanted, shapes, tmp_path):
+    """Four rates in short trials, and the best two of each norm for the whole schedule."""
+    plan = comparison(shapes, tmp_path, "--budget", str(iterations), "--seeds", *seeds)
+    assert trial_lengths(plan, (1.0, 2.0, 4.0, 8.0)) == wanted
 
 
 def test_trials_are_alike_for_all_norms(shapes, tmp_path):
@@ -53,17 +72,74 @@ def test_trials_are_alike_for_all_norms(shapes, tmp_path):
         assert not used & {image["file_name"] for image in val["images"]}
 
 
-def trial(tmp_path, norm: str, factor: float, box: float | None, mask: float = 0.0) -> Trial:
+def test_trials_of_the_whole_schedule(shapes, tmp_path):
+    """They are the runs of the comparison, on other images, at the best rates of each norm."""
+    plan = comparison(shapes, tmp_path, "--budget", "400")
+    short = [trial(tmp_path, norm, f, ap, ap) for norm in ("LN", "GN") for f, ap in RATED[norm]]
+    whole = make_trials(plan, (), None, short)
+    assert [(t.norm, t.factor) for t in whole] == [("LN", 2), ("LN", 4), ("GN", 1), ("GN", 2)]
+    for one in whole:
+        cell = Cell(one.norm, 2, 0)
+        found, wanted = one.training.cfg, plan.cells[cell].cfg
+        assert one.final and found.SOLVER.BASE_LR == one.factor * wanted.SOLVER.BASE_LR
+        for key in ("MAX_ITER", "STEPS", "WARMUP_ITERS", "IMS_PER_BATCH"):
+            assert found.SOLVER[key] == wanted.SOLVER[key]
+        assert found.DATASETS.TEST != wanted.DATASETS.TEST
+    assert not {t.training.folder for t in whole} & {t.training.folder for t in short}
+
+
+def test_both_kinds_of_trials_are_run(shapes, tmp_path, monkeypatch):
+    """In short trials the higher of two rates is better, over the whole schedule the lower one."""
+    plan = comparison(shapes, tmp_path, "--budget", "400", "--seeds", *"012")
+    before = next(iter(plan.cells.values())).cfg.SOLVER.BASE_LR
+    lengths = []
+
+    def run_trainings(trainings, *_):
+        lengths.append({training.cfg.SOLVER.MAX_ITER for training in trainings})
+        for training in trainings:
+            rate, whole = training.cfg.SOLVER.BASE_LR, training.cfg.SOLVER.MAX_ITER == 400
+            ap = 20 - rate / before if whole else 10 + rate / before
+            training.folder.mkdir(parents=True)
+            line = {"iteration": 1, "bbox/AP": ap, "segm/AP": ap}
+            (training.folder / "metrics.json").write_text(json.dumps(line) + "\n")
+            (training.folder / "run.json").write_text("{}")
+
+    monkeypatch.setattr(rates, "run_trainings", run_trainings)
+    rated, trials = tune_rates(plan, (1.0, 2.0, 4.0), None)
+    assert lengths == [{100}, {400}] and len(trials) == 2 * (3 + 2)
+    assert {t.cfg.SOLVER.BASE_LR for t in rated.cells.values()} == {2 * before}
+
+
+# Factors and APs of short trials
+RATED = {"LN": [(1, 5.0), (2, 8.0), (4, 9.0)], "GN": [(1, 9.0), (2, 8.0), (4, 5.0)]}
+
+
+def test_the_whole_schedule_decides(tmp_path):
+    """A short trial favors high rates. Where both longer ones diverged, a lower rate is chosen."""
+    trials = [trial(tmp_path, norm, f, ap, ap) for norm in ("LN", "GN") for f, ap in RATED[norm]]
+    assert finalists(trials[:3]) == [2, 4] and finalists(trials[3:]) == [1, 2]
+    trials += [trial(tmp_path, "LN", f, ap, ap, final=True) for f, ap in ((2, 31.0), (4, 30.0))]
+    trials += [trial(tmp_path, "GN", f, ap, ap, final=True) for f, ap in ((1, 29.0), (2, 30.0))]
+    assert [choose(trials)[norm, 2].factor for norm in ("LN", "GN")] == [2, 2]
+    diverged = [trial(tmp_path / "again", "LN", f, None, final=True) for f in (2, 4)]
+    assert choose([*trials[:3], *diverged])["LN", 2].factor == 1
+    poor = [trial(tmp_path / "poor", "LN", f, 0.5) for f in (1, 2, 4)]
+    assert finalists(poor) == []
+
+
+def trial(
+    tmp_path, norm: str, factor: float, box: float | None, mask: float = 0.0, final: bool = False
+) -> Trial:
     """A finished trial with these APs, or a failed one."""
-    folder = tmp_path / f"{norm}_{factor}"
-    folder.mkdir()
+    folder = tmp_path / f"{norm}_{factor}{'_whole' * final}"
+    folder.mkdir(parents=True)
     if box is not None:
         line = {"iteration": 9, "bbox/AP": box, "segm/AP": mask}
         (folder / "metrics.json").write_text(json.dumps(line) + "\n")
         (folder / "run.json").write_text("{}")
     opts = ("SOLVER.BASE_LR", str(0.01 * factor))
     training = Training(norm, folder, "Shapes/mask_rcnn_R_18_FPN_gn.yaml", opts)
-    return Trial(norm, 2, factor, training)
+    return Trial(norm, 2, factor, training, final)
 
 
 def test_choice_of_the_rate(tmp_path):
@@ -83,7 +159,7 @@ def test_choice_of_the_rate(tmp_path):
     assert chosen == {"FrozenBN": 1.0, "GN": 2.0, "LN": 1.0}
     rows = list(trial_rows(trials))
     assert [row[0] for row in rows if row[-1]] == ["FrozenBN", "GN", "LN"]
-    assert rows[2][3] == "failed" and rows[0][3:5] == ["20.0", "18.0"]
+    assert rows[2][4] == "failed" and rows[0][4:6] == ["20.0", "18.0"]
 
 
 def test_each_norm_gets_its_own_rate(shapes, tmp_path):
