@@ -4,6 +4,7 @@ import pytest
 from conftest import SCRATCH, shapes_config
 
 from gn_det.check import ConfigError, check_config
+from gn_det.check.evaluation import check_evaluation
 from gn_det.engine.describe import describe_recipe
 
 STRANGE = [
@@ -36,6 +37,23 @@ def test_strange_values(key, value):
         check_config(cfg, 1)
     named = key if "ASPECT" not in key else "MODEL.META_ARCHITECTURE"
     assert named in [problem.key for problem in error.value.problems]
+
+
+@pytest.mark.parametrize(
+    ("key", "opts"),
+    [
+        ("TEST.AUG.ENABLED", ("TEST.AUG.ENABLED", True, "MODEL.META_ARCHITECTURE", "RetinaNet")),
+        ("TEST.AUG.ENABLED", ("TEST.AUG.ENABLED", True, "MODEL.KEYPOINT_ON", True)),
+        (
+            "TEST.KEYPOINT_OKS_SIGMAS",
+            ("MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 5),
+        ),
+    ],
+)
+def test_evaluations_that_would_fail_after_the_training(key, opts):
+    cfg = shapes_config("mask_rcnn_R_18_FPN_gn", *SCRATCH, "SOLVER.STEPS", "()", *opts)
+    assert key in [problem.key for problem in check_evaluation(cfg)]
+    assert not list(check_evaluation(shapes_config("mask_rcnn_R_18_FPN_gn", *SCRATCH)))
 
 
 @pytest.mark.parametrize("names", ["()", "('nothing',)"])

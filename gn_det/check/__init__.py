@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from .evaluation import check_evaluation
 from .layers import check_layers
 from .norm_keys import check_builders, check_implementation, check_norm_keys
 from .problem import ConfigError, Problem
@@ -66,5 +67,6 @@ def _find_problems(cfg: CfgNode, num_gpus: int) -> Iterator[Problem]:
     yield from check_norm_keys(cfg)
     yield from check_builders(cfg)
     yield from check_implementation(cfg)
+    yield from check_evaluation(cfg)
     yield from check_weights(cfg)
     yield from check_layers(cfg, num_gpus)

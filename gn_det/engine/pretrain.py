@@ -83,7 +83,9 @@ class PretrainTrainer(Trainer):
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> AccuracyEvaluator:
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> AccuracyEvaluator:
         return AccuracyEvaluator()
 
 

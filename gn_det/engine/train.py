@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..check import ConfigError
+from ..check.evaluation import check_evaluation
 from ..check.schedule import unscaled_batch
 from ..check.weights import check_weights
 from ..config_file import add_base_argument, find_config, override_config, read_config
@@ -139,7 +140,7 @@ def _run(args: argparse.Namespace, cfg: CfgNode, trainer_class: type[Trainer]) -
     trainer_class.check_architecture(cfg)
     if not args.eval_only:
         trainer_class.check_recipe(cfg, num_gpus)
-    elif problems := list(check_weights(cfg)):
+    elif problems := [*check_weights(cfg), *check_evaluation(cfg)]:
         raise ConfigError(problems)
     if comm.is_main_process() and not args.eval_only and args.config_file:
         with logging_disabled():  # its warnings have been logged already

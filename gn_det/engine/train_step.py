@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..data.loader import UnreadableSample, seed_from
+from ..data.loader import UnreadableSample, is_dead_loader, seed_from
 from ..errors import InputError
 
 # Begins the reason of a batch with Inf or NaN, unless its images cannot be read
@@ -174,3 +175,19 @@ def check_resources(batch: Sequence[Any]) -> None:
 def any_process(flag: bool) -> bool:
     """Whether a flag is set in any process; all processes must call this."""
     return any(comm.all_gather(flag))
+
+
+@contextmanager
+def without_traceback() -> Iterator[None]:
+    """Suppress the traceback that Detectron2 logs for errors that are reported in one sentence."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not (isinstance(error, InputError | OSError) or is_dead_loader(error))
+
+    logger = logging.getLogger("detectron2.engine.train_loop")
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)

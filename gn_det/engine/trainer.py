@@ -3,8 +3,6 @@
 import logging
 import os
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import COCOEvaluator, verify_results
+from detectron2.evaluation import DatasetEvaluator, verify_results
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter
 from detectron2.utils.logger import setup_logger
@@ -29,13 +28,14 @@ from ..data.loader import TrainLoader, build_train_loader, is_dead_loader
 from ..data.registered import check_datasets, log_findings
 from ..data.worker_limits import sharing_workers
 from ..errors import InputError
+from ..evaluation.evaluators import build_evaluator, evaluators_of
 from ..evaluation.metrics_file import drop_metrics_from
 from ..solver import build_optimizer
 from .accumulate import accumulate_gradients
 from .distributed import distribute
 from .hooks import Evaluation, MemoryRecorder, RunRecorder, StopOnSignal
 from .resume import check_settings, settings_of
-from .train_step import BadBatchError, TrainingStep
+from .train_step import BadBatchError, TrainingStep, without_traceback
 
 
 class Trainer(DefaultTrainer):
@@ -118,12 +118,16 @@ class Trainer(DefaultTrainer):
             eval_only: whether only the test datasets are used.
 
         Raises:
-            InputError: for a device, dataset, proposal file, weights file or output folder that
-                cannot be used.
+            InputError: for a device, dataset, evaluator, proposal file, weights file or output
+                folder that cannot be used.
         """
         check_datasets(cfg, train=not eval_only)
         check_proposals(cfg, eval_only)
         check_machine(cfg)
+        own = cls.__mro__[: cls.__mro__.index(Trainer)]
+        if not any("build_evaluator" in vars(subclass) for subclass in own):
+            for name in cfg.DATASETS.TEST:
+                evaluators_of(name)
         if comm.is_main_process():
             remove_converted_annotations(cfg)
 
@@ -139,13 +143,32 @@ class Trainer(DefaultTrainer):
             cfg.MODEL.WEIGHTS, resume=resume
         )
         results = cls.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(cls.test_with_augmentation(cfg, model))
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"))
+    def test_with_augmentation(cls, cfg: CfgNode, model: nn.Module) -> dict:
+        """Evaluate with test-time augmentation, as `TEST.AUG` says.
+
+        Returns:
+            results as `DefaultTrainer.test` does, with "_TTA" added to their names.
+        """
+        evaluators = [
+            cls.build_evaluator(cfg, name, os.path.join(cfg.OUTPUT_DIR, "inference_TTA"))
+            for name in cfg.DATASETS.TEST
+        ]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{name}_TTA": found for name, found in results.items()}
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        return build_evaluator(cfg, dataset_name, folder)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
@@ -190,11 +213,17 @@ class Trainer(DefaultTrainer):
                 order.append(MemoryRecorder(self.cfg.MODEL.DEVICE))
                 order.append(StopOnSignal(self.checkpointer, metrics))
                 order.append(Evaluation(hook, period, folder, metrics))
+                if self.cfg.TEST.AUG.ENABLED:
+                    augmented = hooks.EvalHook(0, self._test_with_augmentation)
+                    order.append(Evaluation(augmented, 0, folder, metrics))
                 # After the final evaluation, and before the writers
                 order += [RunRecorder(self.cfg)] if comm.is_main_process() else []
             elif hook not in saving:
                 order.append(hook)
         return order + saving
+
+    def _test_with_augmentation(self) -> dict:
+        return self.test_with_augmentation(self.cfg, self.model)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the newest intact checkpoint if `resume` is set and there is one.
@@ -281,19 +310,3 @@ class Trainer(DefaultTrainer):
             logging.getLogger(__name__).warning(
                 "The checkpoint has no optimizer state, as is usual with Detectron2 0.6"
             )
-
-
-@contextmanager
-def without_traceback() -> Iterator[None]:
-    """Suppress the traceback that Detectron2 logs for errors that are reported in one sentence."""
-
-    def wanted(record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        return not (isinstance(error, InputError | OSError) or is_dead_loader(error))
-
-    logger = logging.getLogger("detectron2.engine.train_loop")
-    logger.addFilter(wanted)
-    try:
-        yield
-    finally:
-        logger.removeFilter(wanted)

@@ -124,6 +124,27 @@ def test_evaluating_on_another_file(trained, shapes, tmp_path):
         run([*TRAIN[1:], *map(str, words)])
 
 
+def test_test_time_augmentation(trained, tmp_path):
+    """With the only size of the plain evaluation and no flip, it finds the same objects."""
+    alike = ("TEST.AUG.MIN_SIZES", "(64,)", "TEST.AUG.FLIP", False, "TEST.AUG.ENABLED", True)
+    words = opts(tmp_path, "MODEL.WEIGHTS", trained / "model_final.pth", *alike)
+    results = Trainer.evaluate(read_config(TRAIN[2], words), resume=False)
+    for task in ("bbox", "segm"):
+        assert results[f"{task}_TTA"]["AP"] == pytest.approx(results[task]["AP"], abs=0.5)
+    assert results["bbox"]["AP"] > 1
+
+
+def test_test_time_augmentation_after_training(tmp_path):
+    aug = ("TEST.AUG.MIN_SIZES", "(64,)", "TEST.AUG.ENABLED", True)
+    short = ("SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()")
+    trainer = Trainer(read_config(TRAIN[2], opts(tmp_path, *aug, *short)))
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    last = json.loads((tmp_path / "metrics.json").read_text().splitlines()[-1])
+    assert {"bbox/AP", "bbox_TTA/AP", "segm_TTA/AP"} <= set(last)
+    assert (tmp_path / "run.json").exists()
+
+
 INVALID = {
     "config": (["--config-file", "configs/none.yaml"], "configs/none.yaml"),
     "key": (["MODEL.GROUP_NORM.NUM_GROUP", "8"], "NUM_GROUP"),

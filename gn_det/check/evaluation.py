@@ -1,0 +1,28 @@
+"""Checks of the keys of `TEST` that Detectron2 would refuse only after the training."""
+
+from collections.abc import Iterator
+
+from detectron2.config import CfgNode
+
+from .problem import Problem
+
+# COCO's keypoints of a person, whose sigmas pycocotools knows
+COCO_KEYPOINTS = 17
+RCNN = "GeneralizedRCNN"
+
+
+def check_evaluation(cfg: CfgNode) -> Iterator[Problem]:
+    """Check test-time augmentation and the sigmas of keypoints."""
+    without = (
+        *(["of other models than GeneralizedRCNN"] * (cfg.MODEL.META_ARCHITECTURE != RCNN)),
+        *(["with keypoints"] * cfg.MODEL.KEYPOINT_ON),
+        *(["with MODEL.LOAD_PROPOSALS"] * cfg.MODEL.LOAD_PROPOSALS),
+    )
+    if cfg.TEST.AUG.ENABLED and without:
+        reason = f"Detectron2 has no test-time augmentation {' and '.join(without)}"
+        yield Problem("TEST.AUG.ENABLED", True, reason, "set it to False")
+    count, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
+    if cfg.MODEL.KEYPOINT_ON and len(sigmas) != count and (sigmas or count != COCO_KEYPOINTS):
+        reason = f"there are {len(sigmas)} of them for {count} keypoints"
+        fix = "give one for each of MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
+        yield Problem("TEST.KEYPOINT_OKS_SIGMAS", sigmas, reason, fix)
