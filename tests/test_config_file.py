@@ -23,7 +23,7 @@ from gn_det.comparison.compare import parse
 from gn_det.comparison.plan import make_plan
 from gn_det.config_file import find_config, read_config, read_config_file
 from gn_det.engine import train
-from gn_det.engine.predict import load_run
+from gn_det.engine.predictor import load_run
 from gn_det.errors import InputError
 
 LEAVES = sorted((ROOT / "configs").glob("*/*.yaml"))

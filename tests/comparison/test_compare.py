@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command, enable_sigint
@@ -17,6 +18,7 @@ from small_comparison import comparison, words
 
 import gn_det.comparison.jobs as jobs_module
 import gn_det.files as files_module
+from gn_det import load_predictor
 from gn_det.checkpoint.facts import describe
 from gn_det.comparison.cells import (
     Cell,
@@ -32,7 +34,7 @@ from gn_det.comparison.initial_weights import choose_weights, find_weights
 from gn_det.comparison.jobs import run_trainings
 from gn_det.config_file import read_config
 from gn_det.engine.describe import filled_parts
-from gn_det.engine.predict import load_run
+from gn_det.engine.predictor import load_run
 from gn_det.errors import InputError
 from gn_det.evaluation.coco_stats import coco_stats
 from gn_det.files import locked
@@ -101,6 +103,12 @@ def test_best_model_loads(compared, tmp_path):
     original = torch.load(Path(best["folder"]) / "model_final.pth", weights_only=True)["model"]
     state = predictor.model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in original.items())
+    loaded = load_predictor(output / "best", "MODEL.DEVICE", "cpu")
+    assert loaded.metadata.thing_classes == [c["name"] for c in categories]
+    image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
+    one, two = (model(image)["instances"] for model in (loaded, predictor))
+    assert torch.equal(one.pred_boxes.tensor, two.pred_boxes.tensor)
+    assert torch.equal(one.scores, two.scores)
 
 
 def test_runs_differ_only_in_the_norm(compared):
