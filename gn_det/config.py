@@ -64,6 +64,10 @@ def add_gn_config(cfg: CfgNode) -> None:
     # one aborts it
     cfg.SOLVER.SKIP_BAD_BATCHES = 0
 
+    # Metric of the evaluations, such as "segm/AP"; the model with the highest value is kept as
+    # model_best.pth
+    cfg.TEST.BEST_METRIC = ""
+
     cfg.PRETRAIN = CfgNode()
     # Number of epochs, and the epochs after which the learning rate is multiplied by SOLVER.GAMMA;
     # SOLVER.MAX_ITER and SOLVER.STEPS are computed from them

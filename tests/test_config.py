@@ -43,6 +43,7 @@ def test_add_gn_config_changes_only_the_given_config():
         "SOLVER.MASK_HEAD_MULTIPLIER": 0.0,
         "SOLVER.KEEP_CHECKPOINTS": 0,
         "SOLVER.SKIP_BAD_BATCHES": 0,
+        "TEST.BEST_METRIC": "",
         "PRETRAIN.EPOCHS": 100,
         "PRETRAIN.STEPS": (30, 60, 90),
         "PRETRAIN.REFERENCE_BATCH_SIZE": 256,

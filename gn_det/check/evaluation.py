@@ -12,7 +12,7 @@ RCNN = "GeneralizedRCNN"
 
 
 def check_evaluation(cfg: CfgNode) -> Iterator[Problem]:
-    """Check test-time augmentation and the sigmas of keypoints."""
+    """Check test-time augmentation, the metric of the best model and the sigmas of keypoints."""
     without = (
         *(["of other models than GeneralizedRCNN"] * (cfg.MODEL.META_ARCHITECTURE != RCNN)),
         *(["with keypoints"] * cfg.MODEL.KEYPOINT_ON),
@@ -21,6 +21,13 @@ def check_evaluation(cfg: CfgNode) -> Iterator[Problem]:
     if cfg.TEST.AUG.ENABLED and without:
         reason = f"Detectron2 has no test-time augmentation {' and '.join(without)}"
         yield Problem("TEST.AUG.ENABLED", True, reason, "set it to False")
+    if metric := cfg.TEST.BEST_METRIC:
+        if "/" not in metric or (metric.startswith("segm/") and not cfg.MODEL.MASK_ON):
+            reason, fix = "the evaluation has no such metric", 'set it to "bbox/AP"'
+            yield Problem("TEST.BEST_METRIC", metric, reason, fix)
+        elif cfg.TEST.EVAL_PERIOD <= 0:
+            reason = "only the final model is evaluated, since TEST.EVAL_PERIOD is 0"
+            yield Problem("TEST.BEST_METRIC", metric, reason, "set TEST.EVAL_PERIOD")
     count, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
     if cfg.MODEL.KEYPOINT_ON and len(sigmas) != count and (sigmas or count != COCO_KEYPOINTS):
         reason = f"there are {len(sigmas)} of them for {count} keypoints"

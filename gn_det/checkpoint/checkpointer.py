@@ -18,6 +18,8 @@ from .names import norm_of
 from .read import READ_ERRORS, is_tensor, read_content
 from .save import save_content
 
+# The model with the best metric
+BEST = "model_best.pth"
 # Endings of names in Caffe2 and pycls files that are not weights
 NO_WEIGHTS = ("_momentum", "num_batches_tracked")
 
@@ -71,6 +73,19 @@ class StrictCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(path.name)
         self._tidy(path)
 
+    def save_best(self, iteration: int) -> None:
+        """Save the weights as `BEST`, from which no training resumes.
+
+        Args:
+            iteration: the last one that the weights were trained for.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        path = Path(self.save_dir, BEST)
+        self.logger.info(f"Saving the best model so far to {path}")
+        with write_whole(path, "wb") as file:
+            save_content({"model": self.model.state_dict(), "iteration": iteration}, file)
+
     def _tidy(self, newest: Path) -> None:
         """Remove old checkpoints."""
         periodic = sorted(newest.parent.glob(f"model_{'[0-9]' * 7}.pth"))
@@ -96,7 +111,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         named = named if named.isprintable() else ""
         if named and is_intact(folder / named):
             return str(folder / named)
-        others = [path for path in folder.glob("model_*.pth") if path.name != named]
+        others = [p for p in folder.glob("model_*.pth") if p.name not in (named, BEST)]
         intact = sorted((iteration_of(path), path) for path in others if is_intact(path))
         newest = str(intact[-1][1]) if intact and intact[-1][0] >= 0 else ""
         if newest or tag.is_file():

@@ -3,6 +3,7 @@
 import logging
 import os
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from ..evaluation.evaluators import build_evaluator, evaluators_of
 from ..evaluation.metrics_file import drop_metrics_from
 from ..solver import build_optimizer
 from .accumulate import accumulate_gradients
+from .best_model import BestModel
 from .distributed import distribute
 from .hooks import Evaluation, MemoryRecorder, RunRecorder, StopOnSignal
 from .resume import check_settings, settings_of
@@ -214,16 +216,15 @@ class Trainer(DefaultTrainer):
                 order.append(StopOnSignal(self.checkpointer, metrics))
                 order.append(Evaluation(hook, period, folder, metrics))
                 if self.cfg.TEST.AUG.ENABLED:
-                    augmented = hooks.EvalHook(0, self._test_with_augmentation)
-                    order.append(Evaluation(augmented, 0, folder, metrics))
+                    test = partial(self.test_with_augmentation, self.cfg, self.model)
+                    order.append(Evaluation(hooks.EvalHook(0, test), 0, folder, metrics))
+                if self.cfg.TEST.BEST_METRIC and comm.is_main_process():
+                    order.append(BestModel(self.checkpointer, self.cfg.TEST.BEST_METRIC))
                 # After the final evaluation, and before the writers
                 order += [RunRecorder(self.cfg)] if comm.is_main_process() else []
             elif hook not in saving:
                 order.append(hook)
         return order + saving
-
-    def _test_with_augmentation(self) -> dict:
-        return self.test_with_augmentation(self.cfg, self.model)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the newest intact checkpoint if `resume` is set and there is one.
