@@ -120,6 +120,23 @@ def test_group_norm(shape, layout, relu, residual, kernels):
         assert actual[2].dtype == torch.float32
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_weight_and_bias_over_many_chunks(layout, kernels, monkeypatch):
+    """Six images of four chunks and more, where a tile adds up sixteen."""
+    monkeypatch.setattr(split, "PROGRAMS", 1000)
+    forget_plans()
+    torch.manual_seed(0)
+    x, dy = (make((6, 4, 16, 8), torch.float32, layout) for _ in range(2))
+    weight, bias = torch.randn(2, 4, device=DEVICE)
+    actual = run(lambda x, w, b: group_norm_act(x, w, b, 2), dy, x, weight, bias)
+    expected = run(
+        lambda x, w, b: formula(2, 1e-5, False)(x, w, b, None),
+        dy.double(),
+        *double(x, weight, bias),
+    )
+    compare(actual, expected, torch.float32)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="takes too long in Triton's interpreter")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
