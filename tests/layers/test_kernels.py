@@ -17,7 +17,7 @@ from gn_det.layers import (
 )
 
 pytest.importorskip("triton")
-from gn_det.layers.kernels import frozen_bn, split, tile, whole
+from gn_det.layers.kernels import frozen_bn, launch, split, tile, whole
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -295,3 +295,46 @@ def test_kernels_that_fail_are_not_used(module, name, fault, monkeypatch, caplog
     (record,) = caplog.records
     named = "frozen_bn" if module is frozen_bn else module.__name__.rpartition(".")[2]
     assert ("C compiler" if fault == "not built" else named) in record.getMessage()
+
+
+class CompiledStandIn:
+    """Records its launches, as a compiled kernel takes them."""
+
+    def __init__(self) -> None:
+        self.launches: list = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.launches.append((grid, arguments))
+
+
+class KernelStandIn:
+    """Like a function decorated with `triton.jit`; each launch through it compiles."""
+
+    arg_names = ("X", "SIZE", "WIDE", "BLOCK")
+
+    def __init__(self) -> None:
+        self.compiled: list[CompiledStandIn] = []
+
+    def __getitem__(self, grid):
+        def compile_and_run(*arguments, **constants):
+            self.compiled.append(CompiledStandIn())
+            return self.compiled[-1]
+
+        return compile_and_run
+
+
+def test_later_launches_go_to_the_compiled_kernel(monkeypatch):
+    """With constants in the kernel's order; one kernel serves all grids, but not other types."""
+    monkeypatch.setattr(launch, "CompiledKernel", CompiledStandIn)
+    monkeypatch.setattr(launch, "_DIRECT", True)
+    kernel, x = KernelStandIn(), torch.zeros(2)
+    first = launch.Launch(kernel, (1, 1, 1), torch.float32, BLOCK=8, WIDE=True)
+    for size in (3, 4, 5):
+        first(x, size)
+    assert len(kernel.compiled) == 1
+    assert kernel.compiled[0].launches == [((1, 1, 1), (x, n, True, 8)) for n in (4, 5)]
+    launch.Launch(kernel, (2, 1, 1), torch.float32, BLOCK=8, WIDE=True)(x, 6)
+    assert kernel.compiled[0].launches[-1] == ((2, 1, 1), (x, 6, True, 8))
+    for types, block, warps in ((torch.bfloat16, 8, 4), (torch.float32, 4, 4), (None, 8, 2)):
+        launch.Launch(kernel, (1, 1, 1), types, warps, BLOCK=block, WIDE=True)(x, 7)
+    assert len(kernel.compiled) == 4
