@@ -17,6 +17,7 @@ COMMANDS = {
     ),
     "compare": ("gn_det.comparison.compare", "compare norms on a custom dataset"),
     "predict": ("gn_det.engine.predict", "run a trained model on images"),
+    "export": ("gn_det.engine.export", "export a trained model to ONNX, OpenVINO or TorchScript"),
     "demo": ("gn_det.comparison.demo", "compare frozen BN with GN on a generated dataset"),
 }
 

@@ -93,6 +93,14 @@ def is_pretraining(cfg: CfgNode) -> bool:
     return cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
 
 
+def classes_key(cfg: CfgNode) -> str:
+    """The key of the number of classes of things; "" if it is not known for the architecture."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    if name in ("GeneralizedRCNN", "PanopticFPN"):
+        return "MODEL.ROI_HEADS.NUM_CLASSES"
+    return "MODEL.RETINANET.NUM_CLASSES" if name in ("RetinaNet", "GNRetinaNet") else ""
+
+
 def value_of(cfg: CfgNode, key: str) -> object:
     """The value of a key given by its full name, as "MODEL.RESNETS.NORM"; tuples become lists."""
     for part in key.split("."):

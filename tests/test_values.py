@@ -27,6 +27,22 @@ STRANGE = [
     ("MODEL.RPN.IOU_THRESHOLDS", "[]"),
     ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[0]"),
     ("MODEL.BACKBONE.NAME", "None"),
+    ("MODEL.RPN.IOU_LABELS", "[0,1]"),
+    ("MODEL.ROI_HEADS.IOU_THRESHOLDS", "[0.9,0.5]"),
+    ("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", "(1.0,1.0)"),
+    ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "x"),
+    ("MODEL.RPN.BBOX_REG_LOSS_TYPE", "x"),
+    ("MODEL.RPN.NMS_THRESH", -1.0),
+    ("MODEL.RPN.POST_NMS_TOPK_TRAIN", 0),
+    ("MODEL.FPN.FUSE_TYPE", "x"),
+    ("MODEL.PIXEL_STD", "[0.0,1.0,1.0]"),
+    ("MODEL.PIXEL_STD", "[1.0]"),
+    ("INPUT.FORMAT", "YUV-BT.601"),
+    ("INPUT.MASK_FORMAT", "x"),
+    ("INPUT.RANDOM_FLIP", "x"),
+    ("INPUT.CROP.TYPE", "x"),
+    ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"),
+    ("SOLVER.CHECKPOINT_PERIOD", 0),
 ]
 
 
@@ -54,6 +70,15 @@ def test_evaluations_that_would_fail_after_the_training(key, opts):
     cfg = shapes_config("mask_rcnn_R_18_FPN_gn", *SCRATCH, "SOLVER.STEPS", "()", *opts)
     assert key in [problem.key for problem in check_evaluation(cfg)]
     assert not list(check_evaluation(shapes_config("mask_rcnn_R_18_FPN_gn", *SCRATCH)))
+
+
+def test_float16_on_a_cpu():
+    """It takes many times as long as float32."""
+    opts = (*SCRATCH, "SOLVER.AMP.ENABLED", True)
+    with pytest.raises(ConfigError, match="bfloat16") as error:
+        check_config(shapes_config("mask_rcnn_R_18_FPN_gn", *opts), 1)
+    assert [problem.key for problem in error.value.problems] == ["SOLVER.AMP.DTYPE"]
+    check_config(shapes_config("mask_rcnn_R_18_FPN_gn", *opts, "SOLVER.AMP.DTYPE", "bfloat16"), 1)
 
 
 @pytest.mark.parametrize("names", ["()", "('nothing',)"])

@@ -37,6 +37,14 @@ except ImportError:
     _C = _C()
 """
 
+IMPORT_CAFFE2 = "from .api import *\n"
+WITHOUT_CAFFE2 = """\
+try:
+    from .api import *
+except ImportError:  # PyTorch has no caffe2 any more
+    pass
+"""
+
 # (file, text that must occur exactly once, its replacement)
 FIXES = [
     ("detectron2/layers/deform_conv.py", NO_EXTENSION, WITHOUT_EXTENSION),
@@ -50,6 +58,7 @@ FIXES = [
         "except ImportError:  # no C++ sources\n"
         "    COCOeval_opt = COCOeval\n",
     ),
+    ("detectron2/export/__init__.py", IMPORT_CAFFE2, WITHOUT_CAFFE2),
     ("detectron2/data/transforms/transform.py", "interp=Image.LINEAR", "interp=Image.BILINEAR"),
     ("detectron2/data/build.py", "zeros((num_classes,), dtype=np.int)", "zeros(num_classes, int)"),
     ("detectron2/data/build.py", '"iscrowd", 0)], dtype=np.int', '"iscrowd", 0)], dtype=int'),

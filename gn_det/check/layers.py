@@ -8,6 +8,7 @@ from torch import nn
 from ..config import is_pretraining, value_of
 from ..errors import InputError
 from ..modeling import build_on_meta_device
+from ..modeling.conv import StandardizedConv2d
 from ..solver import images_per_pass, is_norm
 from .problem import Problem
 
@@ -55,6 +56,11 @@ def check_layers(cfg: CfgNode, num_gpus: int) -> Iterator[Problem]:
         reason = f"weight decay on gamma and beta of {len(trained)} norm layers costs AP"
         yield Problem("SOLVER.WEIGHT_DECAY_NORM", decay, reason, "set SOLVER.WEIGHT_DECAY_NORM 0.0")
     yield from _check_batch_norm(cfg, model, num_gpus)
+    standardized = any(isinstance(layer, StandardizedConv2d) for layer in model.modules())
+    if cfg.MODEL.RESNETS.WEIGHT_STANDARDIZATION and not standardized:
+        key, name = "MODEL.RESNETS.WEIGHT_STANDARDIZATION", cfg.MODEL.BACKBONE.NAME
+        reason = f"no convolution of MODEL.BACKBONE.NAME {name} with a norm applies it"
+        yield Problem(key, True, reason, "set it to False, or use a builder of gn_det")
 
 
 def _build(cfg: CfgNode) -> nn.Module | Problem:
@@ -64,6 +70,11 @@ def _build(cfg: CfgNode) -> nn.Module | Problem:
     try:
         return build_on_meta_device(cfg)
     except BUILD_ERRORS as error:
+        if isinstance(error, ImportError) and "_C" in str(error):
+            key = "MODEL.RESNETS.DEFORM_ON_PER_STAGE"
+            key = key if any(value_of(cfg, key)) else "MODEL.META_ARCHITECTURE"  # type: ignore[call-overload]
+            reason = "it needs the C++ operators (detectron2._C), which this Detectron2 lacks"
+            return Problem(key, value_of(cfg, key), reason, "build Detectron2 from its sources")
         if isinstance(error, InputError) and error.key:
             return Problem(error.key, value_of(cfg, error.key), error.reason, error.fix)
         reason = f"the model cannot be built ({type(error).__name__}: {error})"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from detectron2.config import CfgNode
 
-from ..config import is_pretraining, value_of
+from ..config import value_of
 from ..modeling.fused import IMPLEMENTATIONS, RECOMPUTE
 from ..modeling.norm import NORM_KEYS, parts_with_norm
 from .problem import Problem
@@ -13,9 +13,20 @@ from .problem import Problem
 STOCK = {
     "build_resnet_backbone": "build_gn_resnet_backbone",
     "build_resnet_fpn_backbone": "build_gn_resnet_fpn_backbone",
+    "build_retinanet_resnet_fpn_backbone": "build_gn_retinanet_resnet_fpn_backbone",
     "Res5ROIHeads": "GNRes5ROIHeads",
     "FastRCNNConvFCHead": "GNFastRCNNConvFCHead",
     "MaskRCNNConvUpsampleHead": "GNMaskRCNNConvUpsampleHead",
+    "SemSegFPNHead": "GNSemSegFPNHead",
+    "RetinaNet": "GNRetinaNet",
+}
+RCNN = ("BACKBONE", "ROI_HEADS", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+# Architecture -> sections of its parts; others, such as a classifier, have only a known backbone
+SECTIONS = {
+    "GeneralizedRCNN": RCNN,
+    "PanopticFPN": (*RCNN, "SEM_SEG_HEAD"),
+    "SemanticSegmentor": ("BACKBONE", "SEM_SEG_HEAD"),
+    "RetinaNet": ("BACKBONE", "RETINANET"),
 }
 
 
@@ -79,18 +90,20 @@ def check_builders(cfg: CfgNode) -> Iterator[Problem]:
         "BACKBONE": (keys.RESNETS.NORM == "GN" and resnet_differs)
         or (keys.FPN.NORM == "GN" and heads_differ),
         "ROI_HEADS": keys.RESNETS.NORM == "GN" and resnet_differs,
-        "ROI_BOX_HEAD": keys.ROI_BOX_HEAD.NORM == "GN" and heads_differ,
-        "ROI_MASK_HEAD": keys.ROI_MASK_HEAD.NORM == "GN" and heads_differ,
+        **{
+            part: keys[part].NORM == "GN" and heads_differ
+            for part in ("ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD", "RETINANET")
+        },
     }
-    # A classifier has no other part than the backbone
-    for part in ["BACKBONE"] if is_pretraining(cfg) else differs:
-        name = keys[part].NAME
+    for part in SECTIONS.get(keys.META_ARCHITECTURE, ("BACKBONE",)):
+        key = "META_ARCHITECTURE" if part == "RETINANET" else f"{part}.NAME"
+        name = value_of(cfg, f"MODEL.{key}")
         ignored = ["GROUP_NORM"] if differs[part] else []
         ignored += resnet if part in ("BACKBONE", "ROI_HEADS") else []
         if name in STOCK and ignored:
             names = " and ".join(f"MODEL.{key}" for key in ignored)
-            reason = f"this builder of Detectron2 ignores {names}"
-            yield Problem(f"MODEL.{part}.NAME", name, reason, f"set it to {STOCK[name]}")
+            reason = f"this part of Detectron2 ignores {names}"
+            yield Problem(f"MODEL.{key}", name, reason, f"set it to {STOCK[name]}")
 
 
 def _differs_from_stock(keys: CfgNode) -> tuple[bool, bool]:

@@ -1,13 +1,18 @@
 """Checks of the training schedule, the batch and the number of classes."""
 
 from collections.abc import Container, Iterator
+from importlib.util import find_spec
 from itertools import pairwise
 
 from detectron2.config import CfgNode
 
-from ..config import is_pretraining
+from ..config import classes_key, is_pretraining, value_of
 from ..data.coco import count_categories
 from .problem import Problem
+
+# Architectures whose batches cannot be processed in parts: their losses are averaged over positive
+# anchors or labelled pixels, and their label maps padded
+UNDIVIDED = ("FCOS", "GNRetinaNet", "PanopticFPN", "RetinaNet", "SemanticSegmentor")
 
 
 def check_steps(cfg: CfgNode) -> Iterator[Problem]:
@@ -43,6 +48,9 @@ def check_batch(cfg: CfgNode, num_gpus: int) -> Iterator[Problem]:
         reason = f"the {images} images per GPU and step cannot be split into so many equal passes"
         fix = f"set it to a divisor of {images}"
         yield Problem("SOLVER.ACCUMULATE_ITERS", keys.ACCUMULATE_ITERS, reason, fix)
+    elif keys.ACCUMULATE_ITERS > 1 and (name := cfg.MODEL.META_ARCHITECTURE) in UNDIVIDED:
+        reason = f"the losses of {name} are not sums over images"
+        yield Problem("SOLVER.ACCUMULATE_ITERS", keys.ACCUMULATE_ITERS, reason, "set it to 1")
 
 
 def unscaled_batch(before: CfgNode, cfg: CfgNode, given: Container[str]) -> str:
@@ -77,22 +85,28 @@ def unscaled_batch(before: CfgNode, cfg: CfgNode, given: Container[str]) -> str:
 
 
 def check_solver(cfg: CfgNode) -> Iterator[Problem]:
-    """Check the values of the keys that gn_det adds to `SOLVER`."""
+    """Check mixed precision, and whether images can be drawn during training."""
     keys = cfg.SOLVER
     if keys.AMP.DTYPE not in ("float16", "bfloat16"):
         fix = "set it to float16 or bfloat16"
         yield Problem("SOLVER.AMP.DTYPE", keys.AMP.DTYPE, "it is not a 16-bit float type", fix)
+    elif keys.AMP.ENABLED and keys.AMP.DTYPE == "float16" and cfg.MODEL.DEVICE == "cpu":
+        reason, fix = "float16 is many times slower than float32 on a CPU", "set it to bfloat16"
+        yield Problem("SOLVER.AMP.DTYPE", keys.AMP.DTYPE, reason, fix)
+    if cfg.VIS_PERIOD > 0 and find_spec("cv2") is None:
+        fix = "run pip install opencv-python-headless, or set it to 0"
+        yield Problem("VIS_PERIOD", cfg.VIS_PERIOD, "Detectron2 draws with OpenCV (cv2)", fix)
 
 
 def check_classes(cfg: CfgNode) -> Iterator[Problem]:
-    """Check that `MODEL.ROI_HEADS.NUM_CLASSES` is the number of categories of the datasets."""
-    classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
-        return  # other architectures have their own key for the number of classes
+    """Check that the model's number of classes is the number of categories of the datasets."""
+    if not (key := classes_key(cfg)):
+        return
+    classes = value_of(cfg, key)
     names = dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     counts = {name: count_categories(name) for name in names}
     wrong = [f"{name} has {n}" for name, n in counts.items() if n not in (None, classes)]
     if wrong:
         reason = f"dataset {' and '.join(wrong)} categories"
         fix = "set it to that number, or change DATASETS"
-        yield Problem("MODEL.ROI_HEADS.NUM_CLASSES", classes, reason, fix)
+        yield Problem(key, classes, reason, fix)

@@ -1,6 +1,7 @@
 """Checks of single values that Detectron2 and PyTorch would refuse with a traceback."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -34,15 +35,49 @@ RANGES: dict[str, tuple[float, float]] = {
             *("REFERENCE_WORLD_SIZE", "KEEP_CHECKPOINTS", "SKIP_BAD_BATCHES"),
         )
     },
+    **{
+        f"MODEL.{key}": (0, 1)
+        for key in (
+            *("RPN.POSITIVE_FRACTION", "ROI_HEADS.POSITIVE_FRACTION", "RPN.NMS_THRESH"),
+            *("ROI_HEADS.NMS_THRESH_TEST", "ROI_HEADS.SCORE_THRESH_TEST"),
+            *("RETINANET.NMS_THRESH_TEST", "RETINANET.SCORE_THRESH_TEST"),
+        )
+    },
+    **{
+        f"MODEL.RPN.{when}_NMS_TOPK_{mode}": (1, 2**31)
+        for when in ("PRE", "POST")
+        for mode in ("TRAIN", "TEST")
+    },
+    "SOLVER.CHECKPOINT_PERIOD": (1, 2**40),
     "SOLVER.MOMENTUM": (0, 1),
     "SOLVER.MAX_ITER": (1, 2**40),
     "SOLVER.IMS_PER_BATCH": (1, 2**20),
     "SEED": (-(2**63), 2**32 - 1),
     "DATALOADER.NUM_WORKERS": (0, 2**10),
 }
+# "" is a head without a pooler, as PointRend's
+POOLERS = ("", "ROIPool", "ROIAlign", "ROIAlignV2", "ROIAlignRotated")
+# Detectron2 0.6 does not have the last two
+BOX_LOSSES = (
+    "smooth_l1",
+    "giou",
+    *(("diou", "ciou") if find_spec("detectron2.layers.losses") else ()),
+)
 CHOICES = {
     "SOLVER.WARMUP_METHOD": ("constant", "linear"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+    # YUV is read as float64, which Detectron2's own models refuse
+    "INPUT.FORMAT": ("BGR", "RGB", "L"),
+    "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
+    **{f"MODEL.ROI_{head}_HEAD.POOLER_TYPE": POOLERS for head in ("BOX", "MASK", "KEYPOINT")},
+    **{
+        f"MODEL.{part}.BBOX_REG_LOSS_TYPE": BOX_LOSSES
+        for part in ("RPN", "ROI_BOX_HEAD", "RETINANET")
+    },
 }
 NOT_EMPTY = (
     *("MODEL.RPN.IOU_THRESHOLDS", "MODEL.ROI_HEADS.IOU_THRESHOLDS"),
@@ -52,8 +87,9 @@ NAMES = ("MODEL.BACKBONE.NAME", "MODEL.DEVICE", "SOLVER.LR_SCHEDULER_NAME")
 
 
 def check_values(cfg: CfgNode) -> Iterator[Problem]:
-    """Check ranges, choices and empty lists of the keys that a model and its schedule need."""
+    """Check ranges, choices and lists of the keys that a model and its schedule need."""
     problems = [*_out_of_range(cfg), *_unknown(cfg)]
+    problems = problems or [*_lists_that_do_not_fit(cfg)]
     yield from problems
     if not problems and not is_pretraining(cfg):
         yield from _check_scheduler(cfg)
@@ -62,8 +98,8 @@ def check_values(cfg: CfgNode) -> Iterator[Problem]:
 def _out_of_range(cfg: CfgNode) -> Iterator[Problem]:
     for key, (low, high) in RANGES.items():
         value: Any = value_of(cfg, key)
-        # Pretraining computes its number of iterations
-        unused = is_pretraining(cfg) and key == "SOLVER.MAX_ITER"
+        # Pretraining computes both from its epochs
+        unused = is_pretraining(cfg) and key in ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD")
         if not unused and value is not None and not low <= value <= high:
             fix = f"set it to a value from {low:g} to {high:g}"
             yield Problem(key, value, "it is out of range", fix)
@@ -88,6 +124,32 @@ def _unknown(cfg: CfgNode) -> Iterator[Problem]:
     except (RuntimeError, TypeError):
         fix = "set it to cuda or cpu"
         yield Problem("MODEL.DEVICE", cfg.MODEL.DEVICE, "PyTorch knows no such device", fix)
+
+
+def _lists_that_do_not_fit(cfg: CfgNode) -> Iterator[Problem]:
+    """Check lists whose lengths and order depend on each other, or on the model."""
+    keys = cfg.MODEL
+    for part in ("RPN", "ROI_HEADS", "RETINANET"):
+        thresholds, labels = keys[part].IOU_THRESHOLDS, keys[part].IOU_LABELS
+        if list(thresholds) != sorted(thresholds):
+            key = f"MODEL.{part}.IOU_THRESHOLDS"
+            yield Problem(key, thresholds, "they do not increase", "sort them")
+        if len(labels) != len(thresholds) + 1:
+            reason = f"there are {len(thresholds)} thresholds, and so {len(thresholds) + 1} ranges"
+            yield Problem(f"MODEL.{part}.IOU_LABELS", labels, reason, "give one label for each")
+    for part in ("RPN", "ROI_BOX_HEAD", "RETINANET"):
+        key, weights = f"MODEL.{part}.BBOX_REG_WEIGHTS", keys[part].BBOX_REG_WEIGHTS
+        # Rotated boxes have an angle
+        if len(weights) not in (4, 5) or not all(weight > 0 for weight in weights):
+            yield Problem(key, weights, "they are not weights", "give four numbers above 0")
+    if len(keys.PIXEL_STD) != len(keys.PIXEL_MEAN) or not all(std > 0 for std in keys.PIXEL_STD):
+        reason = f"they are not standard deviations of {len(keys.PIXEL_MEAN)} channels"
+        fix = "give a number above 0 for each of MODEL.PIXEL_MEAN"
+        yield Problem("MODEL.PIXEL_STD", keys.PIXEL_STD, reason, fix)
+    sampling, sizes = cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING, cfg.INPUT.MIN_SIZE_TRAIN
+    if sampling == "range" and len(sizes) != 2:
+        key, fix = "INPUT.MIN_SIZE_TRAIN_SAMPLING", "give the smallest and the largest"
+        yield Problem(key, sampling, f"INPUT.MIN_SIZE_TRAIN has {len(sizes)} sizes", fix)
 
 
 def _check_scheduler(cfg: CfgNode) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
+from ..config import classes_key, value_of
 from ..errors import InputError
 from ..files import open_regular
 from .clean import Source
@@ -46,10 +47,9 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> list[str]:
             or evaluation.
     """
     used = datasets_of(cfg, train)
-    is_rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    key = classes_key(cfg)
+    classes = value_of(cfg, key) if key else None
     for name in used:
-        # Other architectures have their own key for the number of classes
-        classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES if is_rcnn else None
         check_dataset(name, classes, annotated=train)
     check_same_classes({f"dataset {name}": class_names(name) for name in used})
     lines = []

@@ -14,7 +14,7 @@ from detectron2.modeling import build_model
 from ..check.layers import BUILD_ERRORS
 from ..check.machine import check_machine
 from ..checkpoint.checkpointer import StrictCheckpointer
-from ..config import default_device
+from ..config import classes_key, default_device, value_of
 from ..config_file import read_config
 from ..errors import InputError
 from ..evaluation.markdown import one_line
@@ -111,8 +111,13 @@ def check_model(cfg: CfgNode, folder: Path) -> None:
         InputError: the message names `config.yaml`.
     """
     config = folder / "config.yaml"
-    if (name := cfg.MODEL.PROPOSAL_GENERATOR.NAME) == "PrecomputedProposals":
-        raise InputError(f"{config}: MODEL.PROPOSAL_GENERATOR.NAME {name} is not supported")
+    for key, value in (
+        ("MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"),
+        # It finds no objects
+        ("MODEL.META_ARCHITECTURE", "SemanticSegmentor"),
+    ):
+        if value_of(cfg, key) == value:
+            raise InputError(f"{config}: {key} {value} is not supported")
     try:
         model = build_on_meta_device(cfg)
     except (*BUILD_ERRORS, *CONFIG_ERRORS) as error:
@@ -144,18 +149,18 @@ def read_categories(record: Path, cfg: CfgNode) -> list[dict[str, Any]]:
         content = json.loads(record.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it is not a JSON object")
-        count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        key = classes_key(cfg)
+        count = value_of(cfg, key) if key else None
         categories = content.get("categories")
         if categories is None or categories == []:
-            return [{"id": i, "name": f"class {i}"} for i in range(count)]
+            return [{"id": i, "name": f"class {i}"} for i in range(count or 0)]
         if not isinstance(categories, list) or not all(map(is_category, categories)):
             raise ValueError(
                 "its categories are not a list of objects with id (0 or larger) and name"
             )
         if len({category["id"] for category in categories}) < len(categories):
             raise ValueError("two of its categories have the same id")
-        # Other architectures have their own key for the number of classes
-        if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and len(categories) != count:
+        if count is not None and len(categories) != count:
             raise ValueError(
                 f"it has {len(categories)} categories, but the model of config.yaml has {count}"
             )

@@ -19,6 +19,7 @@ from ..data.coco import check_same_classes, class_names
 from ..data.json_files import read_json
 from ..errors import InputError
 from ..model_zoo import CONFIG_ROOT
+from ..modeling.parts import SETTINGS
 
 try:
     import resource
@@ -31,8 +32,8 @@ RECORD = "run.json"
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Count trainable and frozen parameters.
 
-    Buffers count as frozen, since those of FrozenBN are its parameters. `num_batches_tracked` is
-    not counted: FrozenBN has it in Detectron2's main branch only.
+    Buffers count as frozen, since those of FrozenBN are its parameters. Settings and counters, such
+    as anchors and pixel means, are not counted.
 
     Args:
         model: the model.
@@ -40,8 +41,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     Returns:
         numbers of elements by "trainable" and "frozen".
     """
-    counter = "num_batches_tracked"
-    buffers = [buffer for name, buffer in model.named_buffers() if not name.endswith(counter)]
+    buffers = [b for name, b in model.named_buffers() if not re.search(SETTINGS, name)]
     tensors = [*model.parameters(), *buffers]
     trainable = sum(t.numel() for t in tensors if t.requires_grad)
     return {"trainable": trainable, "frozen": sum(t.numel() for t in tensors) - trainable}

@@ -73,7 +73,7 @@ def group_norm_act(
         RuntimeError: in the backward pass, if a second derivative is requested.
     """
     if is_exporting():
-        y = F.group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+        y = _exportable_group_norm(x, num_groups, weight.to(x.dtype), bias.to(x.dtype), eps)
         y = y if residual is None else y + residual
         return F.relu(y) if relu else y
     _check(x, weight, bias, num_groups, residual)
@@ -83,6 +83,22 @@ def group_norm_act(
     if not needs_gradient(x, weight, bias, residual):
         return operators(x).forward(x, weight, bias, residual, num_groups, eps, relu)[0]
     return _GroupNormAct.apply(x, weight, bias, residual, num_groups, eps, relu)
+
+
+def _exportable_group_norm(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """Group Normalization in PyTorch's own operators, also for N = 0."""
+    if not torch.onnx.is_in_onnx_export():
+        return F.group_norm(x, num_groups, weight, bias, eps)
+    # The reshaping in PyTorch's translation of group_norm fails for N = 0
+    grouped = x.reshape(x.shape[0], num_groups, x.shape[1] // num_groups, *x.shape[2:])
+    over = list(range(2, grouped.dim()))
+    centered = grouped - grouped.mean(over, keepdim=True)
+    variance = centered.square().mean(over, keepdim=True)
+    normalized = (centered * torch.rsqrt(variance + eps)).reshape(x.shape)
+    channels = (-1, *[1] * (x.dim() - 2))
+    return normalized * weight.reshape(channels) + bias.reshape(channels)
 
 
 def _recompute_with(

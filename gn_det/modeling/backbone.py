@@ -1,9 +1,14 @@
 """ResNet and ResNet-FPN backbones in which every norm layer follows the `NORM` keys."""
 
+from collections.abc import Callable
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet
-from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
+from detectron2.modeling.backbone.fpn import (
+    build_resnet_fpn_backbone,
+    build_retinanet_resnet_fpn_backbone,
+)
 from detectron2.modeling.backbone.resnet import build_resnet_backbone
 
 from .fused import implement, implement_args
@@ -48,7 +53,22 @@ def build_gn_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     Raises:
         InputError: if the groups do not divide the channels of a layer; it names the layer.
     """
-    fpn = build_resnet_fpn_backbone(stock_config(cfg, "RESNETS", "FPN"), input_shape)
+    return _build_fpn(build_resnet_fpn_backbone, cfg, input_shape)
+
+
+@BACKBONE_REGISTRY.register()
+def build_gn_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Build RetinaNet's ResNet-FPN, as `build_gn_resnet_fpn_backbone`, with p6 and p7 from res5.
+
+    The convolutions of p6 and p7 have no norm, as in Detectron2.
+    """
+    return _build_fpn(build_retinanet_resnet_fpn_backbone, cfg, input_shape)
+
+
+def _build_fpn(
+    builder: Callable[[CfgNode, ShapeSpec], FPN], cfg: CfgNode, input_shape: ShapeSpec
+) -> FPN:
+    fpn = builder(stock_config(cfg, "RESNETS", "FPN"), input_shape)
     apply_resnet_keys(fpn.bottom_up, cfg, "backbone.bottom_up")
     fpn.bottom_up.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
     if is_swapped(cfg.MODEL.FPN.NORM):
