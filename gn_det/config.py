@@ -63,10 +63,14 @@ def add_gn_config(cfg: CfgNode) -> None:
     # Number of batches with unreadable images, Inf or NaN that a run skips with a warning; the next
     # one aborts it
     cfg.SOLVER.SKIP_BAD_BATCHES = 0
+    # End training after this many evaluations in a row without a better TEST.BEST_METRIC; 0 never
+    cfg.SOLVER.PATIENCE = 0
 
     # Metric of the evaluations, such as "segm/AP"; the model with the highest value is kept as
     # model_best.pth
     cfg.TEST.BEST_METRIC = ""
+    # Log the training losses on DATASETS.TEST at each evaluation
+    cfg.TEST.VALIDATION_LOSS = False
 
     cfg.PRETRAIN = CfgNode()
     # Number of epochs, and the epochs after which the learning rate is multiplied by SOLVER.GAMMA;

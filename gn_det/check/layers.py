@@ -71,8 +71,9 @@ def _build(cfg: CfgNode) -> nn.Module | Problem:
         return build_on_meta_device(cfg)
     except BUILD_ERRORS as error:
         if isinstance(error, ImportError) and "_C" in str(error):
-            key = "MODEL.RESNETS.DEFORM_ON_PER_STAGE"
-            key = key if any(value_of(cfg, key)) else "MODEL.META_ARCHITECTURE"  # type: ignore[call-overload]
+            deformable = any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE)
+            key = "RESNETS.DEFORM_ON_PER_STAGE" if deformable else "META_ARCHITECTURE"
+            key = f"MODEL.{key}"
             reason = "it needs the C++ operators (detectron2._C), which this Detectron2 lacks"
             return Problem(key, value_of(cfg, key), reason, "build Detectron2 from its sources")
         if isinstance(error, InputError) and error.key:

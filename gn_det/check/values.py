@@ -32,7 +32,7 @@ RANGES: dict[str, tuple[float, float]] = {
         for key in (
             *("BASE_LR", "WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WARMUP_ITERS", "WARMUP_FACTOR"),
             *("BIAS_LR_FACTOR", "NORM_LR_FACTOR", "BACKBONE_MULTIPLIER", "MASK_HEAD_MULTIPLIER"),
-            *("REFERENCE_WORLD_SIZE", "KEEP_CHECKPOINTS", "SKIP_BAD_BATCHES"),
+            *("REFERENCE_WORLD_SIZE", "KEEP_CHECKPOINTS", "SKIP_BAD_BATCHES", "PATIENCE"),
         )
     },
     **{

@@ -48,7 +48,7 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> list[str]:
     """
     used = datasets_of(cfg, train)
     key = classes_key(cfg)
-    classes = value_of(cfg, key) if key else None
+    classes: Any = value_of(cfg, key) if key else None
     for name in used:
         check_dataset(name, classes, annotated=train)
     check_same_classes({f"dataset {name}": class_names(name) for name in used})

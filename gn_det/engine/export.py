@@ -17,8 +17,8 @@ from ..data.image_files import read_image
 from ..data.unlabelled_images import find_images
 from ..errors import InputError, exit_on_input_error
 from ..files import incomplete, remove
-from ..modeling.exportable import exportable, output_names
-from .export_formats import FORMATS, Exported, Format
+from ..modeling.exportable import exportable, output_names, tensors_of
+from .export_formats import FORMATS, Format
 from .predictor import Predictor, load_run
 
 # So many of the given images are used
@@ -81,23 +81,26 @@ def _export_checked(
     """Write the model to a folder, and compare it with the original."""
     predictor = Predictor(cfg)
     inputs = [network_input(predictor, image) for image in images]
+    for share in OTHER_SIZES:
+        size = [int(side * part) for side, part in zip(inputs[0].shape[1:], share, strict=True)]
+        inputs.append(nn.functional.interpolate(inputs[0][None], size)[0])
+    with torch.no_grad():
+        expected = [predictor.model.inference([{"image": x}], None, False)[0] for x in inputs]
     try:
-        original = exportable(predictor.model, inputs[0])
+        module = exportable(predictor.model, inputs[0])
     except ImportError as error:
         fix = "install Detectron2's official main, or run tools/install_detectron2.py"
         raise InputError(f"detectron2.export cannot be imported: {error}", fix=fix) from None
     path = folder / target.file
     with warnings.catch_warnings():
-        # A trace holds for other inputs if it equals the original on them, which is tested below
+        # A trace holds for other inputs if its results are the original's, which is tested below
         warnings.simplefilter("ignore")
-        target.save(original, inputs[0], path, metadata(cfg, categories))
-    exported = target.load(path)
-    for share in OTHER_SIZES:
-        size = [int(side * part) for side, part in zip(inputs[0].shape[1:], share, strict=True)]
-        inputs.append(nn.functional.interpolate(inputs[0][None], size)[0])
-    for number, image in enumerate(inputs, start=1):
+        target.save(module, inputs[0], path, metadata(cfg, categories))
+    exported, names = target.load(path), output_names(cfg)
+    for number, (image, instances) in enumerate(zip(inputs, expected, strict=True), start=1):
         title = f"image {number} ({image.shape[2]}x{image.shape[1]})"
-        print(f"{title}: {_compare(original, exported, image, title, cfg)}", flush=True)
+        found = dict(zip(names, map(torch.as_tensor, exported(image)), strict=True))
+        print(f"{title}: {_compare(tensors_of(instances), found, title)}", flush=True)
 
 
 def metadata(cfg: CfgNode, categories: list[dict[str, Any]]) -> dict[str, Any]:
@@ -127,14 +130,9 @@ def network_input(predictor: Predictor, image: np.ndarray) -> Tensor:
     return tensor.to(predictor.cfg.MODEL.DEVICE)
 
 
-def _compare(
-    original: nn.Module, exported: Exported, image: Tensor, title: str, cfg: CfgNode
-) -> str:
-    """Describe how the results for an image differ, or raise an `InputError`."""
-    names = output_names(cfg)
-    with torch.no_grad():
-        expected = {name: v.cpu() for name, v in zip(names, original(image), strict=True)}
-    found = {n: torch.as_tensor(v).cpu() for n, v in zip(names, exported(image), strict=True)}
+def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], title: str) -> str:
+    """Describe how the detections in an image differ, or raise an `InputError`."""
+    expected, found = ({n: t.cpu() for n, t in some.items()} for some in (expected, found))
     count, other = len(expected["scores"]), len(found["scores"])
     if count != other:
         raise InputError(f"{title}: the exported model finds {other} objects instead of {count}")
@@ -146,7 +144,7 @@ def _compare(
     differences = {
         name: (found[name][order] - expected[name]).abs().max().item()
         for name in TOLERANCES
-        if name in names
+        if name in expected
     }
     for name, difference in differences.items():
         if not difference <= TOLERANCES[name]:

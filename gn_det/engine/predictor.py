@@ -150,7 +150,7 @@ def read_categories(record: Path, cfg: CfgNode) -> list[dict[str, Any]]:
         if not isinstance(content, dict):
             raise ValueError("it is not a JSON object")
         key = classes_key(cfg)
-        count = value_of(cfg, key) if key else None
+        count: Any = value_of(cfg, key) if key else None
         categories = content.get("categories")
         if categories is None or categories == []:
             return [{"id": i, "name": f"class {i}"} for i in range(count or 0)]

@@ -26,6 +26,10 @@ class BadBatchError(InputError):
     """A batch with unreadable images, Inf or NaN."""
 
 
+class TrainingEnd(Exception):  # noqa: N818
+    """Raised by a hook in order to leave Detectron2's training loop."""
+
+
 class TrainingStep(SimpleTrainer):
     """Detectron2's `SimpleTrainer` and `AMPTrainer` in one, with checks of each batch.
 
@@ -179,11 +183,15 @@ def any_process(flag: bool) -> bool:
 
 @contextmanager
 def without_traceback() -> Iterator[None]:
-    """Suppress the traceback that Detectron2 logs for errors that are reported in one sentence."""
+    """Suppress the traceback that Detectron2 logs for errors that are reported in one sentence.
+
+    The same for `TrainingEnd`, which is no error.
+    """
 
     def wanted(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return not (isinstance(error, InputError | OSError) or is_dead_loader(error))
+        expected = isinstance(error, InputError | OSError | TrainingEnd)
+        return not (expected or is_dead_loader(error))
 
     logger = logging.getLogger("detectron2.engine.train_loop")
     logger.addFilter(wanted)

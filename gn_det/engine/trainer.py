@@ -35,9 +35,11 @@ from ..solver import build_optimizer
 from .accumulate import accumulate_gradients
 from .best_model import BestModel
 from .distributed import distribute
+from .early_stopping import EarlyStopping
 from .hooks import Evaluation, MemoryRecorder, RunRecorder, StopOnSignal
 from .resume import check_settings, settings_of
-from .train_step import BadBatchError, TrainingStep, without_traceback
+from .train_step import BadBatchError, TrainingEnd, TrainingStep, without_traceback
+from .validation_loss import ValidationLoss
 
 
 class Trainer(DefaultTrainer):
@@ -214,12 +216,17 @@ class Trainer(DefaultTrainer):
             if isinstance(hook, hooks.EvalHook):
                 order.append(MemoryRecorder(self.cfg.MODEL.DEVICE))
                 order.append(StopOnSignal(self.checkpointer, metrics))
+                if self.cfg.TEST.VALIDATION_LOSS:
+                    order.append(ValidationLoss(self.cfg))
                 order.append(Evaluation(hook, period, folder, metrics))
                 if self.cfg.TEST.AUG.ENABLED:
                     test = partial(self.test_with_augmentation, self.cfg, self.model)
                     order.append(Evaluation(hooks.EvalHook(0, test), 0, folder, metrics))
                 if self.cfg.TEST.BEST_METRIC and comm.is_main_process():
                     order.append(BestModel(self.checkpointer, self.cfg.TEST.BEST_METRIC))
+                if self.cfg.SOLVER.PATIENCE > 0:
+                    keys = self.cfg.TEST.BEST_METRIC, self.cfg.SOLVER.PATIENCE
+                    order.append(EarlyStopping(folder, *keys, saving))
                 # After the final evaluation, and before the writers
                 order += [RunRecorder(self.cfg)] if comm.is_main_process() else []
             elif hook not in saving:
@@ -269,6 +276,8 @@ class Trainer(DefaultTrainer):
         with without_traceback():
             try:
                 return super().train()
+            except TrainingEnd:
+                return self._last_results()
             except OSError as error:
                 reason = f"{error.filename or self.cfg.OUTPUT_DIR}: {error.strerror or error}"
             except RuntimeError as error:
@@ -282,6 +291,13 @@ class Trainer(DefaultTrainer):
                 if isinstance(self.data_loader, TrainLoader):
                     self._trainer._data_loader_iter.close()  # ends the worker processes
         raise InputError(f"{reason}. {self._resume_hint()}")
+
+    def _last_results(self) -> Any:
+        """The results of the last evaluation, verified as after `SOLVER.MAX_ITER` iterations."""
+        results = getattr(self, "_last_eval_results", None)
+        if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+            verify_results(self.cfg, results or {})
+        return results
 
     def run_step(self) -> None:
         try:

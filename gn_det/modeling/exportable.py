@@ -3,14 +3,29 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode
+from detectron2.layers import shapes_to_tensor
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
-from detectron2.structures import Instances
+from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 # Above every probability
 DUMMY_SCORE = 2.0
+
+
+class _PlainlyPaddedRCNN(GeneralizedRCNN):
+    """Detector that pads an image by arithmetic on its size, which OpenVINO computes rightly."""
+
+    def preprocess_image(self, batched_inputs: list[dict[str, Tensor]]) -> ImageList:
+        (inputs,) = batched_inputs
+        image = (inputs["image"].to(self.device) - self.pixel_mean) / self.pixel_std
+        height, width = image.shape[-2:]
+        stride = max(self.backbone.size_divisibility, 1)
+        padding = (0, (stride - width % stride) % stride, 0, (stride - height % stride) % stride)
+        return ImageList(F.pad(image[None], padding), [shapes_to_tensor([height, width])])
 
 
 class _NeverEmptyOutputLayers(FastRCNNOutputLayers):
@@ -53,24 +68,27 @@ def exportable(model: Any, image: Tensor) -> nn.Module:
     """
     from detectron2.export import TracingAdapter
 
+    if type(model) is GeneralizedRCNN:
+        model.__class__ = _PlainlyPaddedRCNN
     predictor = getattr(model.roi_heads, "box_predictor", None)
     never_empty = type(predictor) is FastRCNNOutputLayers
     if never_empty:
-        predictor.__class__ = _NeverEmptyOutputLayers  # type: ignore[union-attr]
+        predictor.__class__ = _NeverEmptyOutputLayers
 
     def detect(model: Any, inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        found = model.inference(inputs, do_postprocess=False)[0].get_fields()
-        tensors = {
-            "boxes": found["pred_boxes"].tensor,
-            "classes": found["pred_classes"],
-            "scores": found["scores"],
-        }
-        if "pred_masks" in found:
-            tensors["masks"] = found["pred_masks"]
+        tensors = tensors_of(model.inference(inputs, do_postprocess=False)[0])
         return {name: t[1:] if never_empty else t for name, t in tensors.items()}
 
     # An adapter in training mode would put the model into it as well
     return TracingAdapter(model, [{"image": image}], detect).eval()
+
+
+def tensors_of(instances: Instances) -> dict[str, Tensor]:
+    """The tensors of detections, by the names in `output_names`."""
+    fields = instances.get_fields()
+    masks = {"masks": fields["pred_masks"]} if "pred_masks" in fields else {}
+    boxes, classes = fields["pred_boxes"].tensor, fields["pred_classes"]
+    return {"boxes": boxes, "classes": classes, **masks, "scores": fields["scores"]}
 
 
 def output_names(cfg: CfgNode) -> list[str]:
