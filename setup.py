@@ -44,11 +44,13 @@ setup(
         *("filelock>=3.8", "jinja2>=3.0", "matplotlib>=3.6", "numpy>=1.24", "pillow>=9.4"),
         *("pycocotools>=2.0.11", "safetensors>=0.4", "shapely>=2.0", "tqdm>=4.60"),
     ],
-    # timm is what conversions are compared with
     extras_require={
+        "onnx": ["onnx>=1.16", "onnxruntime>=1.18"],
+        "openvino": ["onnx>=1.16", "openvino>=2024.4"],
+        # timm is what conversions are compared with
         "dev": [
             *("mypy==2.4.1", "playwright", "pytest>=8", "pytest-xdist>=3", "ruff==0.17.6"),
-            "timm>=1.0",
-        ]
+            *("timm>=1.0", "onnx>=1.16", "onnxruntime>=1.18", "openvino>=2024.4"),
+        ],
     },
 )

@@ -81,6 +81,18 @@ def read_config(
     return override_config(cfg, opts, path)
 
 
+# Detectron2 refuses unknown keys by name only, so the file itself says whose they are
+HEADER = """\
+# This config has keys of gn_det. To read it in another program, add them before merge_from_file:
+#   import gn_det; gn_det.add_gn_config(cfg)
+"""
+
+
+def dump_config(cfg: CfgNode) -> str:
+    """The YAML of a config, below a comment that says how other programs can read it."""
+    return HEADER + cfg.dump()
+
+
 def override_config(cfg: CfgNode, opts: Sequence[str], path: str) -> CfgNode:
     """Apply `KEY VALUE` overrides to a copy of a config, and register prepared datasets.
 

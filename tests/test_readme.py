@@ -96,7 +96,11 @@ def save_model(folder: Path) -> None:
     cfg.defrost()
     cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = f"{folder}/model_final.pth", str(folder)
     (folder / "config.yaml").write_text(cfg.dump())
-    torch.save({"model": build_model(cfg).state_dict()}, folder / "model_final.pth")
+    torch.manual_seed(3)
+    model = build_model(cfg)
+    # Scores that differ clearly, in any order of the operations
+    model.roi_heads.box_predictor.cls_score.weight.data.normal_(0, 0.3)
+    torch.save({"model": model.state_dict()}, folder / "model_final.pth")
     (folder / "run.json").write_text("{}")
 
 
@@ -323,6 +327,17 @@ def test_predict_in_full(checkout, runner):
     save_model(checkout / "output/gn")
     (words,) = commands(TOOLS, "python tools/predict.py")
     assert "output/found/coco_instances_results.json: " in runner.run(words)
+
+
+def test_export(checkout, runner):
+    """Export and run; tests/engine/test_export.py compares the detections."""
+    save_model(checkout / "output/gn")
+    (words,) = commands(TOOLS, "python tools/export_model.py")
+    assert "output/gn/model.onnx: " in runner.run(words)
+    (checkout / "image.jpg").write_bytes((checkout / "mine/images/val_000000.png").read_bytes())
+    (words,) = commands(TOOLS, "python tools/run_onnx.py")
+    runner.run(words)
+    assert (checkout / "image.jpg.found.png").is_file()
 
 
 def test_own_data(checkout, runner):

@@ -53,7 +53,10 @@ def paste(mask: np.ndarray, box: np.ndarray, height: int, width: int) -> np.ndar
 
 def main() -> None:
     """Print the detections, and write each image with its masks painted red."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="example: python tools/run_onnx.py output/gn/model.onnx image.jpg",
+    )
     parser.add_argument("model", help="model.onnx")
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--min-score", type=float, default=0.5, help="lowest score that is shown")

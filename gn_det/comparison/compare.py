@@ -9,7 +9,6 @@ import argparse
 import logging
 import math
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,14 +20,14 @@ from detectron2.utils.logger import setup_logger
 
 from ..check.machine import check_machine
 from ..config import default_config, flatten
-from ..config_file import add_base_argument, read_config
+from ..config_file import add_base_argument
 from ..engine.dataset_args import add_data_arguments
 from ..engine.describe import describe_recipe
 from ..engine.relative_steps import describe_steps
-from ..engine.run_record import RECORD
 from ..errors import InputError, exit_on_input_error
 from ..evaluation.report import Run, write_report
 from ..files import locked
+from .best import save_best
 from .cells import DEFAULT_NORMS, compared_pairs, describe_norms
 from .estimate import describe_plan, describe_set
 from .initial_weights import conversion_errors
@@ -39,21 +38,6 @@ from .rates import DEFAULT_RATES, Trial, allows_trials, lower_rates, trial_rows,
 BASE = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_4conv1fc.yaml"
 TRIAL_COLUMNS = "norm", "images per batch", "learning rate", "iterations", "box AP", "mask AP"
 EXAMPLE = "example: gn-det compare --train train.json images/ --seeds 0 1"
-
-
-def save_best(plan: Plan, results: Mapping[str, Any]) -> Path:
-    """Copy the best model to `OUTPUT/best`, with the files that `DefaultPredictor` needs."""
-    best = plan.output / "best"
-    source = Path(results["best"]["folder"])
-    best.mkdir(exist_ok=True)
-    for name in ("model_final.pth", RECORD):
-        shutil.copy2(source / name, best / name)
-    cfg = read_config(str(source / "config.yaml"))
-    cfg.defrost()
-    cfg.MODEL.WEIGHTS = str((best / "model_final.pth").resolve())
-    cfg.OUTPUT_DIR = str(best.resolve())
-    (best / "config.yaml").write_text(cfg.dump())
-    return best
 
 
 def report(plan: Plan, failed: Mapping[str, str], trials: Sequence[Trial], command: str) -> None:

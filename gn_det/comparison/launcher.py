@@ -11,6 +11,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
+from ..config_file import HEADER
 from ..engine.train import PARENT
 from ..errors import InputError
 
@@ -32,7 +33,8 @@ def check_same_config(folder: Path, cfg: CfgNode, root: Path) -> None:
     written = folder / "config.yaml"
     # Without metrics.json the run was stopped before its first iteration: nothing to protect
     started = written.exists() and (folder / "metrics.json").exists()
-    if started and written.read_text() != cfg.dump():
+    # Older runs have no comment above
+    if started and written.read_text().removeprefix(HEADER) != cfg.dump():
         raise InputError(
             f"{root} contains runs with other settings ({written} differs): "
             "remove that folder, or choose another with --output-dir"

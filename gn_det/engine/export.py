@@ -97,8 +97,9 @@ def _export_checked(
         warnings.simplefilter("ignore")
         target.save(module, inputs[0], path, metadata(cfg, categories))
     exported, names = target.load(path), output_names(cfg)
+    threshold = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST
     for number, (image, instances) in enumerate(zip(inputs, expected, strict=True), start=1):
-        title = f"image {number} ({image.shape[2]}x{image.shape[1]})"
+        title = f"image {number}, {image.shape[2]}x{image.shape[1]}, scores above {threshold:g}"
         found = dict(zip(names, map(torch.as_tensor, exported(image)), strict=True))
         print(f"{title}: {_compare(tensors_of(instances), found, title)}", flush=True)
 

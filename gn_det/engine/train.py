@@ -16,10 +16,16 @@ from ..check import ConfigError
 from ..check.evaluation import check_evaluation
 from ..check.schedule import unscaled_batch
 from ..check.weights import check_weights
-from ..config_file import add_base_argument, find_config, override_config, read_config
+from ..config_file import (
+    add_base_argument,
+    dump_config,
+    find_config,
+    override_config,
+    read_config,
+)
 from ..data.prepare import register
 from ..errors import InputError, exit_on_input_error
-from ..files import locked
+from ..files import locked, write_whole
 from ..processes import end_with_parent
 from .dataset_args import add_data_arguments, data_opts, describe_data
 from .describe import describe_recipe, logging_disabled
@@ -52,6 +58,9 @@ def setup(args: argparse.Namespace, cfg: CfgNode) -> None:
     # A spawned process does not inherit the datasets that its parent registered
     register((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     default_setup(cfg, args)
+    if comm.is_main_process():
+        with write_whole(Path(cfg.OUTPUT_DIR) / "config.yaml") as file:
+            file.write(dump_config(cfg))
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gn_det")
 
 

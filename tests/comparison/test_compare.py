@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command, enable_sigint
+from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_backbone, build_model
 from small_comparison import comparison, words
@@ -109,6 +110,23 @@ def test_best_model_loads(compared, tmp_path):
     one, two = (model(image)["instances"] for model in (loaded, predictor))
     assert torch.equal(one.pred_boxes.tensor, two.pred_boxes.tensor)
     assert torch.equal(one.scores, two.scores)
+
+
+def test_model_card(compared):
+    """What a stranger to the folder has to know."""
+    output, _ = compared
+    results = json.loads((output / "results.json").read_text())
+    best = max(results["runs"], key=lambda run: run["segm"]["AP"])
+    card = (output / "best" / "README.md").read_text()
+    row = f"| this model | {best['bbox']['AP']:.1f} | {best['segm']['AP']:.1f} |"
+    assert row in card and results["answer"] in card
+    for fact in (*results["facts"]["training set"], *results["facts"]["recipe"], "triangle"):
+        assert fact.replace("*", "").split("(")[0] in card.replace("\\", "").replace("*", "")
+    plain = get_cfg()
+    with pytest.raises(KeyError):
+        plain.merge_from_file(str(output / "best" / "config.yaml"))
+    # The file says what is missing
+    assert "gn_det.add_gn_config(cfg)" in (output / "best" / "config.yaml").read_text()
 
 
 def test_runs_differ_only_in_the_norm(compared):
