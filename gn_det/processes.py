@@ -39,6 +39,8 @@ def is_running(process: int) -> bool:
     Args:
         process: its ID.
     """
+    if os.name != "posix":
+        return True  # on Windows, os.kill ends the process
     try:
         os.kill(process, 0)
     except ProcessLookupError:

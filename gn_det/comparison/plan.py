@@ -16,20 +16,12 @@ from ..config import as_opts, default_device, parse_opts
 from ..config_file import find_config, override_config, read_config
 from ..data.object_sizes import ObjectSizes
 from ..data.prepare import Prepared, keys_of
+from ..engine.autoconfig import fit_recipes
 from ..engine.dataset_args import prepare_data
 from ..engine.describe import filled_parts
 from ..errors import InputError
 from ..modeling.norm import NORM_KEYS
 from ..solver import fitted_mask_head_factor
-from .autoconfig import (
-    Proposal,
-    drop_overridden,
-    images_seen,
-    propose_heads_grouping,
-    propose_mask_head,
-    propose_schedule,
-    propose_sizes,
-)
 from .cells import Cell, check_pairs, make_cells, norm_keys
 from .initial_weights import DISTILL_STEPS, find_weights, missing_facts, own_recipe, weight_keys
 from .jobs import Training
@@ -163,33 +155,6 @@ def check_overrides(opts: Sequence[str]) -> None:
     for flag, keys in FLAG_KEYS.items():
         if wrong := [key for key in given if key in keys]:
             raise InputError(f"{wrong[0]} cannot be a KEY VALUE pair: set it with {flag}")
-
-
-def fit_recipes(
-    base: CfgNode,
-    sizes: ObjectSizes,
-    batches: Sequence[int],
-    budget: str | None,
-    opts: Sequence[str],
-) -> dict[int, list[Proposal]]:
-    """The recipe's changes for the dataset, for each batch size.
-
-    Args:
-        base: the base config, merged with `opts`.
-        sizes: image and object sizes of the training set.
-        batches: images per batch.
-        budget: as in `images_seen`.
-        opts: the user's `KEY VALUE` pairs, which are not changed.
-    """
-    seen, reason = images_seen(budget, len(sizes.images), max(batches))
-    shared = [*propose_sizes(base, sizes, opts), *propose_heads_grouping(base, opts)]
-    recipes = {}
-    for batch in batches:
-        schedule = propose_schedule(base, seen, batch, reason)
-        recipe = drop_overridden([*shared, *schedule], opts)
-        cfg = override_config(base, as_opts({p.key: p.value for p in recipe}), "of the recipe")
-        recipes[batch] = [*recipe, *propose_mask_head(cfg)]
-    return recipes
 
 
 def list_images(data: Prepared) -> list[Path]:

@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import mean
 
 from ..data.hold_out import hold_out
+from ..engine.autoconfig import propose_schedule
 from ..engine.train_step import DIVERGED
 from ..errors import InputError
 from ..evaluation.metrics_file import metrics_of
 from ..files import write_whole
-from .autoconfig import propose_schedule
 from .jobs import Training, run_trainings
 from .plan import Cell, Plan, with_keys
 

@@ -1,7 +1,8 @@
 """The flags `--train` and `--val`, which name a custom dataset in COCO format."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,19 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from ..check.anchors import objects_out_of_reach
-from ..config import as_opts
+from ..config import as_opts, parse_opts
+from ..config_file import read_config
 from ..data.clean import Source
 from ..data.findings import raise_if_fatal
 from ..data.object_sizes import ObjectSizes
 from ..data.prepare import Prepared, evaluation_keys, keys_of, prepare, prepare_test
 from ..data.registered import datasets_of, inspect_registered
 from ..errors import InputError
+from ..model_zoo import CONFIG_ROOT
+from .autoconfig import Proposal, fit_recipes
+
+# Keys of a schedule from whose published values others are scaled
+SCALED = ("SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.BASE_LR")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
@@ -94,14 +101,17 @@ def describe_data(cfg: CfgNode) -> Iterator[str]:
             )
 
 
-def data_opts(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
+def data_opts(args: argparse.Namespace, cfg: CfgNode, num_gpus: int) -> list[str]:
     """Prepare the custom dataset, and return the `KEY VALUE` overrides that select it.
 
-    With `--eval-only`, `--val` alone is enough.
+    With `--eval-only`, `--val` alone is enough. A config that ships with gn_det is also fitted to
+    the dataset, as by `compare`.
 
     Args:
-        args: with the flags of `add_data_arguments`, `--resume` and `--eval-only`.
+        args: with the flags of `add_data_arguments`, `--config-file`, `--resume`, `--eval-only` and
+            the user's `KEY VALUE` pairs.
         cfg: `OUTPUT_DIR` is where copies are written.
+        num_gpus: total number of GPUs on all machines.
 
     Returns:
         alternating keys and values; none without a custom dataset.
@@ -122,4 +132,33 @@ def data_opts(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
             raise InputError("--val, --val-fraction and --group-by need --train JSON IMAGES")
         return []
     prepared = prepare_data(args, cfg, folder, resume=args.resume or args.eval_only)
-    return as_opts(keys_of(prepared, cfg))
+    keys = keys_of(prepared, cfg)
+    if not args.eval_only and CONFIG_ROOT in Path(args.config_file).absolute().parents:
+        given = parse_opts(args.opts)
+        # The recipe's own length and batch are what its rate and steps are scaled from
+        pairs = {key: value for key, value in given.items() if key not in SCALED} | keys
+        recipe = read_config(args.config_file, as_opts(pairs), args.allow_remote_base)
+        proposals = fit_to_dataset(recipe, ObjectSizes.of(Path(prepared.train)), given, num_gpus)
+        print("\n".join(["", "adapted to the dataset", *(f"  {p}" for p in proposals)]), flush=True)
+        keys |= {proposal.key: proposal.value for proposal in proposals}
+    return as_opts(keys)
+
+
+def fit_to_dataset(
+    cfg: CfgNode, sizes: ObjectSizes, given: Mapping[str, str], num_gpus: int
+) -> list[Proposal]:
+    """The changes of a published recipe for a dataset: input size, anchors, schedule and rate.
+
+    Args:
+        cfg: the recipe, merged with the user's pairs except those of `SCALED`.
+        sizes: image and object sizes of the training set.
+        given: the user's `KEY VALUE` pairs, which are not changed. The batch is
+            `SOLVER.IMS_PER_BATCH`, if it is among them, else the recipe's for so many GPUs; the
+            length is `SOLVER.MAX_ITER`, or depends on the number of images.
+        num_gpus: total number of GPUs.
+    """
+    batch, gpus = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
+    batch = max(batch * num_gpus // gpus, 1) if gpus else batch
+    batch = int(given.get("SOLVER.IMS_PER_BATCH", batch))
+    pairs = [*chain(*given.items())]
+    return fit_recipes(cfg, sizes, [batch], given.get("SOLVER.MAX_ITER"), pairs)[batch]

@@ -142,7 +142,7 @@ def _run(args: argparse.Namespace, cfg: CfgNode, trainer_class: type[Trainer]) -
     num_gpus = count_processes(args)
     # With several machines, torchrun may count a restart on some of them only
     args.resume = any_process(args.resume or (restarted_by_torchrun() and not args.eval_only))
-    opts = data_opts(args, cfg) if comm.is_main_process() else []
+    opts = data_opts(args, cfg, num_gpus) if comm.is_main_process() else []
     if opts := comm.all_gather(opts)[0]:
         args.opts = [*opts, *args.opts]
         cfg = override_config(cfg, args.opts, args.config_file)

@@ -1,5 +1,6 @@
 """Training batches are those of Detectron2, for any first batch and number of workers."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -132,3 +133,14 @@ def test_few_open_files():
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
         outputs.append(done.stdout)
     assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == 40
+
+
+def test_spawned_workers():
+    """As on macOS and Windows, where processes cannot be forked."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    expected = list(islice(loader(), 5))
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        assert list(islice(loader(2), 5)) == expected
+    finally:
+        multiprocessing.set_start_method(before, force=True)

@@ -11,7 +11,9 @@ from torchvision.ops import box_iou
 
 from gn_det.check.anchors import objects_out_of_reach
 from gn_det.check.schedule import check_steps
-from gn_det.comparison.autoconfig import (
+from gn_det.config_file import read_config
+from gn_det.data.object_sizes import ObjectSizes
+from gn_det.engine.autoconfig import (
     drop_overridden,
     images_seen,
     propose_heads_grouping,
@@ -19,8 +21,6 @@ from gn_det.comparison.autoconfig import (
     propose_schedule,
     propose_sizes,
 )
-from gn_det.config_file import read_config
-from gn_det.data.object_sizes import ObjectSizes
 from gn_det.errors import InputError
 
 

@@ -11,7 +11,8 @@ from detectron2.config import CfgNode
 
 from ..check.norm_keys import STOCK
 from ..checkpoint.recipe import HEADS_GROUPING
-from ..config import default_config
+from ..config import as_opts, default_config
+from ..config_file import override_config
 from ..data.object_sizes import ObjectSizes
 from ..errors import InputError
 from ..modeling.norm import parts_with_norm
@@ -146,7 +147,7 @@ def propose_schedule(cfg: CfgNode, seen: int, batch: int, reason: str) -> Iterat
     """
     keys = cfg.SOLVER
     end = math.ceil(seen / batch)
-    yield Proposal("SOLVER.IMS_PER_BATCH", batch, "from --images-per-batch")
+    yield Proposal("SOLVER.IMS_PER_BATCH", batch, "images per training step")
     yield Proposal("SOLVER.REFERENCE_WORLD_SIZE", 0, "no scaling of the batch by number of GPUs")
     yield Proposal("SOLVER.MAX_ITER", end, f"{reason}, {batch} images per batch")
     scaled = {round(step / keys.MAX_ITER * end) for step in keys.STEPS}
@@ -162,6 +163,33 @@ def propose_schedule(cfg: CfgNode, seen: int, batch: int, reason: str) -> Iterat
     yield Proposal("TEST.EVAL_PERIOD", period, f"{NUM_EVALUATIONS} evaluations")
     yield Proposal("SOLVER.CHECKPOINT_PERIOD", period, "one checkpoint per evaluation")
     yield Proposal("SOLVER.KEEP_CHECKPOINTS", 2, "the newest, and one more if it is damaged")
+
+
+def fit_recipes(
+    base: CfgNode,
+    sizes: ObjectSizes,
+    batches: Sequence[int],
+    budget: str | None,
+    opts: Sequence[str],
+) -> dict[int, list[Proposal]]:
+    """The recipe's changes for the dataset, for each batch size.
+
+    Args:
+        base: the base config, merged with `opts`.
+        sizes: image and object sizes of the training set.
+        batches: images per batch.
+        budget: as in `images_seen`.
+        opts: the user's `KEY VALUE` pairs, which are not changed.
+    """
+    seen, reason = images_seen(budget, len(sizes.images), max(batches))
+    shared = [*propose_sizes(base, sizes, opts), *propose_heads_grouping(base, opts)]
+    recipes = {}
+    for batch in batches:
+        schedule = propose_schedule(base, seen, batch, reason)
+        recipe = drop_overridden([*shared, *schedule], opts)
+        cfg = override_config(base, as_opts({p.key: p.value for p in recipe}), "of the recipe")
+        recipes[batch] = [*recipe, *propose_mask_head(cfg)]
+    return recipes
 
 
 def drop_overridden(proposals: Sequence[Proposal], given: Sequence[str]) -> list[Proposal]:
