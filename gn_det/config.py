@@ -38,6 +38,11 @@ def add_gn_config(cfg: CfgNode) -> None:
     # bottleneck; "block": whole residual blocks
     cfg.MODEL.GROUP_NORM.RECOMPUTE = "norm"
 
+    # Limits of the correction of "BRN", Batch Renormalization
+    cfg.MODEL.BATCH_RENORM = CfgNode()
+    cfg.MODEL.BATCH_RENORM.R_MAX = 1.5
+    cfg.MODEL.BATCH_RENORM.D_MAX = 0.5
+
     # Use the channels_last memory format in backbone and heads
     cfg.MODEL.CHANNELS_LAST = False
 

@@ -33,6 +33,8 @@ def test_add_gn_config_changes_only_the_given_config():
         "MODEL.GROUP_NORM.EPSILON": 1e-5,
         "MODEL.GROUP_NORM.IMPL": "fused",
         "MODEL.GROUP_NORM.RECOMPUTE": "norm",
+        "MODEL.BATCH_RENORM.R_MAX": 1.5,
+        "MODEL.BATCH_RENORM.D_MAX": 0.5,
         "MODEL.CHANNELS_LAST": False,
         "MODEL.RESNETS.ZERO_INIT_RESIDUAL": False,
         "MODEL.RESNETS.WEIGHT_STANDARDIZATION": False,

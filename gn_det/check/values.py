@@ -48,6 +48,8 @@ RANGES: dict[str, tuple[float, float]] = {
         for when in ("PRE", "POST")
         for mode in ("TRAIN", "TEST")
     },
+    "MODEL.BATCH_RENORM.R_MAX": (1, 1e9),
+    "MODEL.BATCH_RENORM.D_MAX": (0, 1e9),
     "SOLVER.CHECKPOINT_PERIOD": (1, 2**40),
     "SOLVER.MOMENTUM": (0, 1),
     "SOLVER.MAX_ITER": (1, 2**40),

@@ -12,8 +12,8 @@ from .names import CAFFE_PIXELS, SOURCES, TORCH_PIXELS, find_source, rename
 from .read import WeightsFile, read_weights
 
 # Config key -> required value; keys without a known value are absent. For MODEL.RESNETS.NORM, "BN"
-# stands for any norm with BN's tensors (BN, SyncBN, FrozenBN). "FrozenBN" stands for BN that is
-# fused into an affine transform, which only FrozenBN can load.
+# stands for any norm with BN's tensors (BN, SyncBN, BRN, FrozenBN). "FrozenBN" stands for BN that
+# is fused into an affine transform, which only FrozenBN can load.
 Facts = dict[str, Any]
 
 NORM = "MODEL.RESNETS.NORM"

@@ -72,7 +72,7 @@ def facts_of(cfg: CfgNode) -> Facts:
     basic = cfg.MODEL.RESNETS.DEPTH in (18, 34)
     left_out = BOTTLENECK * basic + GROUP_NORM * (cfg.MODEL.RESNETS.NORM != "GN")
     facts = {key: value_of(cfg, key) for key in KEYS if key not in left_out}
-    if facts[NORM] == "SyncBN":
+    if facts[NORM] in ("SyncBN", "BRN"):
         facts[NORM] = "BN"
     return facts
 

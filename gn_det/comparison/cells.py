@@ -12,7 +12,7 @@ from ..config import flatten, value_of
 from ..errors import InputError
 from ..modeling.norm import NORM_KEYS, is_group_norm, parts_with_norm
 
-NORMS = ("FrozenBN", "BN", "SyncBN", "GN", "LN", "IN")
+NORMS = ("FrozenBN", "BN", "SyncBN", "BRN", "GN", "LN", "IN")
 # BN* as everybody uses it, GN in FPN and heads alone, and GN everywhere
 DEFAULT_NORMS = ("FrozenBN", "FrozenBN/GN", "GN")
 

@@ -1,5 +1,6 @@
 """Normalization layers that depend only on PyTorch, not on Detectron2 or its configs."""
 
+from .batch_renorm import BatchRenorm2d
 from .frozen_bn_act import frozen_bn_act
 from .group_norm import GroupNorm, GroupNormAct
 from .group_norm_act import group_norm_act
@@ -7,6 +8,7 @@ from .recompute import recompute_activations
 from .weight_standardization import standardize_weight
 
 __all__ = [
+    "BatchRenorm2d",
     "GroupNorm",
     "GroupNormAct",
     "frozen_bn_act",

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models.convnext import LayerNorm2d
 
 from ..errors import InputError
-from ..layers import GroupNorm
+from ..layers import BatchRenorm2d, GroupNorm
 from .parts import BACKBONE_PARTS, part_of
 
 Norm = str | Callable[[int], nn.Module]
@@ -24,6 +24,8 @@ NORM_KEYS = {
 # Detectron2's LayerNorm, over the channels at each position; its own name "LN" is the paper's here
 POINTWISE = "LN2d"
 POINTWISE_EPSILON = 1e-6
+# Batch Renormalization
+RENORM = "BRN"
 
 
 def get_norm(cfg: CfgNode, norm: str, layer_name: str) -> Norm:
@@ -33,14 +35,14 @@ def get_norm(cfg: CfgNode, norm: str, layer_name: str) -> Norm:
         cfg: a config that `add_gn_config` was called on.
         norm: the value of a `NORM` key. "GN", "LN" and "IN" follow the paper's Figure 2: G groups,
             one group, and one channel per group. "LN2d" is the LayerNorm at each position that
-            Detectron2 calls "LN". Other names, such as "", "FrozenBN", "BN" and "SyncBN", are
-            Detectron2's own.
+            Detectron2 calls "LN". "BRN" is Batch Renormalization. Other names, such as "",
+            "FrozenBN", "BN" and "SyncBN", are Detectron2's own.
         layer_name: name in the model of the layer that gets the norm. Outside the ResNet,
             `MODEL.GROUP_NORM.HEADS_DIM_PER_GP` or `HEADS_NUM_GROUPS` applies. Error messages begin
             with this name.
 
     Returns:
-        a function that builds a `GroupNorm` or `LayerNorm2d` from a number of channels, or, for
+        a function that builds the layer from a number of channels, or, for
         Detectron2's own norms, the name `norm` itself.
 
     Raises:
@@ -48,6 +50,9 @@ def get_norm(cfg: CfgNode, norm: str, layer_name: str) -> Norm:
     """
     if norm == POINTWISE:
         return partial(LayerNorm2d, eps=POINTWISE_EPSILON)
+    if norm == RENORM:
+        renorm = cfg.MODEL.BATCH_RENORM
+        return partial(BatchRenorm2d, r_max=renorm.R_MAX, d_max=renorm.D_MAX)
     keys = cfg.MODEL.GROUP_NORM
     in_heads = part_of(layer_name) not in BACKBONE_PARTS
     if in_heads and keys.HEADS_DIM_PER_GP > 0:
@@ -82,7 +87,7 @@ def swap_norm(module: nn.Module, cfg: CfgNode, norm: str, module_name: str) -> N
     Args:
         module: a module that was built with `stock_config`.
         cfg: a config that `add_gn_config` was called on.
-        norm: "GN", "LN", "IN" or "LN2d", as in `get_norm`.
+        norm: "GN", "LN", "IN", "LN2d" or "BRN", as in `get_norm`.
         module_name: name of `module` in the model, for error messages.
 
     Raises:
@@ -112,7 +117,7 @@ def stock_config(cfg: CfgNode, *keys: str) -> CfgNode:
 
 def is_swapped(norm: str) -> bool:
     """Whether this value of a `NORM` key stands for a norm that `swap_norm` puts in."""
-    return is_group_norm(norm) or norm == POINTWISE
+    return is_group_norm(norm) or norm in (POINTWISE, RENORM)
 
 
 def is_group_norm(norm: str) -> bool:

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+    # PyTorch 2.6 has Triton 3.2, to whose compiler sources are described in another way
+    pytest.skip("needs Triton 3.3", allow_module_level=True)
 
 
 @pytest.mark.parametrize(
