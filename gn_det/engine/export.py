@@ -27,6 +27,9 @@ MAX_IMAGES = 10
 OTHER_SIZES = ((0.75, 0.75), (1.0, 0.6))
 # Largest differences from the original: pixels, and probabilities
 TOLERANCES = {"boxes": 0.1, "scores": 1e-3, "masks": 1e-2}
+# Share of the detections that may differ: rounding decides which of two boxes of nearly equal score
+# is suppressed
+BORDERLINE = 0.05
 
 
 def export(
@@ -98,10 +101,17 @@ def _export_checked(
         target.save(module, inputs[0], path, metadata(cfg, categories))
     exported, names = target.load(path), output_names(cfg)
     threshold = cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST
+    total = different = 0
+    worst = ""
     for number, (image, instances) in enumerate(zip(inputs, expected, strict=True), start=1):
         title = f"image {number}, {image.shape[2]}x{image.shape[1]}, scores above {threshold:g}"
         found = dict(zip(names, map(torch.as_tensor, exported(image)), strict=True))
-        print(f"{title}: {_compare(tensors_of(instances), found, title)}", flush=True)
+        wrong, text = _compare(tensors_of(instances), found)
+        print(f"{title}: {text}", flush=True)
+        total, different = total + len(instances), different + wrong
+        worst = worst or f"{title}: {text}" * bool(wrong)
+    if different > BORDERLINE * total:
+        raise InputError(f"{different} of {total} detections differ from the original's: {worst}")
 
 
 def metadata(cfg: CfgNode, categories: list[dict[str, Any]]) -> dict[str, Any]:
@@ -131,27 +141,25 @@ def network_input(predictor: Predictor, image: np.ndarray) -> Tensor:
     return tensor.to(predictor.cfg.MODEL.DEVICE)
 
 
-def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], title: str) -> str:
-    """Describe how the detections in an image differ, or raise an `InputError`."""
+def _compare(expected: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[int, str]:
+    """Number of detections in an image that differ, and a description."""
     expected, found = ({n: t.cpu() for n, t in some.items()} for some in (expected, found))
     count, other = len(expected["scores"]), len(found["scores"])
-    if count != other:
-        raise InputError(f"{title}: the exported model finds {other} objects instead of {count}")
-    if not count:
-        return "no objects, as in the original"
+    if not count or not other:
+        text = f"{other} objects instead of {count}" if count or other else "no objects, as before"
+        return max(count, other), text
     order = _nearest(expected, found)
-    if len(set(order.tolist())) < count or (found["classes"][order] != expected["classes"]).any():
-        raise InputError(f"{title}: the exported model finds other objects")
     differences = {
-        name: (found[name][order] - expected[name]).abs().max().item()
+        name: (found[name][order] - expected[name]).abs().reshape(count, -1).amax(1)
         for name in TOLERANCES
         if name in expected
     }
+    right = found["classes"][order] == expected["classes"]
     for name, difference in differences.items():
-        if not difference <= TOLERANCES[name]:
-            raise InputError(f"{title}: {name} of the exported model differ by {difference:.2g}")
-    details = ", ".join(f"{name} {difference:.1g}" for name, difference in differences.items())
-    return f"{count} objects; largest differences: {details}"
+        right &= difference <= TOLERANCES[name]
+    wrong = max(count, other) - len(set(order[right].tolist()))
+    details = ", ".join(f"{name} {d.max():.1g}" for name, d in differences.items())
+    return wrong, f"{count} objects, {wrong} of them different; largest differences: {details}"
 
 
 def _nearest(expected: dict[str, Tensor], found: dict[str, Tensor]) -> Tensor:

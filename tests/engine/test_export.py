@@ -80,7 +80,7 @@ def test_formats(kind, run_folder, images, tmp_path, capsys):
     assert (tmp_path / FORMATS[kind].file).is_file()
     lines = capsys.readouterr().out.splitlines()
     assert sum("no objects" in line for line in lines) == 3
-    assert sum("largest differences" in line for line in lines) == 4
+    assert sum("objects, 0 of them different" in line for line in lines) == 4
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,21 @@ def test_a_wrong_model_is_not_written(run_folder, images, tmp_path, monkeypatch)
     monkeypatch.setitem(export.FORMATS, "torchscript", right._replace(load=shifted))
     arguments = ["--model", run_folder, "--format", "torchscript", images, "--output-dir", tmp_path]
     with pytest.raises(SystemExit, match="boxes"):
+        export.run([*map(str, arguments)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_detection_that_does_not_exist(run_folder, images, tmp_path, monkeypatch):
+    """OpenVINO found one where there was none."""
+    right = FORMATS["torchscript"]
+
+    def one_more(path):
+        model = right.load(path)
+        return lambda image: [torch.cat([t, t.new_zeros(1, *t.shape[1:])]) for t in model(image)]
+
+    monkeypatch.setitem(export.FORMATS, "torchscript", right._replace(load=one_more))
+    arguments = ["--model", run_folder, "--format", "torchscript", images, "--output-dir", tmp_path]
+    with pytest.raises(SystemExit, match="1 objects instead of 0"):
         export.run([*map(str, arguments)])
     assert not list(tmp_path.iterdir())
 
