@@ -23,6 +23,8 @@ DATASETS = Path(tempfile.mkdtemp(prefix="gn_det_datasets_"))
 os.environ["DETECTRON2_DATASETS"] = str(DATASETS)
 atexit.register(shutil.rmtree, DATASETS, ignore_errors=True)
 
+from detectron2.engine import HookBase  # noqa: E402
+
 from gn_det.config_file import read_config  # noqa: E402
 from gn_det.data import make_shapes  # noqa: E402
 
@@ -51,6 +53,17 @@ def command(*words: object, **kwargs) -> subprocess.CompletedProcess:
     arguments = [sys.executable, *map(str, words)]
     kwargs = {"cwd": ROOT, "text": True, "capture_output": True, **kwargs}
     return subprocess.run(arguments, **kwargs)
+
+
+class StopAt(HookBase):
+    """Interrupts a training before an iteration."""
+
+    def __init__(self, iteration: int):
+        self.iteration = iteration
+
+    def before_step(self):
+        if self.trainer.iter == self.iteration:
+            raise SystemExit
 
 
 def enable_sigint() -> None:

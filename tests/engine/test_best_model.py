@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import SCRATCH, shapes_config
-from detectron2.engine import HookBase
+from conftest import SCRATCH, StopAt, shapes_config
 
 from gn_det.check.evaluation import check_evaluation
 from gn_det.engine.trainer import Trainer
@@ -27,15 +26,6 @@ class Scripted(Trainer):
     @classmethod
     def test(cls, cfg, model, evaluators=None):
         return {"bbox": {"AP": APS[cls.trained]}}
-
-
-class StopAt(HookBase):
-    def __init__(self, iteration: int):
-        self.iteration = iteration
-
-    def before_step(self):
-        if self.trainer.iter == self.iteration:
-            raise SystemExit
 
 
 def train(folder, metric="bbox/AP", stop_at=None):

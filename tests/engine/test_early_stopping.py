@@ -5,8 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import SCRATCH, shapes_config
-from detectron2.engine import HookBase
+from conftest import SCRATCH, StopAt, shapes_config
 
 from gn_det.check.evaluation import check_evaluation
 from gn_det.engine.run_record import RECORD
@@ -31,15 +30,6 @@ class Scripted(Trainer):
     def test(cls, cfg, model, evaluators=None):
         cls.evaluated += (cls.trained,)
         return {"bbox": {"AP": APS[cls.trained]}}
-
-
-class StopAt(HookBase):
-    def __init__(self, iteration: int):
-        self.iteration = iteration
-
-    def before_step(self):
-        if self.trainer.iter == self.iteration:
-            raise SystemExit
 
 
 def train(folder, patience=2, stop_at=None):
