@@ -90,14 +90,19 @@ def comparisons(table: Table) -> list[list[str]]:
     return rows
 
 
-def trials(table: Table) -> list[list[str]]:
-    """Box AP / mask AP of each norm at each learning rate."""
-    found = {(t["norm"], t["rate"]): t for t in load("compare.json")["trials on nuclei"]}
-    rows = []
-    for rate in table.column(0):
-        mine = (found[norm, float(rate)] for norm in ("BN*", "BN*/GN", "GN"))
-        rows.append([rate, *(f"{t['box AP']:.1f} / {t['mask AP']:.1f}" for t in mine)])
-    return rows
+def trials(key: str) -> Callable[[Table], list[list[str]]]:
+    """Box AP / mask AP of each norm at each learning rate, or at each rate and length."""
+
+    def expected(table: Table) -> list[list[str]]:
+        found = {}
+        for t in load("compare.json")[key]:
+            length = f", {t['iterations']}" if "iterations" in t else ""
+            aps = f"{t['box AP']:.1f} / {t['mask AP']:.1f}" if "box AP" in t else "diverged"
+            found[t["norm"], f"{t['rate']:g}{length}"] = aps
+        norms = ("BN*", "BN*/GN", "GN")
+        return [[name, *(found[norm, name] for norm in norms)] for name in table.column(0)]
+
+    return expected
 
 
 def rates(table: Table) -> list[list[str]]:
@@ -425,7 +430,13 @@ TABLES = [
         ("dataset, iterations", "BN*", "BN*, GN in FPN and heads", "GN", "GN − BN*"),
         comparisons,
     ),
-    Measured(RESULTS, ("learning rate", "BN*", "BN*, GN in FPN and heads", "GN"), trials),
+    *(
+        Measured(RESULTS, (head, "BN*", "BN*, GN in FPN and heads", "GN"), trials(key))
+        for head, key in (
+            ("learning rate", "trials on nuclei"),
+            ("learning rate, iterations", "trials on nuclei, 400"),
+        )
+    ),
     Measured(RESULTS, ("norm, learning rate", "factor", "box AP / mask AP"), rates),
     Measured(
         RESULTS,
