@@ -255,13 +255,30 @@ def student_quantile(freedom: float) -> float:
     Args:
         freedom: degrees of freedom, 1 or more.
     """
-    # With t = sqrt(freedom) tan(angle), the density is proportional to cos(angle)^(freedom - 1)
+    angles, covered = _student(freedom)
+    return math.sqrt(freedom) * math.tan(np.interp(0.95, covered, angles))
+
+
+def student_tail(t: float, freedom: float) -> float:
+    """The probability that Student's t is farther from 0 than `t`, to four decimals.
+
+    Args:
+        t: 0 or larger.
+        freedom: degrees of freedom, 1 or more.
+    """
+    angles, covered = _student(freedom)
+    inside = float(np.interp(math.atan(t / math.sqrt(freedom)), angles, covered))
+    return min(max(1.0 - inside, 0.0), 1.0)
+
+
+def _student(freedom: float) -> tuple[np.ndarray, np.ndarray]:
+    """Angles, and the probability that |t| is at most sqrt(freedom) tan(angle)."""
+    # The density is proportional to cos(angle)^(freedom - 1)
     angles = np.linspace(0, math.pi / 2, 20_001)[:-1]
     density = np.cos(angles) ** (freedom - 1)
     mass = np.cumsum(density) - (density + density[0]) / 2
     whole = math.sqrt(math.pi) * math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2))
-    covered = 2 * mass * angles[1] / whole
-    return math.sqrt(freedom) * math.tan(np.interp(0.95, covered, angles))
+    return angles, 2 * mass * angles[1] / whole
 
 
 def _check_pairs(baseline: Sequence[ImageMatches], other: Sequence[ImageMatches]) -> None:
