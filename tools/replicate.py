@@ -69,7 +69,6 @@ class Profile(NamedTuple):
 PROFILES = {"cpu": Profile(2, 160, CLAIMS), "gpu": Profile(4, 400, LARGER_CLAIMS)}
 # Enough to tell small differences, for little of the time
 NUM_VAL = 300
-RATE = 0.04
 PRETRAINING_BATCH = 8
 UNCHECKED = str(Path(__file__).with_name("studies") / "unchecked_train.py")
 KINDS = {"bbox": "box", "segm": "mask"}
@@ -115,7 +114,6 @@ class Replication:
             **detector.keys(),
             "MODEL.WEIGHTS": "" if detector.scratch else backbone,
             "SOLVER.REFERENCE_WORLD_SIZE": 0,
-            "SOLVER.BASE_LR": RATE,
             "SOLVER.MAX_ITER": end,
             "SOLVER.STEPS": (end * 2 // 3, end * 9 // 10),
             "SOLVER.WARMUP_ITERS": end // 10,
