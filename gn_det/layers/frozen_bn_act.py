@@ -56,11 +56,17 @@ def frozen_bn_act(
 
     Returns:
         a tensor of x's shape, dtype and memory format.
+
+    Raises:
+        ValueError: if a tensor is on another device than x.
     """
     if is_exporting():
         y = F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
         y = y if residual is None else y + residual
         return F.relu(y) if relu else y
+    for tensor in (weight, bias, mean, variance, residual):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"x is on {x.device}, but another tensor is on {tensor.device}")
     x = dense(x)
     if residual is not None:
         residual = cast_like(residual, x)

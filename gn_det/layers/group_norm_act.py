@@ -69,7 +69,7 @@ def group_norm_act(
         a tensor of x's shape, dtype and memory format.
 
     Raises:
-        ValueError: if the shapes do not match.
+        ValueError: if shapes or devices do not match.
         RuntimeError: in the backward pass, if a second derivative is requested.
     """
     if is_exporting():
@@ -117,6 +117,10 @@ def _check(
         if vector.shape != (channels,):
             shape = tuple(vector.shape)
             raise ValueError(f"{name} has shape {shape}, but must have shape ({channels},)")
+        if vector.device != x.device:
+            raise ValueError(f"{name} is on {vector.device}, but x is on {x.device}")
+    if residual is not None and residual.device != x.device:
+        raise ValueError(f"residual is on {residual.device}, but x is on {x.device}")
     if residual is not None and residual.shape != x.shape:
         shapes = f"{tuple(residual.shape)}, but x has shape {tuple(x.shape)}"
         raise ValueError(f"residual has shape {shapes}")
@@ -152,17 +156,17 @@ class _GroupNormAct(torch.autograd.Function):
         ctx.recomputation = None
         # Under torch.compile, the compiler itself chooses what to save and what to recompute
         eagerly = not torch.compiler.is_compiling()
-        if eagerly and is_recomputing() and residual is None:
-            compute = partial(_recompute_with, operator.recompute, groups, eps, relu)
-            ctx.recomputation = Recomputation(compute, x, weight, bias, mean, rstd)
-        # Without a residual, the backward pass can get the ReLU's mask from x instead of from y
-        mask_from_x = ctx.recomputation is not None or (eagerly and has_kernel(x))
-        needs_y = relu and (residual is not None or not mask_from_x)
-        ctx.save_for_backward(x, y if needs_y else None, weight, bias, mean, rstd)
         ctx.constants = groups, eps, relu
         ctx.has_residual = residual is not None
-        if ctx.recomputation is not None:
+        if eagerly and is_recomputing() and residual is None:
+            compute = partial(_recompute_with, operator.recompute, groups, eps, relu)
+            # It saves the inputs, and y is not needed
+            ctx.recomputation = Recomputation(compute, x, weight, bias, mean, rstd)
             attach(y, ctx.recomputation)
+            return y
+        # Without a residual, the backward pass can get the ReLU's mask from x instead of from y
+        needs_y = relu and (residual is not None or not (eagerly and has_kernel(x)))
+        ctx.save_for_backward(x, y if needs_y else None, weight, bias, mean, rstd)
         return y
 
     @staticmethod
@@ -171,12 +175,14 @@ class _GroupNormAct(torch.autograd.Function):
             raise RuntimeError(
                 "group_norm_act has no second derivative; use torch.nn.functional.group_norm"
             )
-        x, y, *others = ctx.saved_tensors
         if ctx.recomputation is not None:
+            x, *others = ctx.recomputation.inputs
             # The next operation's backward pass has usually just recomputed y; the kernels get
             # the ReLU's mask from x instead
             recomputed = ctx.recomputation.take()
             y = None if has_kernel(x) else recomputed
+        else:
+            x, y, *others = ctx.saved_tensors
         dx, dweight, dbias, dresidual = operators(x).backward(
             cast_like(dy, x), x, y, *others, *ctx.constants
         )

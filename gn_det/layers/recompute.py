@@ -60,8 +60,9 @@ class Saved:
     """A tensor that is saved for the backward pass, with PyTorch's check of its version."""
 
     def __init__(self, tensor: Tensor) -> None:
-        # Detached: an operation that saves its own result would otherwise keep its graph alive
-        self._tensor, self._version = tensor.detach(), tensor._version
+        # An operation that saves its own result would otherwise keep its graph alive
+        self._tensor = tensor if tensor.is_leaf else tensor.detach()
+        self._version = tensor._version
 
     def __call__(self) -> Tensor:
         if self._tensor._version != self._version:
@@ -85,8 +86,13 @@ class Recomputation:
         self._inputs = [Saved(tensor) for tensor in inputs]
         self._latest: Tensor | None = None
 
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The inputs, checked like saved tensors."""
+        return [saved() for saved in self._inputs]
+
     def __call__(self) -> Tensor:
-        self._latest = self._compute(*(saved() for saved in self._inputs))
+        self._latest = self._compute(*self.inputs)
         return self._latest
 
     def take(self) -> Tensor | None:

@@ -15,7 +15,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gn_det.layers.kernels import frozen_bn, split, whole
+from gn_det.layers.kernels import combine, frozen_bn, split, whole
 
 IMAGES = ("X", "Y", "DX", "DY", "RESIDUAL", "DRESIDUAL")
 SIZES = ("C", "HW", "CHUNK", "S", "G", "ROWS", "SHARES")
@@ -28,14 +28,17 @@ def kernels():
     for last, p, c in ((False, 2048, 1), (True, 32, 64)):
         tile = {"ALIGNED": True, "CHANNELS_LAST": last, "BLOCK_P": p, "BLOCK_C": c}
         yield "moments", split._moments_kernel, 4, tile
-        yield "normalize", split._normalize_kernel, 4, {**flags, **tile}
         yield "sums", split._gradient_sums_kernel, 4, {**flags, **tile}
-        yield "input gradient", split._input_gradient_kernel, 4, {"RELU": True, **tile}
+        for fold in (False, True)[: 1 if last else 2]:
+            ends = {**tile, "FOLD": fold, "BLOCK_D": 8, "BLOCK_S": 16}
+            name = " that combines chunks" * fold
+            yield f"normalize{name}", split._normalize_kernel, 4, {**flags, **ends}
+            yield f"input gradient{name}", split._input_gradient_kernel, 4, {"RELU": True, **ends}
         yield "frozen bn", frozen_bn._forward_kernel, 4, {**flags, **tile}
         yield "frozen bn backward", frozen_bn._backward_kernel, 4, {**flags, **tile}
     small = {"BLOCK_D": 64, "BLOCK_S": 16}
-    yield "group moments", split._group_moments_kernel, 4, small
-    yield "group gradients", split._group_gradients_kernel, 4, small
+    yield "group moments", combine.group_moments_kernel, 4, small
+    yield "group gradients", combine.group_gradients_kernel, 4, small
     for last, p, g in ((False, 64, 1), (False, 512, 1), (True, 64, 8), (True, 256, 2)):
         tile = {"CHANNELS_LAST": last, "BLOCK_P": p, "GROUPS": g, "D": 8, "BLOCK_D": 8}
         warps = max(1, p * g * 8 // 256)

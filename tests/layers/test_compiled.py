@@ -22,7 +22,7 @@ def test_machine_code(capability, dtypes, tmp_path):
     done = command(Path(__file__).with_name("compiled.py"), capability, *dtypes, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = json.loads(done.stdout)
-    assert len(kernels) == 26 * len(dtypes)
+    assert len(kernels) == 28 * len(dtypes)
     for kernel in kernels:
         assert kernel["spills"] == 0, kernel
         if kernel["name"].startswith("group ") or " of one" in kernel["name"]:

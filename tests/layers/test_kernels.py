@@ -1,6 +1,7 @@
 """The Triton kernels against formulas in float64; without a GPU, in Triton's interpreter."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,8 @@ def kernels(request, monkeypatch) -> Iterator[str]:
     monkeypatch.setattr(tile, "TILE", 32)
     monkeypatch.setattr(tile, "CHANNELS", 4)
     monkeypatch.setattr(split, "PROGRAMS", 20)
+    # Groups of few channels are combined in the last kernel, others in one of their own
+    monkeypatch.setattr(split, "FOLDED", 6)
     forget_plans()
     yield request.param
     forget_plans()
@@ -298,13 +301,15 @@ def test_kernels_that_fail_are_not_used(module, name, fault, monkeypatch, caplog
 
 
 class CompiledStandIn:
-    """Records its launches, as a compiled kernel takes them."""
+    """Records its launches, as Triton's launcher takes them."""
+
+    function, packed_metadata = "function", "metadata"
 
     def __init__(self) -> None:
         self.launches: list = []
 
-    def __getitem__(self, grid):
-        return lambda *arguments: self.launches.append((grid, arguments))
+    def run(self, *arguments) -> None:
+        self.launches.append(arguments)
 
 
 class KernelStandIn:
@@ -325,16 +330,19 @@ class KernelStandIn:
 
 def test_later_launches_go_to_the_compiled_kernel(monkeypatch):
     """With constants in the kernel's order; one kernel serves all grids, but not other types."""
+    active = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(launch, "CompiledKernel", CompiledStandIn)
     monkeypatch.setattr(launch, "_DIRECT", True)
     kernel, x = KernelStandIn(), torch.zeros(2)
+    fixed = f"stream of {x.get_device()}", "function", "metadata", None, None, None
     first = launch.Launch(kernel, (1, 1, 1), torch.float32, BLOCK=8, WIDE=True)
     for size in (3, 4, 5):
         first(x, size)
-    assert len(kernel.compiled) == 1
-    assert kernel.compiled[0].launches == [((1, 1, 1), (x, n, True, 8)) for n in (4, 5)]
+    (compiled,) = kernel.compiled
+    assert compiled.launches == [(1, 1, 1, *fixed, x.data_ptr(), n, True, 8) for n in (4, 5)]
     launch.Launch(kernel, (2, 1, 1), torch.float32, BLOCK=8, WIDE=True)(x, 6)
-    assert kernel.compiled[0].launches[-1] == ((2, 1, 1), (x, 6, True, 8))
+    assert compiled.launches[-1] == (2, 1, 1, *fixed, x.data_ptr(), 6, True, 8)
     for types, block, warps in ((torch.bfloat16, 8, 4), (torch.float32, 4, 4), (None, 8, 2)):
         launch.Launch(kernel, (1, 1, 1), types, warps, BLOCK=block, WIDE=True)(x, 7)
     assert len(kernel.compiled) == 4

@@ -2,7 +2,8 @@
 
 At a few images per batch a GPU computes a layer faster than Triton can inspect the arguments of its
 kernels. What decides which kernel is compiled is known once per shape, so that later launches go
-straight to the compiled kernel.
+straight to the compiled kernel, with addresses instead of tensors: for each tensor Triton would ask
+the driver where it is.
 """
 
 from collections.abc import Callable, Hashable
@@ -12,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 # A compiled kernel takes constants too from this version on
 _DIRECT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
@@ -51,21 +53,34 @@ class Launch:
 
         Args:
             arguments: all but the constants, in order. Tensors start at a multiple of 16 bytes;
-                see `dispatch.aligned`. The first one is a tensor.
+                see `dispatch.aligned`. The first one is a tensor, and all others are on its device.
         """
         device = arguments[0].get_device()  # type: ignore[union-attr]
-        if direct := self._direct.get(device):
-            direct(*arguments, *self._values)
-            return
-        compiled = self._by_device.get(device)
-        if compiled is None:
-            compiled = self._kernel[self._grid](*arguments, **self._options)
-            if not _DIRECT or not isinstance(compiled, CompiledKernel):
+        direct = self._direct.get(device)
+        if direct is None:
+            compiled = self._by_device.get(device)
+            if compiled is None:
+                compiled = self._kernel[self._grid](*arguments, **self._options)
+                if _DIRECT and isinstance(compiled, CompiledKernel):
+                    self._by_device[device] = compiled
                 return
-            self._by_device[device] = compiled
-        else:
-            compiled[self._grid](*arguments, *self._values)
-        self._direct[device] = compiled[self._grid]
+            direct = self._direct[device] = _launcher(compiled, self._grid)
+        values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        direct(device, *values, *self._values)
+
+
+def _launcher(compiled: CompiledKernel, grid: tuple[int, int, int]) -> Callable[..., None]:
+    """A function that launches a compiled kernel on a device's current stream.
+
+    It is what `compiled[grid]` returns, without the hooks of Triton's profiler.
+    """
+    run, stream_of = compiled.run, driver.active.get_current_stream
+    fixed = compiled.function, compiled.packed_metadata, None, None, None
+
+    def launch(device: int, *values: Any) -> None:
+        run(*grid, stream_of(device), *fixed, *values)
+
+    return launch
 
 
 def types_of(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:

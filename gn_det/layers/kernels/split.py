@@ -2,9 +2,10 @@
 
 At 2 images and 32 groups, one program per group would leave half of a GPU idle, and a group of a
 megabyte does not fit in registers. So every channel of every image is cut into S chunks of
-positions. The first kernel reduces each chunk, a small second one combines the chunks of a group,
-and the third processes all elements again. Results are the same in every run, because each element
-of the workspace has a single writer.
+positions. The first kernel reduces each chunk, and the last processes all elements again. Where a
+group has few chunks, each program of the last kernel combines them itself; otherwise a small kernel
+between the two does. Results are the same in every run, because each element of the workspace has a
+single writer.
 
 Loops are `while` loops because Triton's interpreter does not support `range` up to a tensor.
 """
@@ -17,11 +18,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .combine import (
+    column_sums,
+    group_gradients,
+    group_gradients_kernel,
+    group_moments,
+    group_moments_kernel,
+)
 from .launch import Launch, types_of
 from .tile import ceil_div, divisible, offsets, power_of_2, relu_gradient, tiles
 
 # Number of programs that keeps a large GPU busy: 16 for each of an H100's 132 multiprocessors
 PROGRAMS = 16 * 132
+# A program of the last kernel combines up to this number of chunks and channels itself: on a GPU
+# that waits for the CPU, a launch costs more
+FOLDED = 256
 
 
 @triton.jit(do_not_specialize=["HW", "CHUNK", "SHARES"])
@@ -63,46 +74,16 @@ def _moments_kernel(
 
 
 @triton.jit(do_not_specialize=["HW", "CHUNK", "S", "G", "SHARES"])
-def _group_moments_kernel(
-    MEANS, MEAN, RSTD, C, HW, CHUNK, S, G, SHARES, eps,
-    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Mean and 1 / standard deviation of each group, both (N, G), from `_moments_kernel`."""
-    n, g = tl.program_id(0) // G, tl.program_id(0) % G
-    D = C // G
-    s = tl.arange(0, BLOCK_S)
-    count = tl.maximum(tl.minimum(HW - s * CHUNK, CHUNK), 0).to(tl.float32)
-    size = 1.0 * D * HW
-    rows = (n * S + s[:, None]) * C + g * D
-    mean = 0.0
-    first = 0
-    while first < D:
-        d = first + tl.arange(0, BLOCK_D)
-        inside = (s < S)[:, None] & (d < D)[None, :]
-        means = tl.load(MEANS + rows + d[None, :], inside, 0.0)
-        mean += tl.sum(tl.sum(means * count[:, None], 1), 0) / size
-        first += BLOCK_D
-    m2 = 0.0
-    first = 0
-    while first < D:
-        d = first + tl.arange(0, BLOCK_D)
-        inside = (s < S)[:, None] & (d < D)[None, :]
-        means = tl.load(MEANS + rows + d[None, :], inside, mean)
-        within = tl.load(MEANS + SHARES + rows + d[None, :], inside, 0.0)
-        delta = tl.where(inside, means - mean, 0.0)
-        m2 += tl.sum(tl.sum(within + delta * delta * count[:, None], 1), 0)
-        first += BLOCK_D
-    tl.store(MEAN + tl.program_id(0), mean)
-    tl.store(RSTD + tl.program_id(0), 1.0 / tl.sqrt(m2 / size + eps))
-
-
-@triton.jit(do_not_specialize=["HW", "G"])
 def _normalize_kernel(
-    X, RESIDUAL, Y, MEAN, RSTD, WEIGHT, BIAS, C, HW, G,
+    X, RESIDUAL, Y, MEANS, MEAN, RSTD, WEIGHT, BIAS, C, HW, CHUNK, S, G, SHARES, eps,
     HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr, ALIGNED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    FOLD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """y = relu((x - mean) * rstd * weight + bias + residual)"""
+    """y = relu((x - mean) * rstd * weight + bias + residual)
+
+    With FOLD, which needs a BLOCK_C of 1, mean and rstd are computed from MEANS and stored.
+    """
     if ALIGNED:
         HW = HW // 8 * 8
     n = tl.program_id(2)
@@ -110,11 +91,22 @@ def _normalize_kernel(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (p < HW)[:, None] & (c < C)[None, :]
     offset = n.to(tl.int64) * C * HW + offsets(p, c, HW, C, CHANNELS_LAST)
-    group = n * G + c // (C // G)
-    mean = tl.load(MEAN + group, c < C, 0.0)
-    scale = tl.load(RSTD + group, c < C, 0.0) * tl.load(WEIGHT + c, c < C, 0.0).to(tl.float32)
-    bias = tl.load(BIAS + c, c < C, 0.0).to(tl.float32)
     x = tl.load(X + offset, inside, 0.0).to(tl.float32)
+    group = n * G + c // (C // G)
+    if FOLD:
+        g = tl.program_id(1) // (C // G)
+        mean, rstd = group_moments(
+            MEANS, n, g, C, HW, CHUNK, S, G, SHARES, eps, BLOCK_D, BLOCK_S
+        )  # fmt: skip
+        if (tl.program_id(0) == 0) & (tl.program_id(1) % (C // G) == 0):
+            tl.store(MEAN + n * G + g, mean)
+            tl.store(RSTD + n * G + g, rstd)
+        mean = mean + tl.zeros((BLOCK_C,), tl.float32)
+    else:
+        mean = tl.load(MEAN + group, c < C, 0.0)
+        rstd = tl.load(RSTD + group, c < C, 0.0)
+    scale = rstd * tl.load(WEIGHT + c, c < C, 0.0).to(tl.float32)
+    bias = tl.load(BIAS + c, c < C, 0.0).to(tl.float32)
     y = (x - mean[None, :]) * scale[None, :] + bias[None, :]
     if HAS_RESIDUAL:
         y += tl.load(RESIDUAL + offset, inside, 0.0).to(tl.float32)
@@ -168,53 +160,17 @@ def _gradient_sums_kernel(
     tl.store(SUMS + SHARES + slot, tl.sum(dots, 0), c < C)
 
 
-@triton.jit(do_not_specialize=["HW", "S", "G", "SHARES"])
-def _group_gradients_kernel(
-    SUMS, WEIGHT, SHIFT, C, HW, S, G, SHARES, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr
-):
-    """Means over each group of weight * dy and of weight * dy * (x - mean) * rstd, (2, N, G)."""
-    n, g = tl.program_id(0) // G, tl.program_id(0) % G
-    D = C // G
-    s = tl.arange(0, BLOCK_S)
-    shift = 0.0
-    slope = 0.0
-    first = 0
-    while first < D:
-        d = first + tl.arange(0, BLOCK_D)
-        c = g * D + d
-        inside = (s < S)[:, None] & (d < D)[None, :]
-        slot = (n * S + s[:, None]) * C + c[None, :]
-        weight = tl.load(WEIGHT + c, d < D, 0.0).to(tl.float32)
-        shift += tl.sum(weight * tl.sum(tl.load(SUMS + slot, inside, 0.0), 0), 0)
-        slope += tl.sum(weight * tl.sum(tl.load(SUMS + SHARES + slot, inside, 0.0), 0), 0)
-        first += BLOCK_D
-    size = 1.0 * D * HW
-    tl.store(SHIFT + tl.program_id(0), shift / size)
-    tl.store(SHIFT + tl.num_programs(0) + tl.program_id(0), slope / size)
-
-
-@triton.jit
-def _column_sums(ROW, c, C, ROWS):
-    """Sums over the rows of a (ROWS, C) matrix, for columns c."""
-    sums = tl.zeros(c.shape, tl.float32)
-    first = 0
-    while first < ROWS:
-        row = first + tl.arange(0, 16)
-        inside = (row < ROWS)[:, None] & (c < C)[None, :]
-        sums += tl.sum(tl.load(ROW + row[:, None] * C + c[None, :], inside, 0.0), 0)
-        first += 16
-    return sums
-
-
-@triton.jit(do_not_specialize=["HW", "G", "ROWS", "SHARES"])
+@triton.jit(do_not_specialize=["HW", "S", "G", "ROWS", "SHARES"])
 def _input_gradient_kernel(
-    DY, X, DX, MEAN, RSTD, WEIGHT, BIAS, SHIFT, SUMS, DWEIGHT, DBIAS, C, HW, G, ROWS, SHARES,
+    DY, X, DX, MEAN, RSTD, WEIGHT, BIAS, SHIFT, SUMS, DWEIGHT, DBIAS, C, HW, S, G, ROWS, SHARES,
     RELU: tl.constexpr, ALIGNED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    FOLD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd * (weight * dy - shift - (x - mean) * rstd * slope)
 
-    The first programs also add up the gradients of weight and bias, over ROWS = N * S chunks.
+    The first programs also add up the gradients of weight and bias, over ROWS = N * S chunks. With
+    FOLD, which needs a BLOCK_C of 1, shift and slope are computed from SUMS.
     """
     if ALIGNED:
         HW = HW // 8 * 8
@@ -232,13 +188,19 @@ def _input_gradient_kernel(
     if RELU:
         bias = tl.load(BIAS + c, c < C, 0.0).to(tl.float32)
         dy = relu_gradient(dy, centered * (rstd * weight)[None, :] + bias[None, :])
-    shift = tl.load(SHIFT + group, c < C, 0.0) * rstd
-    slope = tl.load(SHIFT + tl.num_programs(2) * G + group, c < C, 0.0) * rstd * rstd
+    if FOLD:
+        g = tl.program_id(1) // (C // G)
+        shift, slope = group_gradients(SUMS, WEIGHT, n, g, C, HW, S, G, SHARES, BLOCK_D, BLOCK_S)
+    else:
+        shift = tl.load(SHIFT + group, c < C, 0.0)
+        slope = tl.load(SHIFT + tl.num_programs(2) * G + group, c < C, 0.0)
+    shift = shift * rstd
+    slope = slope * rstd * rstd
     dx = dy * (rstd * weight)[None, :] - shift[None, :] - centered * slope[None, :]
     tl.store(DX + offset, dx.to(DX.dtype.element_ty), inside)
     if (tl.program_id(0) == 0) & (n == 0):
-        total = _column_sums(SUMS, c, C, ROWS)
-        dots = _column_sums(SUMS + SHARES, c, C, ROWS)
+        total = column_sums(SUMS, c, C, ROWS)
+        dots = column_sums(SUMS + SHARES, c, C, ROWS)
         tl.store(DBIAS + c, total.to(DBIAS.dtype.element_ty), c < C)
         tl.store(DWEIGHT + c, dots.to(DWEIGHT.dtype.element_ty), c < C)
 
@@ -249,7 +211,7 @@ class _Plan(NamedTuple):
     shares: tuple[int, int, int, int]  # shape of the workspace
     chunk: int
     over_chunks: Launch
-    over_groups: Launch
+    over_groups: Launch | None  # None if `over_all` combines the chunks itself
     over_all: Launch
 
 
@@ -267,22 +229,26 @@ def _plan(
     block_s = power_of_2(chunks)
     block_d = min(64, power_of_2(c // groups), 4096 // block_s)
     blocks = {"BLOCK_D": block_d, "BLOCK_S": block_s}
-    over_groups = _group_moments_kernel if forward else _group_gradients_kernel
+    fold = not last and chunks * (c // groups) <= FOLDED
+    folded = {"FOLD": True, **blocks} if fold else _APART
+    grid = ceil_div(h * w, tile["BLOCK_P"]), columns, n
+    flags = {"HAS_RESIDUAL": residual, "RELU": relu}
     types = types, divisible(c)
     if forward:
         over_chunks = Launch(_moments_kernel, (chunks, columns, n), types, **tile)
-        over_all = _normalization(shape, types[0], last, residual, relu)
+        over_all = Launch(_normalize_kernel, grid, types, **flags, **tile, **folded)
     else:
-        flags = {"HAS_RESIDUAL": residual, "RELU": relu}
         over_chunks = Launch(_gradient_sums_kernel, (chunks, columns, n), types, **flags, **tile)
         # With a residual, the ReLU has already masked dy
-        grid = ceil_div(h * w, tile["BLOCK_P"]), columns, n
-        flags = {"RELU": relu and not residual}
-        over_all = Launch(_input_gradient_kernel, grid, types, **flags, **tile)
-    return _Plan(
-        (2, n, chunks, c), chunk, over_chunks,
-        Launch(over_groups, (n * groups, 1, 1), types, **blocks), over_all,
-    )  # fmt: skip
+        masks = {"RELU": relu and not residual}
+        over_all = Launch(_input_gradient_kernel, grid, types, **masks, **tile, **folded)
+    over_groups = group_moments_kernel if forward else group_gradients_kernel
+    apart = None if fold else Launch(over_groups, (n * groups, 1, 1), types, **blocks)
+    return _Plan((2, n, chunks, c), chunk, over_chunks, apart, over_all)
+
+
+# Constants of the last kernel if another combines the chunks
+_APART: dict[str, int | bool] = {"FOLD": False, "BLOCK_D": 1, "BLOCK_S": 1}
 
 
 @lru_cache(maxsize=4096)
@@ -293,7 +259,7 @@ def _normalization(
     tile = tiles(c, h * w, last)
     grid = ceil_div(h * w, tile["BLOCK_P"]), ceil_div(c, tile["BLOCK_C"]), n
     flags = {"HAS_RESIDUAL": residual, "RELU": relu}
-    return Launch(_normalize_kernel, grid, (types, divisible(c)), **flags, **tile)
+    return Launch(_normalize_kernel, grid, (types, divisible(c)), **flags, **tile, **_APART)
 
 
 def forward(
@@ -310,8 +276,10 @@ def forward(
     rstd = torch.empty_like(mean)
     chunks, count = plan.shares[2], n * plan.shares[2] * c
     plan.over_chunks(x, shares, c, h * w, plan.chunk, count)
-    plan.over_groups(shares, mean, rstd, c, h * w, plan.chunk, chunks, groups, count, eps)
-    plan.over_all(x, residual, y, mean, rstd, weight, bias, c, h * w, groups)
+    sizes = c, h * w, plan.chunk, chunks, groups, count
+    if plan.over_groups:
+        plan.over_groups(shares, mean, rstd, *sizes, eps)
+    plan.over_all(x, residual, y, shares, mean, rstd, weight, bias, *sizes, eps)
     return y, mean, rstd
 
 
@@ -322,7 +290,8 @@ def normalize(
     """Recompute y from the saved statistics, with the same bits as `forward` without a residual."""
     y, shape, types = torch.empty_like(x), x.shape, types_of(x, None, weight, bias)
     launch = _normalization(shape, types, not x.is_contiguous(), False, relu)
-    launch(x, None, y, mean, rstd, weight, bias, shape[1], shape[2] * shape[3], groups)
+    sizes = shape[1], shape[2] * shape[3], 1, 1, groups, 1
+    launch(x, None, y, x, mean, rstd, weight, bias, *sizes, 0.0)
     return y
 
 
@@ -337,15 +306,17 @@ def backward(
     dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
     dresidual = x.new_empty(0) if y is None else torch.empty_like(x)
     shares = x.new_empty(plan.shares, dtype=torch.float32)
-    shift = x.new_empty((2, n, groups), dtype=torch.float32)
-    rows = n * plan.shares[2]
+    chunks, rows = plan.shares[2], n * plan.shares[2]
     plan.over_chunks(
         dy, x, y, dresidual, mean, rstd, weight, bias, shares,
         c, h * w, groups, plan.chunk, rows * c,
     )  # fmt: skip
-    plan.over_groups(shares, weight, shift, c, h * w, plan.shares[2], groups, rows * c)
+    shift = shares
+    if plan.over_groups:
+        shift = x.new_empty((2, n, groups), dtype=torch.float32)
+        plan.over_groups(shares, weight, shift, c, h * w, chunks, groups, rows * c)
     plan.over_all(
         dy if y is None else dresidual, x, dx, mean, rstd, weight, bias, shift,
-        shares, dweight, dbias, c, h * w, groups, rows, rows * c,
+        shares, dweight, dbias, c, h * w, chunks, groups, rows, rows * c,
     )  # fmt: skip
     return dx, dweight, dbias, dresidual
