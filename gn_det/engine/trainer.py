@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, JSONWriter
+from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.optim import Optimizer
@@ -33,13 +33,10 @@ from ..evaluation.evaluators import build_evaluator, evaluators_of
 from ..evaluation.metrics_file import drop_metrics_from
 from ..solver import build_optimizer
 from .accumulate import accumulate_gradients
-from .best_model import BestModel
 from .distributed import distribute
-from .early_stopping import EarlyStopping
-from .hooks import Evaluation, MemoryRecorder, RunRecorder, StopOnSignal
+from .hook_order import order_hooks
 from .resume import check_settings, settings_of
 from .train_step import BadBatchError, TrainingEnd, TrainingStep, without_traceback
-from .validation_loss import ValidationLoss
 
 
 class Trainer(DefaultTrainer):
@@ -202,36 +199,9 @@ class Trainer(DefaultTrainer):
         return self._writers
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks and gn_det's, with the checkpoint after all others.
-
-        The order is: hooks that belong to the iteration, evaluation, writers, checkpoint. So the
-        metrics of an iteration are on disk before its checkpoint is.
-        """
-        built = super().build_hooks()
-        period, folder = self.cfg.TEST.EVAL_PERIOD, self.cfg.OUTPUT_DIR
-        metrics = [writer for writer in self._writers if isinstance(writer, JSONWriter)]
-        saving = [hook for hook in built if isinstance(hook, hooks.PeriodicCheckpointer)]
-        order: list[HookBase] = []
-        for hook in built:
-            if isinstance(hook, hooks.EvalHook):
-                order.append(MemoryRecorder(self.cfg.MODEL.DEVICE))
-                order.append(StopOnSignal(self.checkpointer, metrics))
-                if self.cfg.TEST.VALIDATION_LOSS:
-                    order.append(ValidationLoss(self.cfg))
-                order.append(Evaluation(hook, period, folder, metrics))
-                if self.cfg.TEST.AUG.ENABLED:
-                    test = partial(self.test_with_augmentation, self.cfg, self.model)
-                    order.append(Evaluation(hooks.EvalHook(0, test), 0, folder, metrics))
-                if self.cfg.TEST.BEST_METRIC and comm.is_main_process():
-                    order.append(BestModel(self.checkpointer, self.cfg.TEST.BEST_METRIC))
-                if self.cfg.SOLVER.PATIENCE > 0:
-                    keys = self.cfg.TEST.BEST_METRIC, self.cfg.SOLVER.PATIENCE
-                    order.append(EarlyStopping(folder, *keys, saving))
-                # After the final evaluation, and before the writers
-                order += [RunRecorder(self.cfg)] if comm.is_main_process() else []
-            elif hook not in saving:
-                order.append(hook)
-        return order + saving
+        """Detectron2's hooks and gn_det's, in the order of `order_hooks`."""
+        test = partial(self.test_with_augmentation, self.cfg, self.model)
+        return order_hooks(super().build_hooks(), self.cfg, self.checkpointer, self._writers, test)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the newest intact checkpoint if `resume` is set and there is one.

@@ -1,5 +1,6 @@
 """Time several functions in turns, and count what a function launches on a GPU."""
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -59,6 +60,9 @@ def interleave(
     if torch.cuda.is_available():
         measure = _cold_seconds if cold else _gpu_wall_seconds
     failed = set()
+    # As in training: the objects of the other functions would make each collection longer
+    gc.collect()
+    gc.freeze()
     for i in range(warm_up + rounds):
         for name, step in steps.items():
             if name in failed:
@@ -72,6 +76,7 @@ def interleave(
                 continue
             if i >= warm_up:
                 times[name].seconds.append(seconds)
+    gc.unfreeze()
     return times
 
 
