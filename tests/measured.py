@@ -316,7 +316,7 @@ def ratios(table: Table) -> list[list[str]]:
 
 def ratios_on_a_gpu(table: Table) -> list[list[str]]:
     """Peak memory, GPU time and time of a training step, and time of inference, over BN*'s."""
-    found = {(row["rival"], row["way"]): row for row in load("benchmark_h100.json")["R50-FPN"]}
+    found = {(row["rival"], row["way"]): row for row in load("benchmark_h200.json")["R50-FPN"]}
     baseline = found["Detectron2 BN*", "train"]
     rows = []
     for name in table.column(0):
