@@ -34,8 +34,8 @@ def add_gn_config(cfg: CfgNode) -> None:
     # "native": PyTorch's operators in Detectron2's blocks
     cfg.MODEL.GROUP_NORM.IMPL = "fused"
     # Activations that fused GN recomputes in the backward pass instead of storing them:
-    # "none"; "norm": outputs of norms with ReLU; "conv3": also the last convolution of each
-    # bottleneck; "block": whole residual blocks
+    # "none"; "norm": outputs of norms with ReLU, and convolutions of the FPN; "conv3": also the
+    # shortcut and the last convolution of each bottleneck; "block": whole residual blocks
     cfg.MODEL.GROUP_NORM.RECOMPUTE = "norm"
 
     # Limits of the correction of "BRN", Batch Renormalization
@@ -76,6 +76,10 @@ def add_gn_config(cfg: CfgNode) -> None:
     cfg.TEST.BEST_METRIC = ""
     # Log the training losses on DATASETS.TEST at each evaluation
     cfg.TEST.VALIDATION_LOSS = False
+    # Number of validation images that each evaluation draws into TensorBoard, with their detections
+    cfg.TEST.DRAWN_IMAGES = 4
+    # Experiment trackers that get the metrics: "wandb", "mlflow"
+    cfg.TRACKERS = ()
 
     cfg.PRETRAIN = CfgNode()
     # Number of epochs, and the epochs after which the learning rate is multiplied by SOLVER.GAMMA;

@@ -48,6 +48,8 @@ def test_add_gn_config_changes_only_the_given_config():
         "SOLVER.PATIENCE": 0,
         "TEST.BEST_METRIC": "",
         "TEST.VALIDATION_LOSS": False,
+        "TEST.DRAWN_IMAGES": 4,
+        "TRACKERS": (),
         "PRETRAIN.EPOCHS": 100,
         "PRETRAIN.STEPS": (30, 60, 90),
         "PRETRAIN.REFERENCE_BATCH_SIZE": 256,

@@ -35,6 +35,7 @@ RANGES: dict[str, tuple[float, float]] = {
             *("REFERENCE_WORLD_SIZE", "KEEP_CHECKPOINTS", "SKIP_BAD_BATCHES", "PATIENCE"),
         )
     },
+    "TEST.DRAWN_IMAGES": (0, 1e9),
     **{
         f"MODEL.{key}": (0, 1)
         for key in (

@@ -9,6 +9,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter
 
 from .best_model import BestModel
+from .drawn_predictions import DrawnPredictions
 from .early_stopping import EarlyStopping
 from .hooks import Evaluation, FreezeObjects, MemoryRecorder, RunRecorder, StopOnSignal
 from .validation_loss import ValidationLoss
@@ -52,6 +53,8 @@ def order_hooks(
             if cfg.SOLVER.PATIENCE > 0:
                 keys = cfg.TEST.BEST_METRIC, cfg.SOLVER.PATIENCE
                 order.append(EarlyStopping(folder, *keys, saving))
+            if cfg.TEST.DRAWN_IMAGES > 0 and comm.is_main_process():
+                order.append(DrawnPredictions(cfg))
             # After the final evaluation, and before the writers
             order += [RunRecorder(cfg)] if comm.is_main_process() else []
         elif hook not in saving:

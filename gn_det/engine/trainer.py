@@ -36,6 +36,7 @@ from .accumulate import accumulate_gradients
 from .distributed import distribute
 from .hook_order import order_hooks
 from .resume import check_settings, settings_of
+from .trackers import build_trackers
 from .train_step import BadBatchError, TrainingEnd, TrainingStep, without_traceback
 
 
@@ -195,7 +196,7 @@ class Trainer(DefaultTrainer):
         return model
 
     def build_writers(self) -> list[EventWriter]:
-        self._writers = super().build_writers()
+        self._writers = [*super().build_writers(), *build_trackers(self.cfg)]
         return self._writers
 
     def build_hooks(self) -> list[HookBase]:

@@ -102,26 +102,8 @@ class FusedBottleneckBlock(BottleneckBlock):
 
     def _forward(self, x: Tensor) -> Tensor:
         with recompute_activations(self.recompute in ("norm", "conv3")):
-            shortcut = x if self.shortcut is None else self.shortcut.convolve(x)
-            out = self.conv2.convolve(self.conv1(x))
-            if self.recompute != "conv3":
-                return self._expand(out, shortcut)
-        return _checkpoint(True, self._expand, out, shortcut)
-
-    def _expand(self, out: Tensor, shortcut: Tensor) -> Tensor:
-        """From the outputs of conv2 and the shortcut's convolution to that of the block.
-
-        The norms of both are included, so that a checkpoint saves nothing that they can compute.
-        """
-        shortcut = shortcut if self.shortcut is None else self.shortcut.norm(shortcut)
-        return self.conv3(self.conv2.norm(out), shortcut)
-
-
-class CheckpointedConv2d(NormConv2d):
-    """`NormConv2d` of which only the input is saved; convolution and norm are recomputed."""
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return _checkpoint(True, super().forward, x)
+            shortcut = x if self.shortcut is None else self.shortcut(x)
+            return self.conv3(self.conv2(self.conv1(x)), shortcut)
 
 
 def _checkpoint(enabled: bool, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -157,8 +139,8 @@ def implement(
         for layer in layers:
             if type(layer) in _NORMS:
                 layer.__class__ = _NORMS[type(layer)]
-        if recompute in ("conv3", "block"):
-            _checkpoint_laterals(module)
+        if recompute != "none":
+            _recompute_fpn(module)
         for layer in layers:
             if type(layer) in _BLOCKS:
                 _fuse_block(layer, recompute)
@@ -204,13 +186,18 @@ def _fuse_block(block: Any, recompute: str) -> None:
     block.__class__ = _BLOCKS[type(block)]
     if isinstance(norms[0], GroupNormAct):
         block.recompute = recompute
+    if recompute == "conv3" and isinstance(block, FusedBottleneckBlock):
+        for conv in (block.conv3, block.shortcut):
+            if conv is not None and isinstance(conv.norm, GroupNormAct):
+                conv.recompute = True
 
 
-def _checkpoint_laterals(module: nn.Module) -> None:
-    """Recompute the 1x1 convolutions of an FPN and their norms, whose inputs are saved anyway."""
-    for conv in getattr(module, "lateral_convs", ()):
-        if type(conv) is Conv2d and isinstance(conv.norm, GroupNormAct):
-            conv.__class__ = CheckpointedConv2d
+def _recompute_fpn(module: nn.Module) -> None:
+    """Recompute the convolutions of an FPN, whose inputs are saved anyway."""
+    for conv in (*getattr(module, "lateral_convs", ()), *getattr(module, "output_convs", ())):
+        if isinstance(conv.norm, GroupNormAct):
+            conv.__class__ = NormConv2d if type(conv) is Conv2d else type(conv)
+            conv.recompute = isinstance(conv, NormConv2d)
 
 
 def _fuse_conv(conv: Conv2d) -> None:
