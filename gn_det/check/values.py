@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import samplers
 from detectron2.solver import build_lr_scheduler
 
 from ..config import is_pretraining, value_of
@@ -116,6 +117,13 @@ def _unknown(cfg: CfgNode) -> Iterator[Problem]:
     for key, known in CHOICES.items():
         if (value := value_of(cfg, key)) not in known:
             yield Problem(key, value, "it is not known", f"set it to {' or '.join(known)}")
+    sampler = cfg.DATALOADER.SAMPLER_TRAIN
+    # Detectron2 0.6 has this sampler, but not the key of its ratio
+    lacks_ratio = sampler == "RandomSubsetTrainingSampler"
+    lacks_ratio = lacks_ratio and "RANDOM_SUBSET_RATIO" not in cfg.DATALOADER
+    if lacks_ratio or not hasattr(samplers, str(sampler)):
+        reason = "this Detectron2 does not support it"
+        yield Problem("DATALOADER.SAMPLER_TRAIN", sampler, reason, "set it to TrainingSampler")
     for key in NOT_EMPTY:
         if not value_of(cfg, key):
             yield Problem(key, value_of(cfg, key), "it is empty", "give at least one value")
