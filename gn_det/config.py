@@ -34,8 +34,9 @@ def add_gn_config(cfg: CfgNode) -> None:
     # "native": PyTorch's operators in Detectron2's blocks
     cfg.MODEL.GROUP_NORM.IMPL = "fused"
     # Activations that fused GN recomputes in the backward pass instead of storing them:
-    # "none"; "norm": outputs of norms with ReLU, and convolutions of the FPN; "conv3": also the
-    # shortcut and the last convolution of each bottleneck; "block": whole residual blocks
+    # "none"; "norm": outputs of norms with ReLU, convolutions of shortcuts, and lateral ones of the
+    # FPN; "conv3": also the last convolution of each bottleneck, and the outputs of the FPN;
+    # "block": whole residual blocks, and those of the FPN
     cfg.MODEL.GROUP_NORM.RECOMPUTE = "norm"
 
     # Limits of the correction of "BRN", Batch Renormalization

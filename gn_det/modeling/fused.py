@@ -140,7 +140,7 @@ def implement(
             if type(layer) in _NORMS:
                 layer.__class__ = _NORMS[type(layer)]
         if recompute != "none":
-            _recompute_fpn(module)
+            _recompute_fpn(module, outputs=recompute != "norm")
         for layer in layers:
             if type(layer) in _BLOCKS:
                 _fuse_block(layer, recompute)
@@ -186,18 +186,26 @@ def _fuse_block(block: Any, recompute: str) -> None:
     block.__class__ = _BLOCKS[type(block)]
     if isinstance(norms[0], GroupNormAct):
         block.recompute = recompute
-    if recompute == "conv3" and isinstance(block, FusedBottleneckBlock):
-        for conv in (block.conv3, block.shortcut):
-            if conv is not None and isinstance(conv.norm, GroupNormAct):
-                conv.recompute = True
+        # Its input is saved anyway, by the block's first convolution
+        if recompute in ("norm", "conv3") and getattr(block, "shortcut", None) is not None:
+            block.shortcut.recompute = True
+        if recompute == "conv3" and isinstance(block, FusedBottleneckBlock):
+            block.conv3.recompute = True
 
 
-def _recompute_fpn(module: nn.Module) -> None:
-    """Recompute the convolutions of an FPN, whose inputs are saved anyway."""
-    for conv in (*getattr(module, "lateral_convs", ()), *getattr(module, "output_convs", ())):
-        if isinstance(conv.norm, GroupNormAct):
-            conv.__class__ = NormConv2d if type(conv) is Conv2d else type(conv)
-            conv.recompute = isinstance(conv, NormConv2d)
+def _recompute_fpn(module: nn.Module, outputs: bool) -> None:
+    """Recompute the lateral convolutions of an FPN, whose inputs are saved anyway.
+
+    Args:
+        module: an FPN, or something else, which is not changed.
+        outputs: whether to recompute the 3x3 convolutions of the outputs, too.
+    """
+    convs = [*getattr(module, "lateral_convs", ())]
+    convs += getattr(module, "output_convs", ()) if outputs else ()
+    for conv in convs:
+        if type(conv) is Conv2d and isinstance(conv.norm, GroupNormAct):
+            conv.__class__ = NormConv2d
+            conv.recompute = True
 
 
 def _fuse_conv(conv: Conv2d) -> None:
