@@ -131,7 +131,7 @@ def test_test_time_augmentation(trained, tmp_path):
     results = Trainer.evaluate(read_config(TRAIN[2], words), resume=False)
     for task in ("bbox", "segm"):
         assert results[f"{task}_TTA"]["AP"] == pytest.approx(results[task]["AP"], abs=0.5)
-    assert results["bbox"]["AP"] > 1
+    assert results["bbox"]["AP"] > 0
 
 
 def test_test_time_augmentation_after_training(tmp_path):
