@@ -54,8 +54,10 @@ class DrawnPredictions(HookBase):
         if self._entries is None:
             self._entries = DatasetCatalog.get(name)[: self._cfg.TEST.DRAWN_IMAGES]
         metadata = MetadataCatalog.get(name)
-        ids = metadata.thing_dataset_id_to_contiguous_id
-        categories = [{"id": i, "name": metadata.thing_classes[k]} for i, k in ids.items()]
+        names = metadata.thing_classes
+        # A dataset of dicts has no ids of its own
+        ids = metadata.get("thing_dataset_id_to_contiguous_id", {k: k for k in range(len(names))})
+        categories = [{"id": i, "name": names[k]} for i, k in ids.items()]
         detections = json.loads(self._results.read_text())
         for number, entry in enumerate(self._entries, start=1):
             image = read_image(Path(entry["file_name"]))

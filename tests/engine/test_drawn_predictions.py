@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import SCRATCH, shapes_config
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.events import EventStorage
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -59,6 +59,24 @@ def test_detections_are_drawn_once(hook):
     hook.after_step()
     hook.after_train()
     assert images(hook) == {}
+
+
+def test_a_dataset_of_dicts(hook):
+    """Its categories have no ids but their positions."""
+    entries = DatasetCatalog.get("shapes_val")[:1]
+    DatasetCatalog.register("of_dicts", lambda: entries)
+    MetadataCatalog.get("of_dicts").thing_classes = ["first", "second"]
+    try:
+        hook._cfg.defrost()
+        hook._cfg.DATASETS.TEST = ("of_dicts",)
+        hook.before_train()
+        box = {"image_id": entries[0]["image_id"], "bbox": [20.0, 30.0, 60.0, 50.0], "score": 0.9}
+        hook.path.write_text(json.dumps([{**box, "category_id": 1}]))
+        hook.after_step()
+        assert set(images(hook)) == {"predictions/1"}
+    finally:
+        DatasetCatalog.remove("of_dicts")
+        MetadataCatalog.remove("of_dicts")
 
 
 def test_events_of_a_training(tmp_path):
