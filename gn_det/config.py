@@ -52,12 +52,25 @@ def add_gn_config(cfg: CfgNode) -> None:
     # Standardize the weights of the ResNet's convolutions (Weight Standardization, GN+WS)
     cfg.MODEL.RESNETS.WEIGHT_STANDARDIZATION = False
 
+    cfg.MODEL.VGG = CfgNode()
+    # 11, 13, 16 or 19 layers, of which 3 are the original's fully connected ones
+    cfg.MODEL.VGG.DEPTH = 16
+    # Channels of the first stage; the others have 2, 4, 8 and 8 times as many
+    cfg.MODEL.VGG.WIDTH = 64
+    # Norm after each convolution, as MODEL.RESNETS.NORM; "" as in the original
+    cfg.MODEL.VGG.NORM = "FrozenBN"
+    # "conv1" to "conv5" at strides 1 to 16, and "pool5" at stride 32
+    cfg.MODEL.VGG.OUT_FEATURES = ["conv5"]
+    # Units of the classifier's two hidden layers, 4096 in the original; 0 for none, after which
+    # the classifier averages over positions as for a ResNet
+    cfg.MODEL.VGG.FC_DIM = 0
+
     # Split each batch of IMS_PER_BATCH images into this many passes and accumulate the gradients:
     # the memory of one pass, the optimizer step of the full batch
     cfg.SOLVER.ACCUMULATE_ITERS = 1
     # Factor on the learning rate of gamma and beta
     cfg.SOLVER.NORM_LR_FACTOR = 1.0
-    # Factor on the learning rate of the ResNet
+    # Factor on the learning rate of the backbone
     cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     # Factor on the learning rate of the mask head. 0 chooses it for a mask head with a norm, by its
     # channels and the schedule (1 in published recipes), and is 1 for others

@@ -17,7 +17,7 @@ from gn_det.engine.trainer import Trainer
 from gn_det.errors import InputError
 
 LEAVES = sorted(str(p.relative_to(ROOT / "configs")) for p in (ROOT / "configs").glob("*/*.yaml"))
-DETECTORS = [name for name in LEAVES if "mask_rcnn" in name]
+DETECTORS = [name for name in LEAVES if "_rcnn_" in name]
 PRETRAININGS = [name for name in LEAVES if "/pretrain" in name or "ImageNet" in name]
 
 
@@ -38,6 +38,11 @@ def test_add_gn_config_changes_only_the_given_config():
         "MODEL.CHANNELS_LAST": False,
         "MODEL.RESNETS.ZERO_INIT_RESIDUAL": False,
         "MODEL.RESNETS.WEIGHT_STANDARDIZATION": False,
+        "MODEL.VGG.DEPTH": 16,
+        "MODEL.VGG.WIDTH": 64,
+        "MODEL.VGG.NORM": "FrozenBN",
+        "MODEL.VGG.OUT_FEATURES": ["conv5"],
+        "MODEL.VGG.FC_DIM": 0,
         "SOLVER.ACCUMULATE_ITERS": 1,
         "SOLVER.AMP.DTYPE": "float16",
         "SOLVER.NORM_LR_FACTOR": 1.0,
@@ -113,7 +118,7 @@ def test_every_model_trains(name):
         images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
         batch = [{"image": image, "label": i} for i, image in enumerate(images)]
     else:
-        expected = ("loss_cls", "loss_mask", "loss_rpn_cls")
+        expected = ("loss_cls", "loss_rpn_cls", *(["loss_mask"] * cfg.MODEL.MASK_ON))
         batch = batch_for(cfg)
     optimizer = Trainer.build_optimizer(cfg, model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -133,7 +138,7 @@ def test_every_model_trains(name):
 # Keys that may differ in a fair comparison: norms, and keys that depend on the weights
 ALLOWED = {
     *("MODEL.WEIGHTS", "MODEL.RESNETS.STRIDE_IN_1X1", "MODEL.RESNETS.NORM", "MODEL.FPN.NORM"),
-    *("MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM", "OUTPUT_DIR"),
+    *("MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_MASK_HEAD.NORM", "MODEL.VGG.NORM", "OUTPUT_DIR"),
 }
 
 
@@ -142,6 +147,10 @@ def pairs() -> Iterator[tuple[str, str]]:
     yield "Shapes/mask_rcnn_R_18_FPN_frozenbn", "Shapes/mask_rcnn_R_18_FPN_gn"
     yield "Shapes/mask_rcnn_R_18_FPN_frozenbn", "Shapes/mask_rcnn_R_18_FPN_bn"
     yield "Shapes/pretrain_R_18_bn", "Shapes/pretrain_R_18_gn"
+    yield "Shapes/mask_rcnn_VGG_11_FPN_frozenbn", "Shapes/mask_rcnn_VGG_11_FPN_gn"
+    yield "Shapes/pretrain_VGG_11_bn", "Shapes/pretrain_VGG_11_gn"
+    yield "COCO-Detection/faster_rcnn_VGG_16_1x", "COCO-Detection/faster_rcnn_VGG_16_1x_gn"
+    yield "ImageNet-Classification/VGG_16_bn", "ImageNet-Classification/VGG_16_gn"
     for norm in ("gn", "ln", "in", "syncbn"):
         yield "ImageNet-Classification/R_50_bn", f"ImageNet-Classification/R_50_{norm}"
     yield "ImageNet-Classification/R_101_bn", "ImageNet-Classification/R_101_gn"

@@ -237,10 +237,11 @@ def test_recipes(runner):
     assert "53 GN (32 groups)" in printed and "16 images per step: 2 per pass on 8 GPUs" in printed
     folder = Path(words.split()[-1]).parent
     assert folder.name == "Detectron1-Comparisons"
-    recipes, zoo = (t for t in CONFIGS.tables if "config" in t.head)
+    recipes, zoo, vgg = (t for t in CONFIGS.tables if "config" in t.head)
     paths = [folder / f"{n.strip('`')}.yaml" for n in recipes.column(1)]
     paths += [Path(COCO).with_name(f"{name.strip('`')}.yaml") for name in zoo.column(0)]
-    assert len(paths) == 22 + 8 and all((ROOT / path).is_file() for path in paths)
+    paths += [Path("configs") / f"{name.strip('`')}.yaml" for name in vgg.column(0)]
+    assert len(paths) == 22 + 8 + 3 and all((ROOT / path).is_file() for path in paths)
 
 
 def test_groupings(runner):
@@ -269,6 +270,19 @@ def test_pretraining(runner):
     (weights,) = re.findall(r"`(MODEL.WEIGHTS \S+/backbone.pth)`", CONFIGS.text)
     printed = runner.run(f"{CHECK} {COCO} {weights}")
     assert re.search(r"loaded: 159 of 223 tensors \(ResNet 159\)", printed)
+
+
+def test_vgg(checkout, runner):
+    """A VGG-11 in place of the VGG-16, without its hidden layers."""
+    torch.manual_seed(0)
+    features = torchvision.models.vgg11_bn().features.state_dict()
+    path = checkout / "vgg16_bn.pth"
+    torch.save({f"features.{name}": tensor for name, tensor in features.items()}, path)
+    bn, gn = commands(CONFIGS, "python tools/convert_backbone.py vgg16_bn.pth")
+    assert "taken      40 tensors, source vgg" in runner.run(bn)
+    printed = runner.run(gn, "--num-images", "2", change=[("--distill 300", "--distill 1")])
+    assert "VGG: {NORM: GN, DEPTH: 11, WIDTH: 64}" in printed
+    assert (checkout / "VGG-16-GN.pth").is_file() and (checkout / "VGG-16-BN.yaml").is_file()
 
 
 def test_keys():

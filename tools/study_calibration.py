@@ -25,7 +25,8 @@ from studies.recorded_settings import check_settings
 from studies.tables import markdown_table, spread
 
 from gn_det.checkpoint.bn_to_gn import to_group_norm
-from gn_det.checkpoint.convert import Conversion, convert
+from gn_det.checkpoint.conversion import Conversion
+from gn_det.checkpoint.convert import convert
 from gn_det.checkpoint.read import read_weights
 from gn_det.checkpoint.save import facts_of, save_backbone
 from gn_det.comparison.initial_weights import DISTILL_STEPS

@@ -1,5 +1,6 @@
 """Checks that need the layers of the model, which is built on the meta device."""
 
+import re
 from collections.abc import Iterator
 
 from detectron2.config import CfgNode
@@ -9,6 +10,7 @@ from ..config import is_pretraining, value_of
 from ..errors import InputError
 from ..modeling import build_on_meta_device
 from ..modeling.conv import StandardizedConv2d
+from ..modeling.norm import backbone_norm, backbone_section
 from ..solver import images_per_pass, is_norm
 from .problem import Problem
 
@@ -128,9 +130,10 @@ def _check_scratch(cfg: CfgNode, model: nn.Module) -> Iterator[Problem]:
         freeze_at = keys.BACKBONE.FREEZE_AT
         fix = "set MODEL.BACKBONE.FREEZE_AT 0"
         yield Problem("MODEL.BACKBONE.FREEZE_AT", freeze_at, reason, fix)
-    if keys.RESNETS.NORM == "FrozenBN" and "resnet" in keys.BACKBONE.NAME:
+    if backbone_norm(cfg) == "FrozenBN" and re.search("resnet|vgg", keys.BACKBONE.NAME):
         reason = (
             "MODEL.WEIGHTS is empty, so FrozenBN has no statistics to normalize with, and "
             "training would diverge"
         )
-        yield Problem("MODEL.RESNETS.NORM", "FrozenBN", reason, "set it to GN, or set weights")
+        key = f"MODEL.{backbone_section(cfg)}.NORM"
+        yield Problem(key, "FrozenBN", reason, "set it to GN, or set weights")

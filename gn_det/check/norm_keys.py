@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 
 from ..config import value_of
 from ..modeling.fused import IMPLEMENTATIONS, RECOMPUTE
-from ..modeling.norm import NORM_KEYS, parts_with_norm
+from ..modeling.norm import backbone_section, part_norm_keys, parts_with_norm
 from .problem import Problem
 
 # Detectron2's builders and heads -> gn_det's versions of them
@@ -20,6 +20,7 @@ STOCK = {
     "SemSegFPNHead": "GNSemSegFPNHead",
     "RetinaNet": "GNRetinaNet",
 }
+NO_FPN = ("build_resnet_backbone", "build_gn_resnet_backbone", "build_gn_vgg_backbone")
 RCNN = ("BACKBONE", "ROI_HEADS", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
 # Architecture -> sections of its parts; others, such as a classifier, have only a known backbone
 SECTIONS = {
@@ -37,10 +38,11 @@ def check_norm_keys(cfg: CfgNode) -> Iterator[Problem]:
         return
     with_norm = parts_with_norm(cfg)
     for part, (cause, fix) in _without_layers(cfg).items():
-        key = NORM_KEYS[part]
+        key = part_norm_keys(cfg)[part]
         if (norm := value_of(cfg, key)) and part not in with_norm:
             yield Problem(key, norm, f"it has no effect, since {cause}", f'set {key} ""{fix}')
-    if keys.RESNETS.ZERO_INIT_RESIDUAL and keys.RESNETS.NORM in ("", "FrozenBN"):
+    resnet = backbone_section(cfg) == "RESNETS"
+    if resnet and keys.RESNETS.ZERO_INIT_RESIDUAL and keys.RESNETS.NORM in ("", "FrozenBN"):
         reason = f'MODEL.RESNETS.NORM "{keys.RESNETS.NORM}" has no trainable gamma'
         yield Problem("MODEL.RESNETS.ZERO_INIT_RESIDUAL", True, reason, "set it to False")
 
@@ -51,7 +53,7 @@ def _without_layers(cfg: CfgNode) -> dict[str, tuple[str, str]]:
     Only Detectron2's and gn_det's own backbones and heads are known.
     """
     keys, causes = cfg.MODEL, {}
-    if keys.BACKBONE.NAME in ("build_resnet_backbone", "build_gn_resnet_backbone"):
+    if keys.BACKBONE.NAME in NO_FPN:
         causes["FPN"] = f"{keys.BACKBONE.NAME} has no FPN", ""
     c4 = keys.ROI_HEADS.NAME in ("Res5ROIHeads", "GNRes5ROIHeads")
     for part, name in (("box head", "ROI_BOX_HEAD"), ("mask head", "ROI_MASK_HEAD")):

@@ -18,10 +18,11 @@ RANGES: dict[str, tuple[float, float]] = {
         f"MODEL.{key}": (1, 2**16)
         for key in (
             *("FPN.OUT_CHANNELS", "RESNETS.STEM_OUT_CHANNELS", "RESNETS.RES2_OUT_CHANNELS"),
-            *("RESNETS.NUM_GROUPS", "RESNETS.WIDTH_PER_GROUP", "ROI_BOX_HEAD.CONV_DIM"),
-            *("ROI_BOX_HEAD.FC_DIM", "ROI_MASK_HEAD.CONV_DIM", "ROI_HEADS.NUM_CLASSES"),
+            *("RESNETS.NUM_GROUPS", "RESNETS.WIDTH_PER_GROUP", "VGG.WIDTH"),
+            *("ROI_BOX_HEAD.CONV_DIM", "ROI_BOX_HEAD.FC_DIM", "ROI_MASK_HEAD.CONV_DIM"),
             *("ROI_BOX_HEAD.POOLER_RESOLUTION", "ROI_MASK_HEAD.POOLER_RESOLUTION"),
             *("ROI_HEADS.BATCH_SIZE_PER_IMAGE", "RPN.BATCH_SIZE_PER_IMAGE"),
+            "ROI_HEADS.NUM_CLASSES",
         )
     },
     **{
@@ -36,6 +37,7 @@ RANGES: dict[str, tuple[float, float]] = {
             *("REFERENCE_WORLD_SIZE", "KEEP_CHECKPOINTS", "SKIP_BAD_BATCHES", "PATIENCE"),
         )
     },
+    "MODEL.VGG.FC_DIM": (0, 2**16),
     "TEST.DRAWN_IMAGES": (0, 1e9),
     **{
         f"MODEL.{key}": (0, 1)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ..config import as_opts
 from ..data.unlabelled_images import load_images
 from ..errors import InputError
-from ..modeling.norm import is_group_norm
+from ..modeling.norm import backbone_norm, backbone_section, is_group_norm
 from .calibrate import calibrate, measured_moments
-from .convert import Conversion, build_resnet, merge_pairs
+from .conversion import Conversion
+from .convert import build_network, merge_pairs
 from .distill import distill, feature_errors
 from .facts import GROUP_NORM
 from .recipe import FINE_TUNING, GROUPING
@@ -70,7 +71,7 @@ def to_group_norm(
         f"converted to GN with {len(x)} images; mean squared error of the features, relative to "
         f"their variance: {text}"
     )
-    if not is_group_norm(conversion.cfg.MODEL.RESNETS.NORM):
+    if not is_group_norm(backbone_norm(conversion.cfg)):
         conversion.recipe = dict(FINE_TUNING)
     conversion.cfg, conversion.tensors = cfg, tensors
 
@@ -91,14 +92,14 @@ def build_pair(
         InputError: as in `to_group_norm`.
     """
     cfg = conversion.cfg.clone()
-    cfg.MODEL.RESNETS.NORM = "GN"
+    cfg.MODEL[backbone_section(cfg)].NORM = "GN"
     if conversion.missing:
         raise InputError(f"{conversion.missing[0]} is missing: --calibrate needs every tensor")
-    if not {*GROUP_NORM} & {*opts[::2]} and not is_group_norm(conversion.cfg.MODEL.RESNETS.NORM):
+    if not {*GROUP_NORM} & {*opts[::2]} and not is_group_norm(backbone_norm(conversion.cfg)):
         opts = [*as_opts(GROUPING), *opts]
     merge_pairs(cfg, opts)
-    network = build_resnet(cfg, conversion.tensors)
-    reference = build_resnet(conversion.cfg, conversion.tensors)
+    network = build_network(cfg, conversion.tensors)
+    reference = build_network(conversion.cfg, conversion.tensors)
     x = normalise(load_images(images, SIDE, cfg.INPUT.FORMAT), cfg)
     return network, reference, x, cfg
 

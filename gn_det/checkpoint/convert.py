@@ -1,26 +1,25 @@
-"""Conversion of a backbone from any source to Detectron2's ResNet."""
+"""Conversion of a backbone from any source to Detectron2's names and layout."""
 
-from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatch
-from typing import Any
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import ResNet, build_backbone
+from detectron2.modeling import Backbone, build_backbone
 from torch import Tensor
 
 from ..config import add_gn_config, parse_opts, value_of
 from ..errors import InputError
-from ..modeling.norm import is_group_norm
+from ..modeling.norm import backbone_norm, backbone_section, is_group_norm
+from .conversion import Conversion
 from .facts import (
     GROUP_NORM,
     NORM,
     PIXELS,
     STANDARDIZATION,
     STRIDE,
+    VGG_DEPTH,
+    VGG_NORM,
     Facts,
     architecture,
     recorded_facts,
@@ -32,75 +31,6 @@ from .recipe import recipe_in
 # Threshold for the median of |mean| / (std / sqrt(n)) over filters of n weights. Random filters
 # have 0.67, and trained ones more; with weight standardisation the mean decays towards 0
 STANDARDIZED_BELOW = 0.35
-
-
-@dataclass
-class Conversion:
-    """A ResNet under Detectron2's names, and what became of each tensor of the file."""
-
-    tensors: dict[str, Tensor]
-    # Config of the ResNet: architecture, norm, stride and pixel format
-    cfg: CfgNode
-    source: str
-    # Name in the file -> why the tensor is dropped
-    dropped: dict[str, str]
-    # Detectron2's names of tensors that the file lacks or has in another shape
-    missing: list[str]
-    # Names in the file that match no tensor of the ResNet
-    unknown: list[str]
-    # Detectron2's names of tensors that were created, because the file does not need them
-    added: list[str]
-    # Config keys that the file does not determine, with their usual values for the source
-    assumed: Facts
-    # Place of other networks in the file -> number of tensors
-    others: dict[str, int]
-    # Prefix of the network's names in the file
-    prefix: str = ""
-    # Config keys that fine-tuning should use
-    recipe: dict[str, Any] = field(default_factory=dict)
-    # Errors of the features after a conversion to GN, such as "res2 3%, res3 4%"
-    errors: str = ""
-
-    def summary(self) -> Iterator[str]:
-        """Lines that count the tensors: taken, added, dropped, missing, unknown and ignored."""
-        yield f"taken    {len(self.tensors) - len(self.added):4} tensors, source {self.source}"
-        if self.added:
-            yield f"added    {len(self.added):4} (mean 0, variance 1: BN is fused in this file)"
-        yield f"dropped  {len(self.dropped):4}"
-        for reason, count in Counter(self.dropped.values()).items():
-            first = next(name for name, other in self.dropped.items() if other == reason)
-            yield f"         {count:4} {reason}: {first}{', ...' * (count > 1)}"
-        for title, names in (("missing", self.missing), ("unknown", self.unknown)):
-            yield f"{title}  {len(names):4}" + "".join(f"\n              {n}" for n in names[:8])
-        for place, count in self.others.items():
-            yield f"ignored  {count:4} under {place or 'the top level'}"
-        if self.assumed:
-            keys = ", ".join(f"{key} {value}" for key, value in self.assumed.items())
-            yield f"assumed  {keys} (usual for {self.source}; override with KEY VALUE)"
-
-    def check_complete(self, missing: Sequence[str] = (), unknown: Sequence[str] = ()) -> None:
-        """Check that every missing or unknown tensor is allowed.
-
-        Args:
-            missing, unknown: allowed names, or patterns of names such as "res5.*".
-
-        Raises:
-            InputError: naming the first tensor that is not allowed, and the flag to allow it.
-        """
-        for title, flag, names, allowed in (
-            ("missing from the file", "--allow-missing", self.missing, missing),
-            ("unknown to Detectron2's ResNet", "--allow-unknown", self.unknown, unknown),
-        ):
-            left = [n for n in names if not any(fnmatch(n.split(" ")[0], p) for p in allowed)]
-            if left:
-                # Such as the two encoders of MoCo
-                beside = self.prefix and not all(name.startswith(self.prefix) for name in left)
-                alone = f'take one network alone with --prefix "{self.prefix}", '
-                raise InputError(
-                    f"{len(left)} tensors are {title}, first {left[0]}: "
-                    f"{alone if beside and flag == '--allow-unknown' else ''}give another file or "
-                    f"--source, or allow them with {flag} NAME_OR_PATTERN"
-                )
 
 
 def convert(
@@ -125,30 +55,34 @@ def convert(
     shape = architecture(renamed.tensors)
     if not shape:
         raise InputError(
-            "its blocks are not those of ResNet-18, 34, 50, 101 or 152; its first tensor is "
+            "its layers are not those of ResNet-18, 34, 50, 101 or 152, or VGG-11, 13, 16 or 19; "
+            "its first tensor is "
             f"{min(renamed.tensors, default=min(file.tensors))}"
         )
     recorded = recorded_facts(file)
     usual = usual_facts(file, source, renamed.norm, shape, opts)
-    facts = usual | {NORM: renamed.norm} | recorded | shape
-    if STRIDE not in facts:
+    vgg = VGG_DEPTH in shape
+    norm: Facts = {VGG_NORM: renamed.norm or ""} if vgg else {NORM: renamed.norm}
+    facts = usual | norm | recorded | shape
+    if STRIDE not in facts and not vgg:
         # Only the BN models of MSRA and Detectron have the stride on the 1x1 convolution
         wide = facts.get("MODEL.RESNETS.NUM_GROUPS", 1) > 1
         facts[STRIDE] = renamed.norm != "GN" and not wide
     cfg = backbone_config(facts, opts)
-    if is_group_norm(cfg.MODEL.RESNETS.NORM) != (renamed.norm == "GN"):
+    if is_group_norm(backbone_norm(cfg)) != (renamed.norm == "GN"):
         raise InputError(
-            f"{NORM} {cfg.MODEL.RESNETS.NORM} contradicts the file, which has {renamed.norm}: to "
-            "convert BN to GN, use --norm GN --calibrate IMAGES"
+            f"{VGG_NORM if vgg else NORM} {backbone_norm(cfg)} contradicts the file, which has "
+            f"{renamed.norm}: to convert BN to GN, use --norm GN --calibrate IMAGES"
         )
     assumed = assumed_facts(cfg, {*opts, *recorded})
-    if STANDARDIZATION not in {*opts, *recorded} and looks_standardized(renamed.tensors):
+    unclear = not vgg and STANDARDIZATION not in {*opts, *recorded}
+    if unclear and looks_standardized(renamed.tensors):
         raise InputError(
             "its filters have mean 0, as after training with weight standardisation: add "
             f"{STANDARDIZATION} True, or False if it was trained without"
         )
     added = _add_statistics(renamed.tensors) if renamed.norm == "FrozenBN" else []
-    tensors, missing = _take(renamed.tensors, build_resnet(cfg))
+    tensors, missing = _take(renamed.tensors, build_network(cfg))
     unknown = [*renamed.unknown, *(name for name in renamed.tensors if name not in tensors)]
     unknown = [name for name in unknown if name not in {m.split(" ")[0] for m in missing}]
     dropped, others = renamed.dropped, file.others
@@ -161,10 +95,11 @@ def convert(
 
 def assumed_facts(cfg: CfgNode, known: Container[str]) -> Facts:
     """The values in `cfg` of keys that neither file nor user set; `known` holds those they set."""
-    keys = [STRIDE, *PIXELS]
-    if is_group_norm(cfg.MODEL.RESNETS.NORM):
+    vgg = backbone_section(cfg) == "VGG"
+    keys = [*PIXELS] if vgg else [STRIDE, *PIXELS]
+    if is_group_norm(backbone_norm(cfg)):
         # A file without running statistics is assumed to have GN, with Detectron's grouping
-        keys = [NORM, *GROUP_NORM[: GROUP_NORM[1] not in known], *keys]
+        keys = [VGG_NORM if vgg else NORM, *GROUP_NORM[: GROUP_NORM[1] not in known], *keys]
     return {key: value_of(cfg, key) for key in keys if key not in known}
 
 
@@ -187,7 +122,7 @@ def usual_facts(
 
 
 def backbone_config(facts: Facts, opts: Sequence[str] = ()) -> CfgNode:
-    """The config of a ResNet with outputs res2 to res5, on the CPU and without frozen stages.
+    """The config of a backbone with the outputs of all stages, on the CPU, and without frozen ones.
 
     Raises:
         InputError: for unknown keys or invalid values.
@@ -200,6 +135,9 @@ def backbone_config(facts: Facts, opts: Sequence[str] = ()) -> CfgNode:
     # Calibration needs the output of each norm layer before the ReLU
     cfg.MODEL.GROUP_NORM.IMPL = "native"
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    if VGG_DEPTH in facts:
+        cfg.MODEL.BACKBONE.NAME = "build_gn_vgg_backbone"
+        cfg.MODEL.VGG.OUT_FEATURES = ["conv2", "conv3", "conv4", "conv5"]
     merge_pairs(cfg, [word for pair in facts.items() for word in pair])
     merge_pairs(cfg, opts)
     if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
@@ -223,27 +161,27 @@ def merge_pairs(cfg: CfgNode, pairs: Sequence[str]) -> None:
         raise InputError(f"{' '.join(map(str, pairs))}: {error}") from None
 
 
-def build_resnet(cfg: CfgNode, tensors: Mapping[str, Tensor] | None = None) -> ResNet:
-    """Build the ResNet of a config, in evaluation mode, on `MODEL.DEVICE`.
+def build_network(cfg: CfgNode, tensors: Mapping[str, Tensor] | None = None) -> Backbone:
+    """Build the backbone of a config, in evaluation mode, on `MODEL.DEVICE`.
 
     Args:
         cfg: from `backbone_config`.
-        tensors: its weights; tensors that the ResNet does not have are ignored. Without weights,
-            the ResNet is on PyTorch's meta device.
+        tensors: its weights; tensors that the backbone does not have are ignored. Without weights,
+            the backbone is on PyTorch's meta device.
 
     Raises:
-        InputError: if Detectron2 has no such ResNet, or groups do not divide its channels.
+        InputError: if there is no such backbone, or groups do not divide its channels.
     """
     try:
         with torch.device("meta"):
-            resnet = build_backbone(cfg, ShapeSpec(channels=3)).eval()
+            network = build_backbone(cfg, ShapeSpec(channels=3)).eval()
     except (AssertionError, KeyError) as error:
         raise InputError(f"Detectron2 has no such ResNet: {error}") from None
     if tensors is None:
-        return resnet
-    own = {name: tensors[name].clone() for name in resnet.state_dict() if name in tensors}
-    resnet.load_state_dict(own, strict=False, assign=True)
-    return resnet.to(cfg.MODEL.DEVICE)
+        return network
+    own = {name: tensors[name].clone() for name in network.state_dict() if name in tensors}
+    network.load_state_dict(own, strict=False, assign=True)
+    return network.to(cfg.MODEL.DEVICE)
 
 
 def fold_input(conversion: Conversion) -> None:
@@ -255,7 +193,9 @@ def fold_input(conversion: Conversion) -> None:
     Raises:
         InputError: for standardised filters, which ignore the scale of the weights.
     """
-    keys, weight = conversion.cfg, conversion.tensors["stem.conv1.weight"]
+    keys, tensors = conversion.cfg, conversion.tensors
+    first = "conv1_1.weight" if "conv1_1.weight" in tensors else "stem.conv1.weight"
+    weight = tensors[first]
     if keys.MODEL.RESNETS.WEIGHT_STANDARDIZATION:
         raise InputError("--fold-input does not support weight standardisation: leave it out")
     std = torch.tensor(keys.MODEL.PIXEL_STD, dtype=torch.float64).view(1, 3, 1, 1)
@@ -263,7 +203,7 @@ def fold_input(conversion: Conversion) -> None:
     if keys.INPUT.FORMAT == "RGB":
         weight = weight.flip(1)
         keys.MODEL.PIXEL_MEAN = list(keys.MODEL.PIXEL_MEAN)[::-1]
-    conversion.tensors["stem.conv1.weight"] = weight.float().contiguous()
+    tensors[first] = weight.float().contiguous()
     keys.INPUT.FORMAT, keys.MODEL.PIXEL_STD = "BGR", CAFFE_PIXELS["MODEL.PIXEL_STD"]
 
 
@@ -280,14 +220,14 @@ def looks_standardized(tensors: dict[str, Tensor]) -> bool:
     return bool(torch.cat(ratios).median() < STANDARDIZED_BELOW)
 
 
-def _take(tensors: dict[str, Tensor], resnet: ResNet) -> tuple[dict[str, Tensor], list[str]]:
-    """Select the tensors of a ResNet; also return the names that are missing or misshapen.
+def _take(tensors: dict[str, Tensor], network: Backbone) -> tuple[dict[str, Tensor], list[str]]:
+    """Select the tensors of a backbone; also return the names that are missing or misshapen.
 
     Raises:
         InputError: for invalid values: integers, infinities, NaN or negative variances.
     """
     taken, missing = {}, []
-    for name, wanted in resnet.state_dict().items():
+    for name, wanted in network.state_dict().items():
         tensor = tensors.get(name)
         if tensor is not None and tensor.shape == wanted.shape:
             taken[name] = tensor.float()

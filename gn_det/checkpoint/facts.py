@@ -1,6 +1,7 @@
 """Config keys that must agree with a backbone's weights."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,25 +9,33 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import InputError
+from ..modeling.vgg import STAGES
 from .names import CAFFE_PIXELS, SOURCES, TORCH_PIXELS, find_source, rename
 from .read import WeightsFile, read_weights
 
-# Config key -> required value; keys without a known value are absent. For MODEL.RESNETS.NORM, "BN"
+# Config key -> required value; keys without a known value are absent. For the backbone's norm, "BN"
 # stands for any norm with BN's tensors (BN, SyncBN, BRN, FrozenBN). "FrozenBN" stands for BN that
 # is fused into an affine transform, which only FrozenBN can load.
 Facts = dict[str, Any]
 
 NORM = "MODEL.RESNETS.NORM"
+VGG_NORM, VGG_DEPTH, VGG_WIDTH = (f"MODEL.VGG.{key}" for key in ("NORM", "DEPTH", "WIDTH"))
+NORM_FACTS = (NORM, VGG_NORM)
 GROUP_NORM = ("MODEL.GROUP_NORM.NUM_GROUPS", "MODEL.GROUP_NORM.DIM_PER_GP")
 PIXELS = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
 STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
 STANDARDIZATION = "MODEL.RESNETS.WEIGHT_STANDARDIZATION"
-# All keys that can be recorded in a file of weights
-KEYS = (
-    *(NORM, "MODEL.RESNETS.DEPTH", "MODEL.RESNETS.NUM_GROUPS", "MODEL.RESNETS.WIDTH_PER_GROUP"),
-    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "MODEL.RESNETS.RES2_OUT_CHANNELS"),
-    *(STRIDE, STANDARDIZATION, *PIXELS, *GROUP_NORM),
-)
+# Section of the backbone's keys -> all keys that can be recorded in a file of weights
+KEYS_OF = {
+    "RESNETS": (
+        *(NORM, "MODEL.RESNETS.DEPTH", "MODEL.RESNETS.NUM_GROUPS", "MODEL.RESNETS.WIDTH_PER_GROUP"),
+        *("MODEL.RESNETS.STEM_OUT_CHANNELS", "MODEL.RESNETS.RES2_OUT_CHANNELS"),
+        *(STRIDE, STANDARDIZATION, *PIXELS, *GROUP_NORM),
+    ),
+    "VGG": (VGG_NORM, VGG_DEPTH, VGG_WIDTH, *PIXELS, *GROUP_NORM),
+}
+KEYS = tuple(dict.fromkeys(key for keys in KEYS_OF.values() for key in keys))
+VGG_CONV = re.compile(r"conv(\d)_\d\.weight")
 # Number of blocks in res2 to res5 -> depth; ResNet-34 has the same as ResNet-50
 BLOCKS: dict[tuple[int, ...], int] = {
     (2, 2, 2, 2): 18,
@@ -98,7 +107,7 @@ def describe_file(path: Path) -> Facts:
     """The keys that gn_det recorded in a file, or else its architecture and norm.
 
     Returns:
-        the known keys; empty if the file does not hold a ResNet.
+        the known keys; empty if the file does not hold a backbone that gn_det knows.
 
     Raises:
         InputError: if the file cannot be read.
@@ -113,8 +122,16 @@ def describe_file(path: Path) -> Facts:
     try:
         renamed = rename(file.tensors, SOURCES[find_source(file.tensors)])
     except InputError:
-        return {}  # not a supported ResNet
-    return architecture(renamed.tensors) | ({NORM: renamed.norm} if renamed.norm else {})
+        return {}  # not a supported backbone
+    shape = architecture(renamed.tensors)
+    if VGG_DEPTH in shape:
+        return shape | {VGG_NORM: renamed.norm or ""}
+    return shape | ({NORM: renamed.norm} if renamed.norm else {})
+
+
+def norm_in(facts: Facts) -> str | None:
+    """The norm of the backbone; None if it is not known."""
+    return facts.get(VGG_NORM, facts.get(NORM))
 
 
 def recorded_facts(file: WeightsFile) -> Facts:
@@ -134,7 +151,7 @@ def recorded_facts(file: WeightsFile) -> Facts:
 
 def _is_valid(key: str, value: Any) -> bool:
     """Whether a value has the type and range of its key."""
-    if key == NORM:
+    if key in NORM_FACTS:
         return type(value) is str and re.fullmatch(r"\w{0,12}", value) is not None
     if key == PIXELS[0]:
         return value in ("RGB", "BGR") if type(value) is str else False
@@ -147,11 +164,17 @@ def _is_valid(key: str, value: Any) -> bool:
 
 
 def architecture(tensors: Mapping[str, Tensor]) -> Facts:
-    """Derive the architecture keys of a ResNet from its tensors under Detectron2's names.
+    """Derive the architecture keys of a backbone from its tensors under Detectron2's names.
 
     Returns:
-        depth and widths; empty if Detectron2 has no ResNet with these numbers of blocks.
+        depth and widths; empty if there is no ResNet or VGG with these numbers of layers.
     """
+    if "conv1_1.weight" in tensors:
+        layers = Counter(match[1] for name in tensors if (match := VGG_CONV.fullmatch(name)))
+        counts = tuple(layers[str(stage)] for stage in range(1, 6))
+        depths = {stages: depth for depth, stages in STAGES.items()}
+        width = len(tensors["conv1_1.weight"])
+        return {VGG_DEPTH: depths[counts], VGG_WIDTH: width} if counts in depths else {}
     blocks = tuple(
         len({name.split(".")[1] for name in tensors if name.startswith(f"{stage}.")})
         for stage in ("res2", "res3", "res4", "res5")

@@ -55,7 +55,8 @@ class Loaded:
         if self.norm_conflict() is None:
             return f"; to use its backbone, run `{conversion_command(weights)}`"
         if self.norm == "GN":
-            return "; change MODEL.RESNETS.NORM"
+            section = "VGG" if any(part_of(name) == "VGG" for name in self.model) else "RESNETS"
+            return f"; change MODEL.{section}.NORM"
         return f"; run `{conversion_command(weights, 'GN')}`"
 
     def mismatch(self, complete: bool) -> str | None:
@@ -112,5 +113,5 @@ def conversion_command(weights: str, norm: str | None = None) -> str:
 
 def _stage(name: str) -> str:
     """The stage of a backbone's tensor, such as "res2"; the name itself for other tensors."""
-    found = re.match(r"(?:backbone\.)?(?:bottom_up\.)?(stem|res\d)\.", name)
+    found = re.match(r"(?:backbone\.)?(?:bottom_up\.)?(stem|res\d|conv\d(?=_\d))[._]", name)
     return found[1] if found else name

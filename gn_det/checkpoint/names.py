@@ -1,4 +1,4 @@
-"""Tensor names of a ResNet in each source, and their translation to Detectron2's names."""
+"""Tensor names of a backbone in each source, and their translation to Detectron2's names."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -9,11 +9,12 @@ from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 from torch import Tensor
 
 from ..errors import InputError
+from .vgg_names import fold_biases, number_names
 
-# The name of a tensor in Detectron2's ResNet
+# The name of a tensor in Detectron2's ResNet, or in gn_det's VGG
 BACKBONE_TENSOR = re.compile(
-    r"(stem\.conv1|res[2-5]\.\d+\.(conv[1-3]|shortcut))\."
-    r"(weight|norm\.(weight|bias|running_mean|running_var))"
+    r"(stem\.conv1|res[2-5]\.\d+\.(conv[1-3]|shortcut)|conv[1-5]_[1-4](?=\.(weight|norm)))\."
+    r"(weight|norm\.(weight|bias|running_mean|running_var))|conv[1-5]_[1-4]\.bias"
 )
 
 CAFFE_PIXELS = {
@@ -45,6 +46,8 @@ class Source:
     channels_last: bool = False
     # Whether names may have a prefix, such as "module.", from enclosing modules
     prefixed: bool = False
+    # Whether layers only have numbers, so that their names depend on all other layers
+    numbered: bool = False
 
 
 def _substitute(*rules: tuple[str, str]) -> Callable[[str], str]:
@@ -125,7 +128,11 @@ SOURCES = {
         },
         channels_last=True,
     ),
-    "detectron2": Source(r"^([\w.]+\.)?res2\.0\.conv1\.weight$", _OWN_NAMES, CAFFE_PIXELS, True),
+    "detectron2": Source(
+        r"^([\w.]+\.)?(res2\.0\.conv1|conv1_1)\.weight$", _OWN_NAMES, CAFFE_PIXELS, True
+    ),
+    # Of torchvision and timm
+    "vgg": Source(r"^([\w-]+\.)*features\.0\.weight$", _OWN_NAMES, TORCH_PIXELS, numbered=True),
 }
 
 # Config keys of files in Detectron2's format, by the file's `__author__` entry
@@ -146,7 +153,7 @@ _UNFIT = {
 
 # Tensors of a classification network that are not in the backbone
 CLASSIFIER = (
-    r"(^|\.)(fc|fc1000|linear|classifier|head\.fc|pred|last_linear)(\.\d)?"
+    r"(^|\.)(pre_logits\.fc[12]|fc|fc1000|linear|classifier|head\.fc|pred|last_linear)(\.\d)?"
     r"[./](weight|bias|W|b)(:0)?$"
 )
 STEM_BIAS = r"^stem\.conv1\.bias$"
@@ -180,7 +187,7 @@ def find_source(names: Iterable[str]) -> str:
             return source
     known = ", ".join(SOURCES)
     raise InputError(
-        f"its tensors, such as {min(names)}, do not have the names of a ResNet from {known}"
+        f"its tensors, such as {min(names)}, do not have the names of a ResNet or VGG from {known}"
     )
 
 
@@ -226,7 +233,7 @@ def find_prefix(names: Iterable[str], wanted: str | None = None) -> str:
 
 
 def rename(tensors: Mapping[str, Tensor], source: Source, prefix: str | None = None) -> Renamed:
-    """Convert the tensors of a file to the names and layout of Detectron2's ResNet.
+    """Convert the tensors of a file to the names and layout of the backbone.
 
     Args:
         tensors: all tensors of the file, by name.
@@ -239,11 +246,12 @@ def rename(tensors: Mapping[str, Tensor], source: Source, prefix: str | None = N
     result = Renamed({}, {}, [])
     removed = find_prefix(tensors, prefix) if source.prefixed or prefix is not None else ""
     prefix = prefix and removed
+    numbered = number_names(tensors) if source.numbered else {}
     for name, tensor in tensors.items():
         if prefix and not name.startswith(prefix):
             result.dropped[name] = f"without prefix {prefix}"
             continue
-        new = source.rename(name.removeprefix(removed))
+        new = numbered.get(name) or source.rename(name.removeprefix(removed))
         if BACKBONE_TENSOR.fullmatch(new) and new in result.tensors:
             result.unknown.append(name)  # a second network in the same file
             continue
@@ -261,6 +269,10 @@ def rename(tensors: Mapping[str, Tensor], source: Source, prefix: str | None = N
                 break
         else:
             result.unknown.append(name)
+    biases = fold_biases(result.tensors)
+    original = {new: name for name, new in numbered.items()}
+    reason = "bias before a norm, subtracted from BatchNorm's running mean"
+    result.dropped |= {original.get(bias, bias): reason for bias in biases}
     result.norm = _norm(tensors, result.tensors)
     result.prefix = removed
     return result
@@ -274,6 +286,8 @@ def norm_of(names: Iterable[str]) -> str | None:
         prefix = find_prefix(names) if source.prefixed else ""
     except InputError:
         return None
+    if source.numbered:
+        return _norm(names, number_names(names).values())
     return _norm(names, (source.rename(name.removeprefix(prefix)) for name in names))
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..config import value_of
 from ..files import write_whole
-from .facts import GROUP_NORM, KEYS, NORM, STRIDE, Facts
+from ..modeling.norm import backbone_norm, backbone_section
+from .facts import GROUP_NORM, KEYS_OF, NORM_FACTS, STRIDE, Facts
 
 # Keys that only affect bottleneck blocks
 BOTTLENECK = (STRIDE, "MODEL.RESNETS.NUM_GROUPS", "MODEL.RESNETS.WIDTH_PER_GROUP")
@@ -28,7 +29,7 @@ def save_backbone(
     Existing files are replaced only after both new files are complete.
 
     Args:
-        tensors: the weights under the names of Detectron2's ResNet, such as "res2.0.conv1.weight".
+        tensors: the weights under the backbone's own names, such as "res2.0.conv1.weight".
         cfg: the config that they were trained with.
         path: the file to write; the YAML file has the same name with the suffix ".yaml".
         recipe: keys that fine-tuning should use; both files record them too.
@@ -70,11 +71,11 @@ def facts_of(cfg: CfgNode) -> Facts:
     """The keys of a config that weights trained with it require."""
     # The basic blocks of ResNet-18 and 34 have neither 1x1 convolutions nor groups
     basic = cfg.MODEL.RESNETS.DEPTH in (18, 34)
-    left_out = BOTTLENECK * basic + GROUP_NORM * (cfg.MODEL.RESNETS.NORM != "GN")
-    facts = {key: value_of(cfg, key) for key in KEYS if key not in left_out}
-    if facts[NORM] in ("SyncBN", "BRN"):
-        facts[NORM] = "BN"
-    return facts
+    left_out = BOTTLENECK * basic + GROUP_NORM * (backbone_norm(cfg) != "GN")
+    keys = KEYS_OF[backbone_section(cfg)]
+    facts = {key: value_of(cfg, key) for key in keys if key not in left_out}
+    renamed = {key: "BN" for key in NORM_FACTS if facts.get(key) in ("SyncBN", "BRN")}
+    return facts | renamed
 
 
 def keys_as_yaml(facts: Facts, weights: Path) -> str:
@@ -86,5 +87,5 @@ def keys_as_yaml(facts: Facts, weights: Path) -> str:
         for parent in parents:
             node = node.setdefault(parent, {})
         # Of the norms with BN's tensors, FrozenBN is the usual one for fine-tuning detectors
-        node[last] = "FrozenBN" if (key, value) == (NORM, "BN") else value
+        node[last] = "FrozenBN" if key in NORM_FACTS and value == "BN" else value
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)

@@ -7,10 +7,10 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from ..checkpoint.facts import GROUP_NORM, PIXELS, STRIDE
+from ..checkpoint.facts import GROUP_NORM, NORM_FACTS, PIXELS, STRIDE
 from ..config import flatten, value_of
 from ..errors import InputError
-from ..modeling.norm import NORM_KEYS, is_group_norm, parts_with_norm
+from ..modeling.norm import NORM_KEYS, is_group_norm, part_norm_keys, parts_with_norm
 
 NORMS = ("FrozenBN", "BN", "SyncBN", "BRN", "GN", "LN", "IN")
 # BN* as everybody uses it, GN in FPN and heads alone, and GN everywhere
@@ -79,7 +79,7 @@ def describe_norms(cfg: CfgNode) -> str:
     """The parts of a model by their norm, as "GN: backbone, FPN"."""
     parts: dict[str, list[str]] = {}
     for part in parts_with_norm(cfg):
-        if norm := value_of(cfg, NORM_KEYS[part]):
+        if norm := value_of(cfg, part_norm_keys(cfg)[part]):
             parts.setdefault(str(norm), []).append(part)
     return "; ".join(f"{norm}: {', '.join(names)}" for norm, names in parts.items())
 
@@ -90,7 +90,7 @@ def norm_keys(norm: str, cfg: CfgNode) -> dict[str, str]:
     with_norm = parts_with_norm(cfg)
     return {
         key: (backbone if part == "backbone" else heads) if part in with_norm else ""
-        for part, key in NORM_KEYS.items()
+        for part, key in part_norm_keys(cfg).items()
     }
 
 
@@ -127,8 +127,8 @@ def check_pairs(
     Raises:
         InputError: naming the keys that differ.
     """
-    allowed = {*NORM_KEYS.values(), *PIXELS, *GROUP_NORM, STRIDE, "MODEL.WEIGHTS", "OUTPUT_DIR"}
-    allowed |= {*tuned}
+    allowed = {*NORM_KEYS.values(), *NORM_FACTS, *PIXELS, *GROUP_NORM, STRIDE, *tuned}
+    allowed |= {"MODEL.WEIGHTS", "OUTPUT_DIR"}
     own = own or {}
 
     def pair(cell: Cell) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from ..engine.relative_steps import describe_steps
 from ..errors import InputError, exit_on_input_error
 from ..evaluation.report import Run, write_report
 from ..files import locked
+from ..modeling.norm import backbone_norm
 from .best import save_best
 from .cells import DEFAULT_NORMS, compared_pairs, describe_norms
 from .estimate import describe_plan, describe_set
@@ -98,7 +99,7 @@ def describe_cells(plan: Plan) -> Iterator[str]:
 def grouping_of(cfg: CfgNode) -> dict[str, int]:
     """The keys that set the grouping of a GN backbone; empty for other norms."""
     keys = cfg.MODEL.GROUP_NORM
-    if cfg.MODEL.RESNETS.NORM != "GN":
+    if backbone_norm(cfg) != "GN":
         return {}
     key = "DIM_PER_GP" if keys.DIM_PER_GP > 0 else "NUM_GROUPS"
     return {f"MODEL.GROUP_NORM.{key}": keys[key]}

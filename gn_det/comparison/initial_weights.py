@@ -13,14 +13,14 @@ from detectron2.config import CfgNode
 from ..check.norm_keys import STOCK
 from ..checkpoint.bn_to_gn import NUM_IMAGES, to_group_norm
 from ..checkpoint.convert import convert
-from ..checkpoint.facts import GROUP_NORM, NORM, PIXELS, STRIDE, describe
+from ..checkpoint.facts import GROUP_NORM, NORM_FACTS, PIXELS, STRIDE, VGG_NORM, describe, norm_in
 from ..checkpoint.read import read_weights
 from ..checkpoint.recipe import GROUPING, HEADS_GROUPING, recorded_recipe
 from ..checkpoint.save import save_backbone
 from ..config import as_opts, default_config, value_of
 from ..errors import InputError
 from ..files import write_whole
-from ..modeling.norm import is_group_norm
+from ..modeling.norm import backbone_section, is_group_norm
 from ..modeling.parts import BACKBONE_PARTS, PARTS, part_of
 from .cells import NORMS, split_norm
 
@@ -32,7 +32,7 @@ ERRORS = ".errors.txt"
 
 def weight_keys(weights: str) -> dict[str, Any]:
     """`MODEL.WEIGHTS`, and the keys other than the norm that must agree with the checkpoint."""
-    facts = {key: value for key, value in describe(weights).items() if key != NORM}
+    facts = {key: value for key, value in describe(weights).items() if key not in NORM_FACTS}
     return {"MODEL.WEIGHTS": weights, **facts}
 
 
@@ -63,7 +63,8 @@ def missing_facts(weights: str, cfg: CfgNode) -> dict[str, Any]:
     facts = describe(weights) if weights else {}
     if not facts or not Path(weights).is_file():
         return {}
-    return {key: value_of(cfg, key) for key in (*PIXELS, STRIDE) if key not in facts}
+    keys = PIXELS if VGG_NORM in facts else (*PIXELS, STRIDE)
+    return {key: value_of(cfg, key) for key in keys if key not in facts}
 
 
 def find_weights(
@@ -79,7 +80,8 @@ def find_weights(
 
     Args:
         norms: as in `Cell`.
-        given: values of `--init`, each a file or NORM=FILE; without any, the base config's weights.
+        given: values of `--init`, each a file or NORM=FILE, where the file of FrozenBN also stands
+            for FrozenBN/GN; without any, the base config's weights.
         cfg: the base config.
         images: of the training set; a conversion measures gamma and beta on a sample of them.
         output: folder for converted backbones.
@@ -99,6 +101,10 @@ def find_weights(
     for norm in named:
         if norm not in norms:
             raise InputError(f"--init {norm}={named[norm]}: add {norm} to --norms, or remove it")
+    if not files:
+        # FrozenBN=FILE is the backbone of FrozenBN/GN, too
+        same = {norm: split_norm(norm)[0] for norm in norms}
+        named = {norm: named[one] for norm, one in same.items() if one in named} | named
     default = files[0] if files else cfg.MODEL.WEIGHTS
     if Path(default).is_file():
         default = str(Path(default).resolve())
@@ -137,12 +143,13 @@ def choose_weights(norm: str, weights: str, cfg: CfgNode) -> str | None:
         InputError: if no weights fit, and none can be converted.
     """
     backbone = split_norm(norm)[0]
-    own = describe(weights).get(NORM) if weights else None
+    own = norm_in(describe(weights)) if weights else None
     if own is None or is_group_norm(own) == is_group_norm(backbone):
         return weights
     if backbone == "GN" and Path(weights).is_file():
         return None
-    if backbone == "GN" and (depth := cfg.MODEL.RESNETS.DEPTH) in (50, 101):
+    depth = cfg.MODEL.RESNETS.DEPTH
+    if backbone == "GN" and backbone_section(cfg) == "RESNETS" and depth in (50, 101):
         return f"catalog://ImageNetPretrained/FAIR/R-{depth}-GN"
     raise InputError(f"{weights} has {own}: give weights for {norm} with --init {norm}=FILE")
 

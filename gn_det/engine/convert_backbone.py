@@ -1,4 +1,4 @@
-"""Convert a pretrained ResNet to Detectron2's format, and optionally from BN to GN.
+"""Convert a pretrained ResNet or VGG to Detectron2's format, and optionally from BN to GN.
 
 Example:
   python tools/convert_backbone.py resnet50.pth R-50-GN.pth --norm GN --calibrate datasets/images
@@ -26,7 +26,7 @@ from ..checkpoint.save import facts_of, keys_as_yaml, save_backbone
 from ..config import as_opts, parse_opts
 from ..data.unlabelled_images import choose_images
 from ..errors import InputError, exit_on_input_error
-from ..modeling.norm import is_group_norm
+from ..modeling.norm import backbone_norm, is_group_norm
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -153,7 +153,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         conversion = convert(file, args.source, known, args.prefix)
         print("\n".join(conversion.summary()), flush=True)
         conversion.check_complete(args.allow_missing, args.allow_unknown)
-        check_norm(args, conversion.cfg.MODEL.RESNETS.NORM)
+        check_norm(args, backbone_norm(conversion.cfg))
         check_device(conversion.cfg)
         if args.fold_input:
             fold_input(conversion)

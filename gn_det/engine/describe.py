@@ -120,7 +120,7 @@ def _frozen(cfg: CfgNode, model: nn.Module) -> Iterator[str]:
         if not parameter.requires_grad
     }
     key = f"MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT}"
-    yield f"stages: {', '.join(sorted(stages, key='stem'.__ne__)) or 'none'} ({key})"
+    yield f"stages: {', '.join(sorted(stages, key=lambda s: (s != 'stem', s))) or 'none'} ({key})"
     numbers = count_parameters(model)
     yield f"parameters: {numbers['trainable']:,} trained, {numbers['frozen']:,} frozen"
 

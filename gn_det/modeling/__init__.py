@@ -4,6 +4,8 @@ from .backbone import (
     build_gn_resnet_backbone,
     build_gn_resnet_fpn_backbone,
     build_gn_retinanet_resnet_fpn_backbone,
+    build_gn_vgg_backbone,
+    build_gn_vgg_fpn_backbone,
 )
 from .classifier import ImageClassifier
 from .dense_heads import GNRetinaNet, GNSemSegFPNHead
@@ -21,6 +23,8 @@ __all__ = [
     "build_gn_resnet_backbone",
     "build_gn_resnet_fpn_backbone",
     "build_gn_retinanet_resnet_fpn_backbone",
+    "build_gn_vgg_backbone",
+    "build_gn_vgg_fpn_backbone",
     "build_on_meta_device",
     "implement",
 ]

@@ -9,13 +9,20 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import Tensor, nn
 
+from .norm import backbone_section
+
+# Height and width of VGG's last features at 224 pixels
+VGG_SIDE = 7
+
 
 @META_ARCH_REGISTRY.register()
 class ImageClassifier(nn.Module):
     """Backbone, global average pooling and one linear layer, for images of equal size.
 
+    With `MODEL.VGG.FC_DIM`, VGG's two hidden layers with dropout take the place of the pooling.
+
     Args:
-        cfg: a config whose backbone has the output feature "res5".
+        cfg: a config whose backbone's last output feature is classified.
             `MODEL.ROI_HEADS.NUM_CLASSES` is the number of classes.
     """
 
@@ -25,7 +32,12 @@ class ImageClassifier(nn.Module):
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
         self.backbone = build_backbone(cfg)
-        channels = self.backbone.output_shape()["res5"].channels
+        self.feature, shape = [*self.backbone.output_shape().items()][-1]
+        channels, units = shape.channels, cfg.MODEL.VGG.FC_DIM
+        self.hidden = None
+        if backbone_section(cfg) == "VGG" and units:
+            self.hidden = _vgg_layers(channels, units)
+            channels = units
         self.classifier = nn.Linear(channels, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         nn.init.normal_(self.classifier.weight, std=0.01)
         for name, pixel in (("mean", cfg.MODEL.PIXEL_MEAN), ("std", cfg.MODEL.PIXEL_STD)):
@@ -40,8 +52,8 @@ class ImageClassifier(nn.Module):
         Returns:
             logits, (N, classes).
         """
-        features = self.backbone((images.to(self.mean.device) - self.mean) / self.std)["res5"]
-        return self.classifier(features.mean(dim=(2, 3)))
+        x = self.backbone((images.to(self.mean.device) - self.mean) / self.std)[self.feature]
+        return self.classifier(x.mean(dim=(2, 3)) if self.hidden is None else self.hidden(x))
 
     def forward(self, batch: Sequence[dict[str, Any]]) -> Any:
         """Compute the training loss of a batch, or the class scores of its images.
@@ -58,3 +70,14 @@ class ImageClassifier(nn.Module):
             return [{"logits": scores} for scores in logits]
         labels = torch.tensor([item["label"] for item in batch], device=logits.device)
         return {"loss_cls": F.cross_entropy(logits, labels)}
+
+
+def _vgg_layers(channels: int, units: int) -> nn.Sequential:
+    """VGG's hidden layers fc6 and fc7."""
+    layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(VGG_SIDE), nn.Flatten()]
+    for width in (channels * VGG_SIDE**2, units):
+        linear = nn.Linear(width, units)
+        nn.init.normal_(linear.weight, std=0.01)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.ReLU(), nn.Dropout(0.5)]
+    return nn.Sequential(*layers)

@@ -146,7 +146,7 @@ def implement(
                 _fuse_block(layer, recompute)
             elif isinstance(layer, Conv2d):
                 _fuse_conv(layer)
-            elif hasattr(layer, "conv_norm_relus"):
+            elif hasattr(layer, "recompute"):
                 layer.recompute = recompute
     return module
 

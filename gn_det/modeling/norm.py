@@ -12,7 +12,7 @@ from ..layers import BatchRenorm2d, GroupNorm
 from .parts import BACKBONE_PARTS, part_of
 
 Norm = str | Callable[[int], nn.Module]
-# Part of the model -> the config key of its norm
+# Part of the model -> the config key of its norm; that of the backbone depends on its kind
 NORM_KEYS = {
     "backbone": "MODEL.RESNETS.NORM",
     "FPN": "MODEL.FPN.NORM",
@@ -123,6 +123,21 @@ def is_swapped(norm: str) -> bool:
 def is_group_norm(norm: str) -> bool:
     """Whether this value of a `NORM` key stands for a `GroupNorm`: "GN", "LN" or "IN"."""
     return norm in ("GN", "LN", "IN")
+
+
+def backbone_section(cfg: CfgNode) -> str:
+    """The section of `MODEL` with the keys of the backbone: "VGG" or "RESNETS"."""
+    return "VGG" if "vgg" in cfg.MODEL.BACKBONE.NAME else "RESNETS"
+
+
+def backbone_norm(cfg: CfgNode) -> str:
+    """The norm of the backbone, the value of `MODEL.RESNETS.NORM` or `MODEL.VGG.NORM`."""
+    return cfg.MODEL[backbone_section(cfg)].NORM
+
+
+def part_norm_keys(cfg: CfgNode) -> dict[str, str]:
+    """`NORM_KEYS` for the backbone of a config."""
+    return NORM_KEYS | {"backbone": f"MODEL.{backbone_section(cfg)}.NORM"}
 
 
 def parts_with_norm(cfg: CfgNode) -> list[str]:

@@ -9,6 +9,7 @@ from torch import nn
 # Part -> pattern of the names of its tensors; the first match counts
 PARTS = {
     "ResNet": r"backbone\.(bottom_up\.)?(stem|res\d)\.",
+    "VGG": r"backbone\.(bottom_up\.)?conv\d_\d\b",
     "FPN": r"backbone\.(fpn_|top_block)",
     "RPN": r"proposal_generator\.",
     "res5 (RoI head)": r"roi_heads\.res5\.",
@@ -17,8 +18,8 @@ PARTS = {
     "mask predictor": r"roi_heads\.mask_head\.predictor\.",
     "mask head": r"roi_heads\.mask_head\.",
 }
-# Parts with pretrained weights; "backbone" stands for backbones other than ResNets
-BACKBONE_PARTS = ("ResNet", "res5 (RoI head)", "backbone")
+# Parts with pretrained weights; "backbone" stands for other backbones
+BACKBONE_PARTS = ("ResNet", "res5 (RoI head)", "VGG", "backbone")
 MASK_HEAD_PARTS = ("mask head", "mask predictor")
 # Last layers, whose shapes depend on the number of classes, keypoints or anchors
 PREDICTORS = (

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import gn_det.checkpoint.distill as distill_module
 from gn_det.checkpoint.calibrate import balance, calibrate, measured_moments
-from gn_det.checkpoint.convert import backbone_config, build_resnet
+from gn_det.checkpoint.convert import backbone_config, build_network
 from gn_det.checkpoint.distill import distill, feature_errors
 from gn_det.data.unlabelled_images import choose_images, load_images
 
@@ -61,7 +61,7 @@ def backbone_with_values(facts: dict) -> nn.Module:
 def group_norm(reference: nn.Module, grouping: dict) -> nn.Module:
     keys = {f"MODEL.GROUP_NORM.{key}": value for key, value in grouping.items()}
     facts = FACTS | {"MODEL.RESNETS.NORM": "GN"} | keys
-    return build_resnet(backbone_config(facts), reference.state_dict())
+    return build_network(backbone_config(facts), reference.state_dict())
 
 
 @torch.no_grad()
@@ -215,7 +215,7 @@ def test_standardised_filters(reference, images):
     torch.manual_seed(0)
     source = backbone_with_values(facts)
     grouping = {"MODEL.GROUP_NORM.NUM_GROUPS": 1}
-    network = build_resnet(backbone_config(FACTS | facts | grouping), source.state_dict())
+    network = build_network(backbone_config(FACTS | facts | grouping), source.state_dict())
     moments = measured_moments(source, images)
     calibrate(network, source, images, moments)
     for name, (mean, std) in measured_moments(network, images).items():

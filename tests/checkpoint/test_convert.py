@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
-from gn_det.checkpoint.convert import build_resnet, convert, fold_input
+from gn_det.checkpoint.convert import build_network, convert, fold_input
 from gn_det.checkpoint.read import WeightsFile, read_weights
 from gn_det.checkpoint.save import save_backbone
 from gn_det.errors import InputError
@@ -66,11 +66,39 @@ def features(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return outputs
 
 
+VGG = {"vgg11": 16, "vgg16": 26, "vgg19": 32, "vgg11_bn": 40, "vgg16_bn": 65}
+
+
+@pytest.mark.parametrize("name", VGG)
+def test_vgg_of_torchvision(name, image):
+    """Features before each max pooling, with biases before BatchNorm that are not 0."""
+    torch.manual_seed(0)
+    model = trained(torchvision.models.get_model(name))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.bias, std=0.2)
+    conversion = convert(WeightsFile(model.state_dict()))
+    conversion.check_complete()
+    assert conversion.source == "vgg" and len(conversion.tensors) == VGG[name]
+    assert len(conversion.tensors) + len(conversion.dropped) == len(model.state_dict())
+    keys = conversion.cfg.MODEL.VGG
+    assert (keys.DEPTH, keys.NORM) == (int(name[3:5]), "BN" if "bn" in name else "")
+    x, expected, stage = (image - MEAN) / STD, {}, 1
+    with torch.no_grad():
+        for layer in model.features:
+            if isinstance(layer, nn.MaxPool2d):
+                expected[f"conv{stage}"] = x
+                stage += 1
+            x = layer(x)
+    del expected["conv1"]  # not an output of the conversion
+    assert_same(ours(conversion, image), expected)
+
+
 @torch.no_grad()
 def ours(conversion, image: torch.Tensor) -> dict[str, torch.Tensor]:
     """The features of the converted ResNet for an RGB image, with its config's pixel settings."""
     keys = conversion.cfg
-    resnet = build_resnet(keys, conversion.tensors)
+    resnet = build_network(keys, conversion.tensors)
     x = image if keys.INPUT.FORMAT == "RGB" else image.flip(1)
     mean, std = (
         torch.tensor(v).view(3, 1, 1) for v in (keys.MODEL.PIXEL_MEAN, keys.MODEL.PIXEL_STD)
@@ -411,8 +439,8 @@ REJECTED = {
     ),
     "weight standardisation": (standardized, "WEIGHT_STANDARDIZATION True"),
     "no ResNet": (
-        lambda _: {"features.0.weight": torch.ones(2)},
-        r"features\.0\.weight.*mmdetection, torchvision, ",
+        lambda _: {"features.conv0.weight": torch.ones(2)},
+        r"features\.conv0\.weight.*mmdetection, torchvision, ",
     ),
     "too few blocks": (lambda s: without(r"layer3.1", s), "ResNet-18, 34, 50, 101 or 152"),
 }
@@ -436,7 +464,7 @@ def test_standardised_weights_for_standardised_convolutions():
     state = standardized(torch_model("resnet18", "GN").state_dict())
     keys = ["MODEL.RESNETS.WEIGHT_STANDARDIZATION", "True"]
     conversion = convert(WeightsFile(state), opts=keys)
-    assert type(build_resnet(conversion.cfg).res2[0].conv1).__name__ == "StandardizedConv2d"
+    assert type(build_network(conversion.cfg).res2[0].conv1).__name__ == "StandardizedConv2d"
 
 
 def test_a_file_with_two_networks():

@@ -81,7 +81,7 @@ def test_names(source):
         ("stages.0.blocks.0.conv1.weight", "pre-activation"),  # timm's resnetv2
         ("resnet/block1/unit01/a/standardized_conv2d/kernel", "pre-activation"),  # BiT
         ("stages.0.blocks.0.conv_dw.weight", r"blocks\.0\.conv_dw.*torchvision"),  # timm's ConvNeXt
-        ("features.0.weight", r"features\.0.*torchvision"),  # VGG
+        ("features.conv0.weight", r"features\.conv0.*torchvision"),  # DenseNet
     ],
 )
 def test_names_of_other_networks(name, message):

@@ -328,6 +328,9 @@ def test_published_weights():
     weights = find_weights(["FrozenBN", "GN", "FrozenBN/GN"], [], cfg, [], Path("nowhere"))
     gn = "catalog://ImageNetPretrained/FAIR/R-50-GN"
     assert weights == {"FrozenBN": MSRA, "GN": gn, "FrozenBN/GN": MSRA}
+    given = ["FrozenBN=a.pth", "GN=b.pth"]
+    weights = find_weights(["FrozenBN", "GN", "FrozenBN/GN"], given, cfg, [], Path("nowhere"))
+    assert weights == {"FrozenBN": "a.pth", "GN": "b.pth", "FrozenBN/GN": "a.pth"}
     assert find_weights(["GN"], ["GN="], cfg, [], Path("nowhere")) == {"GN": ""}, "from scratch"
     with pytest.raises(InputError, match=r"has BN: .* --init LN=FILE"):
         choose_weights("LN", MSRA, cfg)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gn_det.checkpoint.bn_to_gn import SIDE, normalise
-from gn_det.checkpoint.convert import Conversion, build_resnet
+from gn_det.checkpoint.conversion import Conversion
+from gn_det.checkpoint.convert import build_network
 from gn_det.data.unlabelled_images import load_images
 
 # Weight of the L2 penalty, for standardized features
@@ -37,7 +38,7 @@ def image_labels(folder: Path) -> tuple[list[Path], Tensor]:
 
 def pooled_features(conversion: Conversion, paths: list[Path]) -> Tensor:
     """res4 and res5 of a backbone, averaged over each image, of shape (N, channels)."""
-    resnet = build_resnet(conversion.cfg, conversion.tensors)
+    resnet = build_network(conversion.cfg, conversion.tensors)
     images = load_images(paths, SIDE, conversion.cfg.INPUT.FORMAT)
     parts = [resnet(part) for part in normalise(images, conversion.cfg).split(16)]
     pooled = [[part[stage].mean((2, 3)) for stage in ("res4", "res5")] for part in parts]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gn_det.checkpoint.bn_to_gn import build_pair
 from gn_det.checkpoint.calibrate import Moments, calibrate, norm_layers
-from gn_det.checkpoint.convert import Conversion
+from gn_det.checkpoint.conversion import Conversion
 
 
 def to_promised_group_norm(
