@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Replicate the paper's Tables 1 to 3 on a small scale: ResNet-18 on crops of `shapes`.
 
-Table 1 compares BN, LN, IN and GN at batch size 32. Table 2 compares BN and GN at batch sizes 32 to
-2, with the learning rate scaled linearly. Table 3 varies GN's number of groups and channels per
-group. All models are trained on the same number of crops. The same command resumes an interrupted
-study.
+Table 1 compares BN, LN, IN, weight normalization (WN) and GN at batch size 32. Table 2 compares BN
+and GN at batch sizes 32 to 2, with the learning rate scaled linearly, and Batch Renormalization
+(BRN) at 4 and 2. Table 3 varies GN's number of groups and channels per group, at batch size 8 and
+on fewer crops. All models of a table are trained on the same number of crops. The same command
+resumes an interrupted study.
 """
 
 import argparse
@@ -45,12 +46,14 @@ class Model(NamedTuple):
     Args:
         norm: of the backbone.
         batch: images per batch.
+        epochs: passes over the crops.
         groups: `MODEL.GROUP_NORM.NUM_GROUPS`.
         width: channels per group; -1 to use `groups`.
     """
 
     norm: str
     batch: int = 32
+    epochs: int = 5
     groups: int = 32
     width: int = -1
 
@@ -61,29 +64,48 @@ class Model(NamedTuple):
             "MODEL.GROUP_NORM.NUM_GROUPS": self.groups,
             "MODEL.GROUP_NORM.DIM_PER_GP": self.width,
             "SOLVER.IMS_PER_BATCH": self.batch,
+            "PRETRAIN.EPOCHS": self.epochs,
+            # The shares of the schedule after which the rate drops
+            "PRETRAIN.STEPS": tuple(round(share * self.epochs, 2) for share in (0.77, 0.93)),
             "SEED": seed,
         }
         return as_opts(keys)
 
 
-BN, LN, IN, GN = Model("BN"), Model("LN"), Model("IN"), Model("GN")
-BATCHES, GROUPINGS = (32, 16, 8, 4, 2), (64, 32, 16, 8, 4, 2, 1)
-# Title: (columns, {row name: models}). LN equals GN with one group, IN with one channel per group
-TABLES: dict[str, tuple[tuple[Any, ...], dict[str, list[Model]]]] = {
-    "Table 1: error at batch 32": (("BN", "LN", "IN", "GN"), {"error": [BN, LN, IN, GN]}),
+BATCHES, GROUPINGS = (32, 8, 4, 2), (64, 32, 16, 8, 4, 2, 1)
+
+
+def grouped(groups: int = 32, width: int = -1) -> Model:
+    """A model of Table 3. LN is GN with one group, and IN with one channel per group."""
+    norm = "LN" if groups == 1 else "IN" if width == 1 else "GN"
+    own = norm != "GN"
+    return Model(norm, 8, 2, 32 if own else groups, -1 if own else width)
+
+
+# Title: (columns, {row name: models, None for an empty cell})
+TABLES: dict[str, tuple[tuple[Any, ...], dict[str, list[Model | None]]]] = {
+    "Table 1: error at batch 32": (
+        ("BN", "LN", "IN", "WN", "GN"),
+        {"error": [Model(norm) for norm in ("BN", "LN", "IN", "WN", "GN")]},
+    ),
     "Table 2: error by batch": (
         BATCHES,
-        {norm: [Model(norm, batch) for batch in BATCHES] for norm in ("BN", "GN")},
+        {
+            **{norm: [Model(norm, batch) for batch in BATCHES] for norm in ("BN", "GN")},
+            "BRN": [None, None, Model("BRN", 4), Model("BRN", 2)],
+        },
     ),
-    "Table 3: error of GN by grouping": (
+    "Table 3: error of GN by grouping, at batch 8": (
         GROUPINGS,
         {
-            "groups": [LN if n == 1 else Model("GN", groups=n) for n in GROUPINGS],
-            "channels per group": [IN if n == 1 else Model("GN", width=n) for n in GROUPINGS],
+            "groups": [grouped(groups=n) for n in GROUPINGS],
+            "channels per group": [grouped(width=n) for n in GROUPINGS],
         },
     ),
 }
-MODELS = list(dict.fromkeys(m for _, rows in TABLES.values() for row in rows.values() for m in row))
+MODELS = list(
+    dict.fromkeys(m for _, rows in TABLES.values() for row in rows.values() for m in row if m)
+)
 
 
 def train(model: Model, seed: int, output: Path, opts: list[str]) -> dict[str, Any]:
@@ -163,8 +185,9 @@ def markdown(results: dict[str, Any]) -> str:
     for title, (columns, rows) in TABLES.items():
         cells = []
         for name, models in rows.items():
-            values = [errors(results, model) for model in models]
-            cells.append([name, *(f"{mean(e):.1f} ({min(e):.1f}–{max(e):.1f})" for e in values)])
+            values = [errors(results, model) if model else [] for model in models]
+            texts = (f"{mean(e):.1f} ({min(e):.1f}–{max(e):.1f})" if e else "" for e in values)
+            cells.append([name, *texts])
         lines += [title, "", markdown_table(["", *map(str, columns)], cells)]
     return "\n".join(lines)
 
@@ -174,14 +197,14 @@ def plot(results: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, (title, (columns, rows)) in zip(figure.subplots(1, 3), TABLES.items(), strict=True):
         for (name, models), colour in zip(rows.items(), COLOURS, strict=False):
-            values = [errors(results, model) for model in models]
+            filled = {str(c): m for c, m in zip(columns, models, strict=True) if m}
+            values = [errors(results, model) for model in filled.values()]
             means = [mean(e) for e in values]
             spread = [[m - min(e) for m, e in zip(means, values, strict=True)]]
             spread.append([max(e) - m for m, e in zip(means, values, strict=True)])
             style = "o" if len(rows) == 1 else "o-"
-            labels = list(map(str, columns))
-            axes.errorbar(labels, means, spread, fmt=style, label=name, color=colour, capsize=3)
-        axes.set_title(title)
+            axes.errorbar([*filled], means, spread, fmt=style, label=name, color=colour, capsize=3)
+        axes.set_title(title, fontsize="medium")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

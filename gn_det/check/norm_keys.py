@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from detectron2.config import CfgNode
 
-from ..config import value_of
+from ..config import is_pretraining, value_of
 from ..modeling.fused import IMPLEMENTATIONS, RECOMPUTE
-from ..modeling.norm import backbone_section, part_norm_keys, parts_with_norm
+from ..modeling.norm import WEIGHT_NORM, backbone_section, part_norm_keys, parts_with_norm
 from .problem import Problem
 
 # Detectron2's builders and heads -> gn_det's versions of them
@@ -34,6 +34,10 @@ SECTIONS = {
 def check_norm_keys(cfg: CfgNode) -> Iterator[Problem]:
     """Check for `NORM` keys of model parts that have no layer with a norm."""
     keys = cfg.MODEL
+    for key in part_norm_keys(cfg).values():
+        if value_of(cfg, key) == WEIGHT_NORM and not is_pretraining(cfg):
+            reason, fix = "weight normalization is for pretraining", "set it to GN or FrozenBN"
+            yield Problem(key, WEIGHT_NORM, reason, fix)
     if keys.META_ARCHITECTURE != "GeneralizedRCNN":
         return
     with_norm = parts_with_norm(cfg)

@@ -13,6 +13,7 @@ from ..config import is_pretraining
 from ..data.image_folder import build_test_loader, build_train_loader, read_folder
 from ..errors import InputError
 from ..evaluation.classification import AccuracyEvaluator
+from ..modeling.weight_norm import folded_weights
 from . import train
 from .pretrain_schedule import check_folders, resolve_config, with_classes
 from .trainer import Trainer
@@ -46,7 +47,7 @@ class PretrainTrainer(Trainer):
         results = super().train()
         if comm.is_main_process():
             # The checkpointer has unwrapped the model from DistributedDataParallel
-            backbone = self.checkpointer.model.backbone.state_dict()
+            backbone = folded_weights(self.checkpointer.model.backbone)
             path = Path(self.cfg.OUTPUT_DIR) / CHECKPOINT
             try:
                 save_backbone(backbone, self.cfg, path)

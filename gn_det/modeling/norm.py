@@ -10,6 +10,7 @@ from torchvision.models.convnext import LayerNorm2d
 from ..errors import InputError
 from ..layers import BatchRenorm2d, GroupNorm
 from .parts import BACKBONE_PARTS, part_of
+from .weight_norm import normalize_weights
 
 Norm = str | Callable[[int], nn.Module]
 # Part of the model -> the config key of its norm; that of the backbone depends on its kind
@@ -26,6 +27,8 @@ POINTWISE = "LN2d"
 POINTWISE_EPSILON = 1e-6
 # Batch Renormalization
 RENORM = "BRN"
+# Weight normalization, of backbones in pretraining
+WEIGHT_NORM = "WN"
 
 
 def get_norm(cfg: CfgNode, norm: str, layer_name: str) -> Norm:
@@ -87,12 +90,15 @@ def swap_norm(module: nn.Module, cfg: CfgNode, norm: str, module_name: str) -> N
     Args:
         module: a module that was built with `stock_config`.
         cfg: a config that `add_gn_config` was called on.
-        norm: "GN", "LN", "IN", "LN2d" or "BRN", as in `get_norm`.
+        norm: "GN", "LN", "IN", "LN2d" or "BRN", as in `get_norm`, or "WN" for weight normalization.
         module_name: name of `module` in the model, for error messages.
 
     Raises:
         InputError: if the groups do not divide the channels of a layer; it names the layer.
     """
+    if norm == WEIGHT_NORM:
+        normalize_weights(module)
+        return
     for name, layer in module.named_modules():
         if isinstance(norm_layer := getattr(layer, "norm", None), nn.BatchNorm2d):
             build = get_norm(cfg, norm, f"{module_name}.{name}".removesuffix("."))
@@ -117,7 +123,7 @@ def stock_config(cfg: CfgNode, *keys: str) -> CfgNode:
 
 def is_swapped(norm: str) -> bool:
     """Whether this value of a `NORM` key stands for a norm that `swap_norm` puts in."""
-    return is_group_norm(norm) or norm in (POINTWISE, RENORM)
+    return is_group_norm(norm) or norm in (POINTWISE, RENORM, WEIGHT_NORM)
 
 
 def is_group_norm(norm: str) -> bool:

@@ -6,6 +6,7 @@ from torch import nn
 
 from .conv import StandardizedConv2d
 from .norm import is_swapped, swap_norm
+from .weight_norm import WeightNormConv2d
 
 
 def apply_resnet_keys(stages: nn.Module, cfg: CfgNode, module_name: str) -> None:
@@ -32,7 +33,10 @@ def _zero_last_gamma(stages: nn.Module) -> None:
     """Initialize the last gamma of every residual block to 0 (the paper's Section 4.1)."""
     for block in stages.modules():
         if isinstance(block, CNNBlockBase) and hasattr(block, "conv2"):
-            norm = getattr(block, "conv3", block.conv2).norm
+            conv = getattr(block, "conv3", block.conv2)
+            norm = conv.norm
+            if isinstance(conv, WeightNormConv2d):
+                conv.scale = 0.0
             # FrozenBN's gamma is not trained: at 0 it would disable the branch for good
             if norm is not None and isinstance(norm.weight, nn.Parameter):
                 nn.init.zeros_(norm.weight)
