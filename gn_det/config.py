@@ -65,6 +65,10 @@ def add_gn_config(cfg: CfgNode) -> None:
     # the classifier averages over positions as for a ResNet
     cfg.MODEL.VGG.FC_DIM = 0
 
+    cfg.MODEL.I3D = CfgNode()
+    # Temporal strides of the stem's convolution and pooling in build_gn_i3d_resnet_backbone
+    cfg.MODEL.I3D.STEM_STRIDES = (2, 2)
+
     # Split each batch of IMS_PER_BATCH images into this many passes and accumulate the gradients:
     # the memory of one pass, the optimizer step of the full batch
     cfg.SOLVER.ACCUMULATE_ITERS = 1
@@ -106,6 +110,13 @@ def add_gn_config(cfg: CfgNode) -> None:
     cfg.PRETRAIN.IMAGE_SIZE = 224
     # Smallest area of a random training crop, as a fraction of the image
     cfg.PRETRAIN.MIN_CROP_AREA = 0.08
+    # Dropout before the classifier
+    cfg.PRETRAIN.DROPOUT = 0.0
+    # Clips: number of frames, and their distance in the video
+    cfg.PRETRAIN.FRAMES = 32
+    cfg.PRETRAIN.FRAME_STRIDE = 2
+    # Clips per video in evaluation, whose class probabilities are averaged
+    cfg.PRETRAIN.TEST_CLIPS = 1
 
 
 def default_config() -> CfgNode:
@@ -118,6 +129,11 @@ def default_config() -> CfgNode:
 def is_pretraining(cfg: CfgNode) -> bool:
     """Whether a config trains a classifier, as `tools/pretrain_net.py` does."""
     return cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
+
+
+def is_clips(cfg: CfgNode) -> bool:
+    """Whether a config classifies clips instead of images."""
+    return "i3d" in cfg.MODEL.BACKBONE.NAME
 
 
 def classes_key(cfg: CfgNode) -> str:

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from torch import nn
 from torch.optim import Optimizer
 
-from .config import is_pretraining
+from .config import is_clips, is_pretraining
 from .modeling.norm import parts_with_norm
 from .modeling.parts import BACKBONE_PARTS, MASK_HEAD_PARTS, part_of
 
@@ -29,10 +29,10 @@ NORM_TYPES = (
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """Build Detectron2's optimizer, with the paper's weight decay on every norm parameter.
 
-    The weight decay of gamma and beta is `SOLVER.WEIGHT_DECAY_NORM` in a detector (Section 4.2),
-    and `SOLVER.WEIGHT_DECAY` in pretraining (Section 4.1). `SOLVER.NORM_LR_FACTOR` multiplies the
-    learning rate of norm parameters, `SOLVER.BACKBONE_MULTIPLIER` that of the backbone, and
-    `SOLVER.MASK_HEAD_MULTIPLIER` that of the mask head.
+    The weight decay of gamma and beta is `SOLVER.WEIGHT_DECAY_NORM` in a detector (Section 4.2) and
+    for clips, and `SOLVER.WEIGHT_DECAY` in pretraining (Section 4.1). `SOLVER.NORM_LR_FACTOR`
+    multiplies the learning rate of norm parameters, `SOLVER.BACKBONE_MULTIPLIER` that of the
+    backbone, and `SOLVER.MASK_HEAD_MULTIPLIER` that of the mask head.
 
     Args:
         cfg: a config with gn_det's keys.
@@ -42,7 +42,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         the optimizer; frozen parameters are not in it.
     """
     keys = cfg.SOLVER
-    decay = keys.WEIGHT_DECAY if is_pretraining(cfg) else keys.WEIGHT_DECAY_NORM
+    decays = is_pretraining(cfg) and not is_clips(cfg)
+    decay = keys.WEIGHT_DECAY if decays else keys.WEIGHT_DECAY_NORM
     optimizer = solver.build_optimizer(cfg, model)
     return regroup(optimizer, model, decay, keys.NORM_LR_FACTOR, part_factors(cfg))
 

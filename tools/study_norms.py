@@ -6,6 +6,10 @@ and GN at batch sizes 32 to 2, with the learning rate scaled linearly, and Batch
 (BRN) at 4 and 2. Table 3 varies GN's number of groups and channels per group, at batch size 8 and
 on fewer crops. All models of a table are trained on the same number of crops. The same command
 resumes an interrupted study.
+
+With --clips, Table 8 instead: an I3D, inflated from ResNet-18, on clips of moving shapes. A step
+always has 16 clips, which the network sees in 1, 4 or 8 passes. So BN's batch changes, and number of
+steps, data and learning rate do not.
 """
 
 import argparse
@@ -26,6 +30,7 @@ try:
     from gn_det.config import as_opts
     from gn_det.config_file import read_config
     from gn_det.data import make_shapes
+    from gn_det.data.moving_shapes import make_moving_shapes
     from gn_det.engine.pretrain import PretrainTrainer
     from gn_det.engine.run_record import git_commit, versions
     from gn_det.errors import InputError, exit_on_input_error
@@ -35,9 +40,10 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: {error}") from None
 
-CONFIG = "Shapes/study_R_18.yaml"
+CONFIG, CLIPS_CONFIG = "Shapes/study_R_18.yaml", "Shapes/clips_R_18_gn.yaml"
 EXAMPLE = "example: python tools/study_norms.py --output-dir output/study --seeds 2"
 IMAGES = (600, 300)  # for training and validation; crops are cut from them
+CLIPS = (480, 240)
 
 
 class Model(NamedTuple):
@@ -49,6 +55,7 @@ class Model(NamedTuple):
         epochs: passes over the crops.
         groups: `MODEL.GROUP_NORM.NUM_GROUPS`.
         width: channels per group; -1 to use `groups`.
+        passes: that a batch of clips is divided into; 0 for crops.
     """
 
     norm: str
@@ -56,6 +63,11 @@ class Model(NamedTuple):
     epochs: int = 5
     groups: int = 32
     width: int = -1
+    passes: int = 0
+
+    @property
+    def config(self) -> str:
+        return CLIPS_CONFIG if self.passes else CONFIG
 
     def keys(self, seed: int) -> list[str]:
         """Its config, as `KEY VALUE` pairs."""
@@ -67,6 +79,7 @@ class Model(NamedTuple):
             "PRETRAIN.EPOCHS": self.epochs,
             # The shares of the schedule after which the rate drops
             "PRETRAIN.STEPS": tuple(round(share * self.epochs, 2) for share in (0.77, 0.93)),
+            "SOLVER.ACCUMULATE_ITERS": max(self.passes, 1),
             "SEED": seed,
         }
         return as_opts(keys)
@@ -82,8 +95,14 @@ def grouped(groups: int = 32, width: int = -1) -> Model:
     return Model(norm, 8, 2, 32 if own else groups, -1 if own else width)
 
 
+def of_clips(norm: str, passes: int) -> Model:
+    """A model of Table 8."""
+    return Model(norm, 16, 24, passes=passes)
+
+
 # Title: (columns, {row name: models, None for an empty cell})
-TABLES: dict[str, tuple[tuple[Any, ...], dict[str, list[Model | None]]]] = {
+Tables = dict[str, tuple[tuple[Any, ...], dict[str, list[Model | None]]]]
+TABLES: Tables = {
     "Table 1: error at batch 32": (
         ("BN", "LN", "IN", "WN", "GN"),
         {"error": [Model(norm) for norm in ("BN", "LN", "IN", "WN", "GN")]},
@@ -103,9 +122,18 @@ TABLES: dict[str, tuple[tuple[Any, ...], dict[str, list[Model | None]]]] = {
         },
     ),
 }
-MODELS = list(
-    dict.fromkeys(m for _, rows in TABLES.values() for row in rows.values() for m in row if m)
-)
+CLIP_TABLES: Tables = {
+    "Table 8: error by clips per pass": (
+        (16, 4, 2),
+        {"BN": [of_clips("BN", n) for n in (1, 4, 8)], "GN": [of_clips("GN", 1), None, None]},
+    )
+}
+
+
+def models_of(tables: Tables) -> list[Model]:
+    """The models of tables, each once."""
+    rows = [row for _, rows in tables.values() for row in rows.values()]
+    return list(dict.fromkeys(model for row in rows for model in row if model))
 
 
 def train(model: Model, seed: int, output: Path, opts: list[str]) -> dict[str, Any]:
@@ -114,15 +142,15 @@ def train(model: Model, seed: int, output: Path, opts: list[str]) -> dict[str, A
     logging.disable(logging.INFO)
     folder = output / "running" / "-".join(map(str, (*model, seed)))
     shutil.rmtree(folder, ignore_errors=True)
-    crops = output / "shapes" / "crops"
+    data = output / ("moving_shapes" if model.passes else "shapes/crops")
     keys = {
         "MODEL.DEVICE": "cpu",
         "OUTPUT_DIR": folder,
-        "DATASETS.TRAIN": (f"{crops}/train",),
-        "DATASETS.TEST": (f"{crops}/val",),
+        "DATASETS.TRAIN": (f"{data}/train",),
+        "DATASETS.TEST": (f"{data}/val",),
     }
     words = as_opts(keys)
-    cfg = read_config(CONFIG, [*words, *model.keys(seed), *opts])
+    cfg = read_config(model.config, [*words, *model.keys(seed), *opts])
     seed_all_rng(seed)
     trainer = PretrainTrainer(cfg)
     trainer.train()
@@ -137,13 +165,16 @@ def train(model: Model, seed: int, output: Path, opts: list[str]) -> dict[str, A
     }
 
 
-def study(output: Path, seeds: int, opts: list[str]) -> dict[str, Any]:
+def study(
+    output: Path, seeds: int, opts: list[str], models: list[Model] | None = None
+) -> dict[str, Any]:
     """Train all models that `results.json` does not have yet, and update it after every run.
 
     Args:
         output: folder of `results.json`, created if it does not exist.
         seeds: number of runs per model.
         opts: `KEY VALUE` overrides for every run.
+        models: to train, all of crops or all of clips; None for those of `TABLES`.
 
     Returns:
         the content of `results.json`.
@@ -152,18 +183,22 @@ def study(output: Path, seeds: int, opts: list[str]) -> dict[str, Any]:
         InputError: if it has other settings.
     """
     path = output / "results.json"
-    settings = {"config": CONFIG, "opts": opts, "pictures": list(IMAGES)}
+    models = models or models_of(TABLES)
+    clips = models[0].passes > 0
+    numbers = CLIPS if clips else IMAGES
+    settings = {"config": models[0].config, "opts": opts, "pictures": list(numbers)}
     results: dict[str, Any] = {"settings": settings, "versions": versions()}
     results |= {"git_commit": git_commit(), "runs": []}
     if path.exists():
         results = json.loads(path.read_text())
     if results["settings"] != settings:
         raise InputError(f"{path} has other settings: choose another --output-dir")
-    if not (output / "shapes").exists():
+    data = output / ("moving_shapes" if clips else "shapes")
+    if not data.exists():
         output.mkdir(parents=True, exist_ok=True)
-        make_shapes(output / "shapes", *IMAGES)
+        (make_moving_shapes if clips else make_shapes)(data, *numbers)
     done = {(Model(**run["model"]), run["seed"]) for run in results["runs"]}
-    todo = [(m, seed) for seed in range(seeds) for m in MODELS if (m, seed) not in done]
+    todo = [(m, seed) for seed in range(seeds) for m in models if (m, seed) not in done]
     calls = [(model, seed, output, opts) for model, seed in todo]
     for i, run in enumerate(run_parallel(train, calls, 2), start=1):
         results["runs"].append(run)
@@ -179,10 +214,10 @@ def errors(results: dict[str, Any], model: Model) -> list[float]:
     return [run["error"] for run in results["runs"] if Model(**run["model"]) == model]
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The three tables: means over seeds, with the lowest and highest error."""
-    lines = ["Errors in percent on validation crops: mean over seeds (lowest to highest).", ""]
-    for title, (columns, rows) in TABLES.items():
+def markdown(results: dict[str, Any], tables: Tables = TABLES) -> str:
+    """The tables: means over seeds, with the lowest and highest error."""
+    lines = ["Errors in percent on validation data: mean over seeds (lowest to highest).", ""]
+    for title, (columns, rows) in tables.items():
         cells = []
         for name, models in rows.items():
             values = [errors(results, model) if model else [] for model in models]
@@ -192,10 +227,11 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict[str, Any]) -> Figure:
+def plot(results: dict[str, Any], tables: Tables = TABLES) -> Figure:
     """Plot one panel per table: means over seeds, with error bars from lowest to highest."""
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for axes, (title, (columns, rows)) in zip(figure.subplots(1, 3), TABLES.items(), strict=True):
+    figure = Figure(figsize=(4 * len(tables), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(tables), squeeze=False)[0]
+    for axes, (title, (columns, rows)) in zip(panels, tables.items(), strict=True):
         for (name, models), colour in zip(rows.items(), COLOURS, strict=False):
             filled = {str(c): m for c, m in zip(columns, models, strict=True) if m}
             values = [errors(results, model) for model in filled.values()]
@@ -218,18 +254,21 @@ def main() -> None:
     """Train, and write `results.json`, `results.md` and `results.png`."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog=EXAMPLE)
     add = parser.add_argument
-    help_ = "folder for data and results (default %(default)s)"
-    add("--output-dir", type=Path, default=Path("output/study"), metavar="FOLDER", help=help_)
+    help_ = "folder for data and results (default output/study, or output/study_clips)"
+    add("--output-dir", type=Path, metavar="FOLDER", help=help_)
     help_ = "training runs per model, with the seeds 0 to N - 1 (default %(default)s)"
     add("--seeds", type=int, default=2, metavar="N", help=help_)
+    add("--clips", action="store_true", help="Table 8, on clips, instead of Tables 1 to 3")
     help_ = "KEY VALUE pairs that override the config of every run"
     add("opts", nargs=argparse.REMAINDER, help=help_)
     args = parser.parse_args()
     with exit_on_input_error():
-        results = study(args.output_dir, args.seeds, args.opts)
-        (args.output_dir / "results.md").write_text(markdown(results))
-        plot(results).savefig(args.output_dir / "results.png", dpi=120)
-        print(f"done: {args.output_dir / 'results.md'}")
+        tables = CLIP_TABLES if args.clips else TABLES
+        output = args.output_dir or Path("output", "study_clips" if args.clips else "study")
+        results = study(output, args.seeds, args.opts, models_of(tables))
+        (output / "results.md").write_text(markdown(results, tables))
+        plot(results, tables).savefig(output / "results.png", dpi=120)
+        print(f"done: {output / 'results.md'}")
 
 
 if __name__ == "__main__":

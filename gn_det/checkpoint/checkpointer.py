@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..files import write_whole
+from ..modeling.i3d import inflate_weights
 from ..modeling.parts import weight_names
 from .load import Loaded
 from .names import norm_of
@@ -158,6 +159,7 @@ class StrictCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: Any) -> None:
         norm = norm_of(checkpoint["model"])
+        inflate_weights(checkpoint["model"], self.model)
         result = super()._load_model(checkpoint)
         model = weight_names(self.model)
         misshapen = {name for name, *_ in result.incorrect_shapes}

@@ -230,3 +230,12 @@ def read_image(path: Path) -> np.ndarray:
     except (OSError, ValueError) as error:
         shown = printable(str(path), 1000)
         raise InputError(f"{shown} cannot be read as an image: {error}") from None
+
+
+class UnreadableImageError(InputError):
+    """An image file that cannot be decoded; the message is one sentence, also from a worker."""
+
+    def __init__(self, text: str) -> None:
+        # DataLoader re-raises a worker's error with its whole traceback as the text, which ends
+        # with the name of this class and the message
+        super().__init__(text.strip().rpartition(f"{type(self).__name__}: ")[2])

@@ -1,4 +1,4 @@
-"""Data loaders for image classification, on image folders with one sub-folder per class.
+"""Data loaders for classification, on folders of images or clips with one sub-folder per class.
 
 Instead of a registered name, `DATASETS.TRAIN` and `DATASETS.TEST` give the path of a folder, either
 as it is or relative to `$DETECTRON2_DATASETS` (default `./datasets`). The layout is that of
@@ -19,28 +19,22 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
+from ..config import is_clips
 from ..errors import InputError
-from .image_files import read_image
+from .clips import ClipMapper, list_clips
+from .image_files import UnreadableImageError, read_image
 from .loader import TrainLoader
 from .worker_limits import sharing_workers
 
 
-class UnreadableImageError(InputError):
-    """An image file that cannot be decoded; the message is one sentence, also from a worker."""
-
-    def __init__(self, text: str) -> None:
-        # DataLoader re-raises a worker's error with its whole traceback as the text, which ends
-        # with the name of this class and the message
-        super().__init__(text.strip().rpartition(f"{type(self).__name__}: ")[2])
-
-
 # Cached, since each loader calls this, and listing ImageNet takes a while
 @functools.cache
-def read_folder(name: str) -> ImageFolder:
-    """List the images and classes of an image folder; class folders may be empty.
+def read_folder(name: str, clips: bool = False) -> ImageFolder:
+    """List the images or clips and the classes of a folder; class folders may be empty.
 
     Args:
         name: path of the folder, as it is or relative to `$DETECTRON2_DATASETS`.
+        clips: whether it has clips, as in `list_clips`.
 
     Raises:
         InputError: if the folder does not exist, or has no class folders or no images.
@@ -54,13 +48,13 @@ def read_folder(name: str) -> ImageFolder:
             "DATASETS.TEST must name image folders with one sub-folder per class"
         )
     try:
-        folder = ImageFolder(str(path), allow_empty=True)
+        folder = list_clips(path) if clips else ImageFolder(str(path), allow_empty=True)
     except OSError as error:
         raise InputError(
             f"{path} cannot be used ({error}): it must have one folder of images per class"
         ) from None
     if not folder.samples:
-        raise InputError(f"the class folders of {path} have no images")
+        raise InputError(f"the class folders of {path} have no {'clips' if clips else 'images'}")
     return folder
 
 
@@ -107,6 +101,10 @@ class ImageMapper:
         return {"file_name": path, "label": label, "image": image.flip(0) if self._bgr else image}
 
 
+def _mapper(cfg: CfgNode, is_train: bool) -> ImageMapper | ClipMapper:
+    return ClipMapper(cfg, is_train) if is_clips(cfg) else ImageMapper(cfg, is_train)
+
+
 def build_train_loader(cfg: CfgNode) -> TrainLoader:
     """Build the training loader for `DATASETS.TRAIN[0]`.
 
@@ -115,8 +113,8 @@ def build_train_loader(cfg: CfgNode) -> TrainLoader:
         `SOLVER.IMS_PER_BATCH` images over all processes.
     """
     return TrainLoader(
-        read_folder(cfg.DATASETS.TRAIN[0]).samples,
-        ImageMapper(cfg, is_train=True),
+        read_folder(cfg.DATASETS.TRAIN[0], is_clips(cfg)).samples,
+        _mapper(cfg, is_train=True),
         lambda samples: TrainingSampler(len(samples)),
         batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
         group_by_shape=False,
@@ -134,10 +132,10 @@ def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
     Returns:
         each image once, as batches that are lists of the dicts of `ImageMapper`.
     """
-    samples = read_folder(name).samples
+    samples = read_folder(name, is_clips(cfg)).samples
     # Detectron2 0.6's own test loader only supports batches of one image
     return DataLoader(
-        MapDataset(samples, ImageMapper(cfg, is_train=False)),
+        MapDataset(samples, _mapper(cfg, is_train=False)),
         batch_size=max(cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), 1),
         sampler=InferenceSampler(len(samples)),
         num_workers=sharing_workers(cfg.DATALOADER.NUM_WORKERS),

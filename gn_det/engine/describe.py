@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from ..check.weights import grouping_mismatch
 from ..checkpoint.checkpointer import StrictCheckpointer
 from ..checkpoint.facts import describe
-from ..config import is_pretraining
+from ..config import is_clips, is_pretraining
 from ..data.image_folder import read_folder
 from ..errors import InputError
 from ..modeling import build_on_meta_device
@@ -73,7 +73,7 @@ def _resolved(cfg: CfgNode) -> CfgNode:
     if not is_pretraining(cfg):
         return cfg
     try:
-        folder = read_folder(cfg.DATASETS.TRAIN[0])
+        folder = read_folder(cfg.DATASETS.TRAIN[0], is_clips(cfg))
     except InputError:
         classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
         cfg = resolve_config(cfg, 1000 * cfg.SOLVER.IMS_PER_BATCH, classes)
@@ -150,7 +150,7 @@ def _data(cfg: CfgNode) -> Iterator[str]:
     if is_pretraining(cfg):
         epochs = f"{cfg.PRETRAIN.EPOCHS} epochs"
         try:
-            folder = read_folder(names[0])
+            folder = read_folder(names[0], is_clips(cfg))
         except InputError:
             yield f"{names[0]} NOT FOUND: training would abort; {epochs}"
             return

@@ -9,7 +9,7 @@ from detectron2.utils import comm
 
 from ..check.machine import check_machine
 from ..checkpoint.save import save_backbone
-from ..config import is_pretraining
+from ..config import is_clips, is_pretraining
 from ..data.image_folder import build_test_loader, build_train_loader, read_folder
 from ..errors import InputError
 from ..evaluation.classification import AccuracyEvaluator
@@ -40,7 +40,7 @@ class PretrainTrainer(Trainer):
     def __init__(self, cfg: CfgNode) -> None:
         self.check_architecture(cfg)
         self.check_data(cfg)
-        folder = read_folder(cfg.DATASETS.TRAIN[0])
+        folder = read_folder(cfg.DATASETS.TRAIN[0], is_clips(cfg))
         super().__init__(resolve_config(cfg, len(folder), len(folder.classes)))
 
     def train(self) -> Any:
@@ -72,7 +72,7 @@ class PretrainTrainer(Trainer):
 
     @classmethod
     def evaluate(cls, cfg: CfgNode, resume: bool) -> dict:
-        folder = read_folder(cfg.DATASETS.TEST[0])
+        folder = read_folder(cfg.DATASETS.TEST[0], is_clips(cfg))
         return super().evaluate(with_classes(cfg, len(folder.classes)), resume)
 
     @classmethod

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 from detectron2.config import CfgNode
 
+from ..config import is_clips
 from ..data.image_folder import read_folder
 from ..errors import InputError
 
@@ -27,20 +28,21 @@ def check_folders(cfg: CfgNode, train: bool = True) -> None:
         )
     if not train and not cfg.DATASETS.TEST:
         raise InputError("DATASETS.TEST is empty: set it to the folder to evaluate on")
+    clips = is_clips(cfg)
     names = [*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]
     for name in names[1:]:
-        one, two = (set(read_folder(n).classes) for n in (names[0], name))
+        one, two = (set(read_folder(n, clips).classes) for n in (names[0], name))
         if one != two:
             raise InputError(
                 f"{names[0]} has {len(one)} classes and {name} has {len(two)}, and only one of "
                 f"them has {min(one ^ two)}: their subfolders must have the same names"
             )
-    if len(classes := read_folder(names[0]).classes) < 2:
+    if len(classes := read_folder(names[0], clips).classes) < 2:
         raise InputError(
             f"{names[0]} has only one class, {classes[0]}: name the folder that directly contains "
             "one subfolder per class"
         )
-    images = len(read_folder(names[0]))
+    images = len(read_folder(names[0], clips))
     if train and images < cfg.SOLVER.IMS_PER_BATCH:
         raise InputError(
             f"{names[0]} has {images} images, fewer than SOLVER.IMS_PER_BATCH "

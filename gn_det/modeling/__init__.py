@@ -1,6 +1,7 @@
 """Models with Group Normalization. Importing this registers them in Detectron2's registries."""
 
 from .backbone import (
+    build_gn_i3d_resnet_backbone,
     build_gn_resnet_backbone,
     build_gn_resnet_fpn_backbone,
     build_gn_retinanet_resnet_fpn_backbone,
@@ -20,6 +21,7 @@ __all__ = [
     "GNRetinaNet",
     "GNSemSegFPNHead",
     "ImageClassifier",
+    "build_gn_i3d_resnet_backbone",
     "build_gn_resnet_backbone",
     "build_gn_resnet_fpn_backbone",
     "build_gn_retinanet_resnet_fpn_backbone",

@@ -13,6 +13,7 @@ from detectron2.modeling.backbone.fpn import (
 from detectron2.modeling.backbone.resnet import build_resnet_backbone
 
 from .fused import implement, implement_args
+from .i3d import I3D, inflate
 from .norm import is_swapped, stock_config, swap_norm
 from .resnet import apply_resnet_keys
 from .vgg import VGG
@@ -65,6 +66,12 @@ def build_gn_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec)
     The convolutions of p6 and p7 have no norm, as in Detectron2.
     """
     return _build_fpn(build_retinanet_resnet_fpn_backbone, cfg, input_shape)
+
+
+@BACKBONE_REGISTRY.register()
+def build_gn_i3d_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> I3D:
+    """Build `build_gn_resnet_backbone` for clips, with the keys of `MODEL.I3D`."""
+    return inflate(build_gn_resnet_backbone(cfg, input_shape), cfg.MODEL.I3D.STEM_STRIDES)
 
 
 @BACKBONE_REGISTRY.register()

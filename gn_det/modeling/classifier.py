@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import Tensor, nn
 
+from ..config import is_clips
 from .norm import backbone_section
 
 # Height and width of VGG's last features at 224 pixels
@@ -38,34 +39,45 @@ class ImageClassifier(nn.Module):
         if backbone_section(cfg) == "VGG" and units:
             self.hidden = _vgg_layers(channels, units)
             channels = units
+        self.dropout = nn.Dropout(cfg.PRETRAIN.DROPOUT)
         self.classifier = nn.Linear(channels, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
         nn.init.normal_(self.classifier.weight, std=0.01)
         for name, pixel in (("mean", cfg.MODEL.PIXEL_MEAN), ("std", cfg.MODEL.PIXEL_STD)):
-            self.register_buffer(name, torch.tensor(pixel).view(-1, 1, 1), persistent=False)
+            shape = (-1, 1, 1, 1) if is_clips(cfg) else (-1, 1, 1)
+            self.register_buffer(name, torch.tensor(pixel).view(shape), persistent=False)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Compute the class scores of a batch of images.
+        """Compute the class scores of a batch of images or clips.
 
         Args:
-            images: (N, 3, H, W), values from 0 to 255, channels in the order of `INPUT.FORMAT`.
+            images: (N, 3, H, W) or (N, 3, T, H, W), values from 0 to 255, channels in the order of
+                `INPUT.FORMAT`.
 
         Returns:
             logits, (N, classes).
         """
         x = self.backbone((images.to(self.mean.device) - self.mean) / self.std)[self.feature]
-        return self.classifier(x.mean(dim=(2, 3)) if self.hidden is None else self.hidden(x))
+        x = x.mean(dim=tuple(range(2, x.dim()))) if self.hidden is None else self.hidden(x)
+        return self.classifier(self.dropout(x))
 
     def forward(self, batch: Sequence[dict[str, Any]]) -> Any:
         """Compute the training loss of a batch, or the class scores of its images.
 
         Args:
-            batch: one dict per image: "image", (3, H, W), uint8, of the same size for all images;
-                in training also "label", the class index.
+            batch: one dict per image: "image", uint8, (3, H, W), or (3, T, H, W) for clips, of the
+                same size for all; in training also "label", the class index. In evaluation, clips
+                have the shape (clips, 3, T, H, W).
 
         Returns:
-            {"loss_cls": scalar} in training, else one {"logits": (classes,)} per image.
+            {"loss_cls": scalar} in training, else one {"logits": (classes,)} per image. Of several
+            clips, they are the logarithms of the average probabilities.
         """
-        logits = self.logits(torch.stack([item["image"] for item in batch]))
+        images = torch.stack([item["image"] for item in batch])
+        if images.dim() == 6:
+            logits = self.logits(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+            logits = logits.softmax(2).mean(1).log()
+        else:
+            logits = self.logits(images)
         if not self.training:
             return [{"logits": scores} for scores in logits]
         labels = torch.tensor([item["label"] for item in batch], device=logits.device)
