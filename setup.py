@@ -47,12 +47,13 @@ setup(
     extras_require={
         "onnx": ["onnx>=1.16", "onnxruntime>=1.18"],
         "openvino": ["onnx>=1.16", "openvino>=2024.4"],
+        "video": ["av>=12"],
         "wandb": ["wandb>=0.16"],
         "mlflow": ["mlflow-skinny>=2.10"],
         # timm is what conversions are compared with
         "dev": [
             *("mypy==2.4.1", "playwright", "pytest>=8", "pytest-xdist>=3", "ruff==0.17.6"),
-            *("timm>=1.0", "onnx>=1.16", "onnxruntime>=1.18", "openvino>=2024.4"),
+            *("timm>=1.0", "onnx>=1.16", "onnxruntime>=1.18", "openvino>=2024.4", "av>=12"),
         ],
     },
 )

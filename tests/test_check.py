@@ -30,6 +30,7 @@ C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_2x_gn"
 SCRATCH = "COCO-InstanceSegmentation/scratch_mask_rcnn_R_50_FPN_3x_gn"
 SYNC = "Detectron1-Comparisons/scratch_mask_rcnn_R_50_FPN_noaug_3x_syncbn"
 UNFROZEN = "Detectron1-Comparisons/mask_rcnn_R_50_FPN_noaug_2x_bn"
+PUBLISHED = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
 STOCK = {
     "BACKBONE": "build_resnet_fpn_backbone",
     "ROI_BOX_HEAD": "FastRCNNConvFCHead",
@@ -62,6 +63,18 @@ def test_every_shipped_config_passes(name, num_gpus):
 
 # Mistakes: (config, overrides, key of the problem, text in its message)
 MISTAKES = {
+    "a detector for clips": (
+        *(FPN, ("MODEL.BACKBONE.NAME", "build_gn_i3d_resnet_backbone")),
+        *("MODEL.BACKBONE.NAME", "clips"),
+    ),
+    "clips that are too short": (
+        *("Kinetics-Classification/I3D_R_50_32_gn", ("PRETRAIN.FRAMES", 6)),
+        *("PRETRAIN.FRAMES", "at least 8"),
+    ),
+    "weights of a ResNet in a VGG": (
+        *("COCO-Detection/faster_rcnn_VGG_16_1x", ("MODEL.WEIGHTS", PUBLISHED)),
+        *("MODEL.WEIGHTS", "it holds a ResNet"),
+    ),
     "recomputation with native norms": (
         FPN,
         ("MODEL.GROUP_NORM.IMPL", "native", "MODEL.GROUP_NORM.RECOMPUTE", "block"),

@@ -18,7 +18,10 @@ from gn_det.errors import InputError
 
 LEAVES = sorted(str(p.relative_to(ROOT / "configs")) for p in (ROOT / "configs").glob("*/*.yaml"))
 DETECTORS = [name for name in LEAVES if "_rcnn_" in name]
-PRETRAININGS = [name for name in LEAVES if "/pretrain" in name or "ImageNet" in name]
+CLIPS = [name for name in LEAVES if "I3D" in name or "/clips" in name]
+PRETRAININGS = [
+    name for name in LEAVES if "/pretrain" in name or "ImageNet" in name or name in CLIPS
+]
 
 
 def test_add_gn_config_changes_only_the_given_config():
@@ -43,6 +46,7 @@ def test_add_gn_config_changes_only_the_given_config():
         "MODEL.VGG.NORM": "FrozenBN",
         "MODEL.VGG.OUT_FEATURES": ["conv5"],
         "MODEL.VGG.FC_DIM": 0,
+        "MODEL.I3D.STEM_STRIDES": (2, 2),
         "SOLVER.ACCUMULATE_ITERS": 1,
         "SOLVER.AMP.DTYPE": "float16",
         "SOLVER.NORM_LR_FACTOR": 1.0,
@@ -60,6 +64,10 @@ def test_add_gn_config_changes_only_the_given_config():
         "PRETRAIN.REFERENCE_BATCH_SIZE": 256,
         "PRETRAIN.IMAGE_SIZE": 224,
         "PRETRAIN.MIN_CROP_AREA": 0.08,
+        "PRETRAIN.DROPOUT": 0.0,
+        "PRETRAIN.FRAMES": 32,
+        "PRETRAIN.FRAME_STRIDE": 2,
+        "PRETRAIN.TEST_CLIPS": 1,
     }
     assert "GROUP_NORM" not in get_cfg().MODEL
 
@@ -115,7 +123,8 @@ def test_every_model_trains(name):
     model = build_model(cfg)
     if name in PRETRAININGS:
         expected: tuple[str, ...] = ("loss_cls",)
-        images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+        shape = (2, 3, 8, 64, 64) if name in CLIPS else (2, 3, 64, 64)
+        images = torch.randint(256, shape, dtype=torch.uint8)
         batch = [{"image": image, "label": i} for i, image in enumerate(images)]
     else:
         expected = ("loss_cls", "loss_rpn_cls", *(["loss_mask"] * cfg.MODEL.MASK_ON))
@@ -151,6 +160,10 @@ def pairs() -> Iterator[tuple[str, str]]:
     yield "Shapes/pretrain_VGG_11_bn", "Shapes/pretrain_VGG_11_gn"
     yield "COCO-Detection/faster_rcnn_VGG_16_1x", "COCO-Detection/faster_rcnn_VGG_16_1x_gn"
     yield "ImageNet-Classification/VGG_16_bn", "ImageNet-Classification/VGG_16_gn"
+    yield "Shapes/clips_R_18_bn", "Shapes/clips_R_18_gn"
+    for frames in (32, 64):
+        name = f"Kinetics-Classification/I3D_R_50_{frames}"
+        yield f"{name}_bn", f"{name}_gn"
     for norm in ("gn", "ln", "in", "syncbn"):
         yield "ImageNet-Classification/R_50_bn", f"ImageNet-Classification/R_50_{norm}"
     yield "ImageNet-Classification/R_101_bn", "ImageNet-Classification/R_101_gn"

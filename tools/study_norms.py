@@ -8,8 +8,8 @@ on fewer crops. All models of a table are trained on the same number of crops. T
 resumes an interrupted study.
 
 With --clips, Table 8 instead: an I3D, inflated from ResNet-18, on clips of moving shapes. A step
-always has 16 clips, which the network sees in 1, 4 or 8 passes. So BN's batch changes, and number of
-steps, data and learning rate do not.
+always has 16 clips, which the network sees in 1, 4 or 8 passes. So BN's batch changes, and number
+of steps, data and learning rate do not.
 """
 
 import argparse

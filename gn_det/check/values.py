@@ -1,5 +1,6 @@
 """Checks of single values that Detectron2 and PyTorch would refuse with a traceback."""
 
+import math
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -9,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import samplers
 from detectron2.solver import build_lr_scheduler
 
-from ..config import is_pretraining, value_of
+from ..config import is_clips, is_pretraining, value_of
 from .problem import Problem
 
 # Key -> smallest and largest value
@@ -38,6 +39,8 @@ RANGES: dict[str, tuple[float, float]] = {
         )
     },
     "MODEL.VGG.FC_DIM": (0, 2**16),
+    **{f"PRETRAIN.{key}": (1, 2**16) for key in ("FRAMES", "FRAME_STRIDE", "TEST_CLIPS")},
+    "PRETRAIN.DROPOUT": (0, 1),
     "TEST.DRAWN_IMAGES": (0, 1e9),
     **{
         f"MODEL.{key}": (0, 1)
@@ -159,6 +162,17 @@ def _lists_that_do_not_fit(cfg: CfgNode) -> Iterator[Problem]:
         reason = f"they are not standard deviations of {len(keys.PIXEL_MEAN)} channels"
         fix = "give a number above 0 for each of MODEL.PIXEL_MEAN"
         yield Problem("MODEL.PIXEL_STD", keys.PIXEL_STD, reason, fix)
+    if is_clips(cfg) and not is_pretraining(cfg):
+        reason, fix = "this backbone is for clips", "set MODEL.META_ARCHITECTURE ImageClassifier"
+        yield Problem("MODEL.BACKBONE.NAME", keys.BACKBONE.NAME, reason, fix)
+    strides, frames = keys.I3D.STEM_STRIDES, cfg.PRETRAIN.FRAMES
+    if len(strides) != 2 or not all(type(stride) is int and stride > 0 for stride in strides):
+        key, fix = "MODEL.I3D.STEM_STRIDES", 'give two strides, such as "(2,2)"'
+        yield Problem(key, strides, "they are not two temporal strides", fix)
+    elif is_clips(cfg) and frames < 2 * math.prod(strides):
+        reason = f"MODEL.I3D.STEM_STRIDES {tuple(strides)} and a pooling leave no frame"
+        fix = f"set it to at least {2 * math.prod(strides)}"
+        yield Problem("PRETRAIN.FRAMES", frames, reason, fix)
     sampling, sizes = cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING, cfg.INPUT.MIN_SIZE_TRAIN
     if sampling == "range" and len(sizes) != 2:
         key, fix = "INPUT.MIN_SIZE_TRAIN_SAMPLING", "give the smallest and the largest"

@@ -154,7 +154,8 @@ def _data(cfg: CfgNode) -> Iterator[str]:
         except InputError:
             yield f"{names[0]} NOT FOUND: training would abort; {epochs}"
             return
-        size = f"{len(folder):,} images in {len(folder.classes):,} classes"
+        kind = "clips" if is_clips(cfg) else "images"
+        size = f"{len(folder):,} {kind} in {len(folder.classes):,} classes"
         yield f"{names[0]}: {size}, {epochs} in {cfg.SOLVER.MAX_ITER:,} steps"
         return
     seen = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH

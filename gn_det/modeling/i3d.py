@@ -26,25 +26,17 @@ INFLATED: Mapping[str, Callable[[int], bool]] = {
 }
 
 
-class _OverTime:
-    """Mixin of `NormConv2d` for feature maps (N, C, T, H, W) and filters of five dimensions."""
+class InflatedConv2d(NormConv2d):
+    """A convolution over time, height and width, of feature maps (N, C, T, H, W)."""
 
-    def forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        geometry = self.stride, self.padding, self.dilation, self.groups
-        x = F.conv3d(x, self.filters(), self.bias, *geometry)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        geometry: Any = self.stride, self.padding, self.dilation, self.groups
+        x = F.conv3d(x, self.weight, self.bias, *geometry)
         if self.norm is not None:
             # Norms compute over (T, H, W), which T x H rows of W pixels have in any layout
             rows = [x.flatten(2, 3), *([] if residual is None else [residual.flatten(2, 3)])]
             x = self.norm(*rows).unflatten(2, x.shape[2:4])
         return x if self.activation is None else self.activation(x)
-
-
-class InflatedConv2d(_OverTime, NormConv2d):
-    """A convolution over time, height and width."""
-
-
-class InflatedStandardizedConv2d(_OverTime, StandardizedConv2d):
-    """`InflatedConv2d` with standardized filters (GN+WS)."""
 
 
 class InflatedStem(BasicStem):
@@ -109,8 +101,10 @@ def _inflate_conv(conv: Any, frames: int, stride: int = 1) -> None:
         raise InputError(
             "a backbone for clips needs a norm after each convolution", key=key, fix=fix
         )
-    standardized = isinstance(conv, StandardizedConv2d)
-    conv.__class__ = InflatedStandardizedConv2d if standardized else InflatedConv2d
+    if isinstance(conv, StandardizedConv2d):
+        key, fix = "MODEL.RESNETS.WEIGHT_STANDARDIZATION", "set it to False"
+        raise InputError("a backbone for clips has no standardized weights", key=key, fix=fix)
+    conv.__class__ = InflatedConv2d
     weight, trained = inflated(conv.weight.detach(), frames), conv.weight.requires_grad
     if frames > 1:
         # Without pretrained weights, all frames start at random

@@ -15,7 +15,9 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
+from gn_det.checkpoint.save import save_backbone
 from gn_det.config_file import read_config
+from gn_det.data.moving_shapes import make_moving_shapes
 from gn_det.engine import pretrain, train, trainer
 from gn_det.errors import InputError
 
@@ -211,3 +213,40 @@ def test_errors_name_the_right_tool(tmp_path):
         pretrain.PretrainTrainer(cfg)
     with pytest.raises(InputError, match=r"tools/pretrain_net.py"):
         trainer.Trainer(read_config(GN, opts(tmp_path)))
+
+
+CLIPS = ("SOLVER.IMS_PER_BATCH", "8", "PRETRAIN.EPOCHS", "2", "PRETRAIN.STEPS", "()")
+
+
+def test_clips(tmp_path, monkeypatch):
+    """Trained in passes from an image model, and evaluated with several clips per video."""
+    make_moving_shapes(tmp_path / "moving_shapes", 24, 8)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    cfg = read_config(GN, [*TINY, "PRETRAIN.IMAGE_SIZE", "32"])
+    save_backbone(build_model(cfg).backbone.state_dict(), cfg, tmp_path / "flat.pth")
+    words = (*CLIPS, "SOLVER.ACCUMULATE_ITERS", "2", "PRETRAIN.TEST_CLIPS", "2")
+    words = (*words, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path / "out")
+    config = ("--config-file", "configs/Shapes/clips_R_18_gn.yaml")
+    weights = ("MODEL.WEIGHTS", tmp_path / "flat.pth")
+    done = command("tools/pretrain_net.py", *config, *words, *weights)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"loaded +60 tensors: ResNet 60", done.stderr + done.stdout)
+    last = lines(tmp_path / "out")[-1]
+    assert last["iteration"] == 6 and 0 <= last["accuracy/top1"] <= 100
+    state = torch.load(tmp_path / "out" / "backbone.pth", weights_only=True)["model"]
+    assert state["stem.conv1.weight"].shape == (64, 3, 5, 7, 7)
+    shown = command("tools/pretrain_net.py", *config, "--check", *words)
+    assert "24 clips in 4 classes" in shown.stdout, shown.stdout
+
+
+def test_weight_normalization_is_folded(tmp_path):
+    """`backbone.pth` holds plain weights and biases."""
+    words = opts(tmp_path, PRETRAIN__EPOCHS=1, PRETRAIN__STEPS="()", MODEL__RESNETS__NORM="WN")
+    trainer = pretrain.PretrainTrainer(read_config(GN, words))
+    trainer.train()
+    state = torch.load(tmp_path / "backbone.pth", weights_only=True)["model"]
+    convs = {n for n, m in trainer.model.backbone.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    assert {*state} == {f"{name}.{kind}" for name in convs for kind in ("weight", "bias")}
+    for name in convs:
+        layer = trainer.model.backbone.get_submodule(name)
+        assert_close(state[f"{name}.weight"], layer.weight)

@@ -90,3 +90,18 @@ def test_last_gamma_of_each_block_is_initialized_to_zero(name):
     assert zero == {n for n in gammas if f".{last}.norm" in n}
     assert len(zero) == (8 if "18" in name else 16)
     assert all((gammas[n] == 1).all() for n in set(gammas) - zero)
+
+
+@pytest.mark.parametrize("norm", ["bn", "gn"])
+@pytest.mark.parametrize(("frames", "clips"), [(32, 64), (64, 32)])
+def test_section_4_3(norm, frames, clips):
+    """The non-local baseline: 400,000 iterations of 64 clips, of 32 frames that are 2 apart."""
+    cfg = read_config(f"Kinetics-Classification/I3D_R_50_{frames}_{norm}.yaml")
+    cfg = resolve_config(cfg, 240_000, 400)
+    solver, scale = cfg.SOLVER, 64 // clips
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR) == (clips, 0.01 / scale)
+    assert solver.MAX_ITER == pytest.approx(400_000 * scale, rel=0.005)
+    assert solver.STEPS == (150_000 * scale, 300_000 * scale)
+    assert solver.NESTEROV and (solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM) == (1e-4, 0.0)
+    keys = cfg.PRETRAIN
+    assert (keys.FRAMES, keys.FRAME_STRIDE, keys.DROPOUT) == (frames, 2, 0.5)
