@@ -266,17 +266,39 @@ def all_ways(table: Table) -> list[list[str]]:
     return rows
 
 
+def errors(file: str, **model: object) -> str:
+    """Mean (lowest to highest) error of a model."""
+    runs = [r for r in load(file)["runs"] if model.items() <= r["model"].items()]
+    found = [run["error"] for run in runs]
+    return f"{mean(found):.1f} ({min(found):.1f}–{max(found):.1f})" if found else ""
+
+
 def norms(table: Table) -> list[list[str]]:
     rows = []
     for norm in table.column(0):
-        cells = []
-        for batch in map(int, table.head[1:]):
-            model = {"norm": norm, "batch": batch, "groups": 32, "width": -1}
-            found = [r["error"] for r in load("study_norms.json")["runs"] if r["model"] == model]
-            spread = f"{mean(found):.1f} ({min(found):.1f}–{max(found):.1f})" if found else ""
-            cells.append(spread)
-        rows.append([norm, *cells])
+        same = {"norm": norm, "epochs": 5, "groups": 32, "width": -1}
+        batches = map(int, table.head[1:])
+        rows.append([norm, *(errors("study_norms.json", batch=n, **same) for n in batches)])
     return rows
+
+
+def groupings(table: Table) -> list[list[str]]:
+    rows = []
+    for name in table.column(0):
+        key = {"groups": "groups", "channels per group": "width"}[name]
+        cells = []
+        for number in map(int, table.head[1:]):
+            # LN is GN with one group, and IN with one channel per group
+            plain = {"norm": "LN" if key == "groups" else "IN"} if number == 1 else {key: number}
+            cells.append(errors("study_norms.json", batch=8, epochs=2, **plain))
+        rows.append([name, *cells])
+    return rows
+
+
+def clips(table: Table) -> list[list[str]]:
+    passes = [16 // int(number) for number in table.head[1:]]
+    file = "study_clips.json"
+    return [[n, *(errors(file, norm=n, passes=p) for p in passes)] for n in table.column(0)]
 
 
 def claims(table: Table) -> list[list[str]]:
@@ -453,7 +475,9 @@ TABLES = [
     Measured(RESULTS, ("backbone", "box AP / mask AP", "box AP of seeds 0, 1, 2"), calibration),
     Measured(RESULTS, ("training", "BN*", "GN"), trainings),
     Measured(RESULTS, ("backbone", "probe AUC", "correlation", "nuclei", "`shapes`"), all_ways),
-    Measured(RESULTS, ("batch size", "32", "16", "8", "4", "2"), norms),
+    Measured(RESULTS, ("batch size", "32", "8", "4", "2"), norms),
+    Measured(RESULTS, ("GN", "64", "32", "16", "8", "4", "2", "1"), groupings),
+    Measured(RESULTS, ("clips per pass", "16", "4", "2"), clips),
     Measured(
         RESULTS,
         ("AP", "hold", "do not hold", "undecided", "too little learned"),
@@ -488,5 +512,6 @@ PUBLISHED = {
     (CONFIGS, ("table, model", "config", "paper", "Detectron")),
     (CONFIGS, ("config", "Detectron2, box AP / mask AP")),
     (CONFIGS, ("model", "box AP / mask AP", "in this project")),
+    (CONFIGS, ("config", "clips per GPU", "paper", "here")),
     ("README.md", ("what", "run", "when")),
 }

@@ -24,6 +24,7 @@ from gn_det.comparison.demo import MODELS, PRETRAININGS, Demo
 from gn_det.comparison.jobs import Training
 from gn_det.config import flatten
 from gn_det.data import make_shapes
+from gn_det.data.moving_shapes import make_moving_shapes
 from gn_det.engine import train
 
 PAGES = find_pages()
@@ -237,11 +238,13 @@ def test_recipes(runner):
     assert "53 GN (32 groups)" in printed and "16 images per step: 2 per pass on 8 GPUs" in printed
     folder = Path(words.split()[-1]).parent
     assert folder.name == "Detectron1-Comparisons"
-    recipes, zoo, vgg = (t for t in CONFIGS.tables if "config" in t.head)
+    recipes, zoo, vgg, clips = (t for t in CONFIGS.tables if "config" in t.head)
     paths = [folder / f"{n.strip('`')}.yaml" for n in recipes.column(1)]
     paths += [Path(COCO).with_name(f"{name.strip('`')}.yaml") for name in zoo.column(0)]
     paths += [Path("configs") / f"{name.strip('`')}.yaml" for name in vgg.column(0)]
-    assert len(paths) == 22 + 8 + 3 and all((ROOT / path).is_file() for path in paths)
+    kinetics = Path("configs/Kinetics-Classification")
+    paths += [kinetics / f"{row.split('`')[1]}.yaml" for row in clips.column(0)]
+    assert len(paths) == 22 + 8 + 3 + 6 and all((ROOT / path).is_file() for path in paths)
 
 
 def test_groupings(runner):
@@ -263,7 +266,7 @@ def test_a_small_gpu(runner):
 
 def test_pretraining(runner):
     """In the page's order; then a detector takes the backbone, as the text says."""
-    train, evaluate = commands(CONFIGS, "python tools/pretrain_net.py")
+    train, evaluate, *_ = commands(CONFIGS, "python tools/pretrain_net.py")
     cpu = (*CPU, "DATALOADER.NUM_WORKERS", "0", *SHORT_PRETRAINING)
     runner.run(train, *cpu, change=[("--num-gpus 8", "")])
     assert "top1" in runner.run(evaluate, *cpu)
@@ -283,6 +286,18 @@ def test_vgg(checkout, runner):
     printed = runner.run(gn, "--num-images", "2", change=[("--distill 300", "--distill 1")])
     assert "VGG: {NORM: GN, DEPTH: 11, WIDTH: 64}" in printed
     assert (checkout / "VGG-16-GN.pth").is_file() and (checkout / "VGG-16-BN.yaml").is_file()
+
+
+def test_clips(checkout, runner, backbones):
+    """A small network, on moving shapes, with weights at random."""
+    (convert,) = commands(CONFIGS, "python tools/convert_backbone.py R-50-GN.pkl")
+    runner.run(convert, change=[("R-50-GN.pkl", "resnet50.pth")])
+    make_moving_shapes(checkout / "datasets/kinetics", 8, 4)
+    *_, train, evaluate = commands(CONFIGS, "python tools/pretrain_net.py")
+    small = (*CPU, *SHORT_PRETRAINING, "DATALOADER.NUM_WORKERS", "0", "MODEL.RESNETS.DEPTH", "18")
+    small = (*small, "MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "PRETRAIN.FRAMES", "8")
+    runner.run(train, *small, "MODEL.WEIGHTS", "", change=[("--num-gpus 8", "")])
+    assert "top1" in runner.run(evaluate, *small, change=[("--num-gpus 8", "")])
 
 
 def test_keys():
@@ -444,21 +459,22 @@ def test_study_calibration(checkout, runner, backbones):
 
 def test_study_norms(checkout, runner):
     """Of a study that was interrupted only the rest is trained, and all of it is reported."""
-    (words,) = commands(TOOLS, "python tools/study_norms.py")
+    words, clips = commands(TOOLS, "python tools/study_norms.py")
     study = load_tool("study_norms")
     folder = checkout / "output/study"
     make_shapes(folder / "shapes", num_train=12, num_val=2)
     opts = ["PRETRAIN.EPOCHS", "1", "PRETRAIN.STEPS", "()", "PRETRAIN.IMAGE_SIZE", "33"]
     settings = {"config": study.CONFIG, "opts": opts, "pictures": list(study.IMAGES)}
-    left = [study.GN, study.Model("BN", batch=2)]
-    done = [m for m in study.MODELS if m not in left]
-    assert len(done) == 21
+    models = study.models_of(study.TABLES)
+    left = [study.Model("GN"), study.Model("BN", batch=2)]
+    done = [m for m in models if m not in left]
+    assert len(done) == 25
     runs = [{"model": m._asdict(), "seed": 0, "error": 12.5} for m in done]
     (folder / "results.json").write_text(json.dumps({"settings": settings, "runs": runs}))
     runner.run(words, "--seeds", "1", *opts)
     results = json.loads((folder / "results.json").read_text())
-    assert results["runs"][:21] == runs and len(results["runs"]) == 23
-    new = {(r["model"]["norm"], r["model"]["batch"]): r for r in results["runs"][21:]}
+    assert results["runs"][:25] == runs and len(results["runs"]) == 27
+    new = {(r["model"]["norm"], r["model"]["batch"]): r for r in results["runs"][25:]}
     crops = len(list((folder / "shapes/crops/train").glob("*/*.png")))
     for (_, batch), one in new.items():
         assert one["iterations"] == round(crops / batch) and 0 <= one["error"] <= 100
@@ -467,10 +483,16 @@ def test_study_norms(checkout, runner):
     gn, bn = (f"{new[key]['error']:.1f} (" for key in (("GN", 32), ("BN", 2)))
     table = re.findall(r"^\| (\S.*?) \| (.*) \|$", text, re.MULTILINE)
     rows = {name.strip(): [c.strip() for c in cells.split("|")] for name, cells in table}
-    assert rows["error"][3].startswith(gn) and rows["GN"][0].startswith(gn)
-    assert rows["groups"][1].startswith(gn) and rows["BN"][4].startswith(bn)
+    assert rows["error"][4].startswith(gn) and rows["GN"][0].startswith(gn)
+    assert rows["BN"][3].startswith(bn) and rows["BRN"][:2] == ["", ""]
     assert rows["error"][0] == "12.5 (12.5–12.5)" and len(rows["channels per group"]) == 7
     assert (folder / "results.png").stat().st_size > 10_000
+    make_moving_shapes(checkout / "output/study_clips/moving_shapes", 16, 4)
+    runner.run(clips, "--seeds", "1", *opts)
+    runs = json.loads((checkout / "output/study_clips/results.json").read_text())["runs"]
+    assert [run["model"]["passes"] for run in runs] == [1, 4, 8, 1]
+    assert all(run["iterations"] == 1 for run in runs)
+    assert "| BN " in (checkout / "output/study_clips/results.md").read_text()
 
 
 def test_replicate(checkout, runner):
@@ -507,7 +529,9 @@ def test_data(checkout, runner):
     (check,) = commands(page, "python tools/train_net.py")
     printed = runner.run(check, *SHORT)
     assert "output/data/train.json: " in printed and "images per step" in printed
-    (make,) = commands(page, "python tools/make_shapes.py")
+    make, clips = commands(page, "python tools/make_shapes.py")
+    runner.run(clips)
+    assert len(list((checkout / "datasets/moving_shapes").glob("*/*/*/*.png"))) == 48 * 12
     other = [("datasets/shapes", "datasets/other")]
     runner.run(make, change=[*other, ("--num-train 60 --num-val 10", "--num-train 6 --num-val 2")])
     made = checkout / "datasets/other"

@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import shapes_config
-from detectron2.layers import FrozenBatchNorm2d
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone
 from torch.testing import assert_close
 
+from gn_det.checkpoint.calibrate import calibrate, measured_moments
+from gn_det.checkpoint.convert import backbone_config, build_network
 from gn_det.errors import InputError
 from gn_det.modeling import implement
 
@@ -78,6 +80,25 @@ def test_without_a_norm_there_are_biases():
     vgg = backbone(norm="")
     assert {n.partition(".")[2] for n in vgg.state_dict()} == {"weight", "bias"}
     assert implement(vgg) is vgg
+
+
+@torch.no_grad()
+def test_calibrated_from_batch_norm():
+    """Each channel after a GN has the mean and standard deviation that it has after the BN."""
+    torch.manual_seed(0)
+    images, moments = torch.randn(16, 3, 64, 64), []
+    facts = {"MODEL.VGG.DEPTH": 11, "MODEL.VGG.WIDTH": 32, "MODEL.VGG.NORM": "BN"}
+    cfg = backbone_config(facts)
+    bn = build_backbone(cfg, ShapeSpec(channels=3))
+    bn(images)
+    weights = bn.eval().state_dict()
+    gn = build_network(backbone_config(facts | {"MODEL.VGG.NORM": "GN"}), weights)
+    calibrate(gn, bn, images, measured_moments(bn, images))
+    for network in (bn, gn):
+        moments.append(measured_moments(network, images))
+    assert moments[0].keys() == moments[1].keys() and len(moments[0]) == 8
+    for name, wanted in moments[0].items():
+        assert_close(moments[1][name], wanted, rtol=1e-3, atol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize(
