@@ -285,7 +285,7 @@ def norms(table: Table) -> list[list[str]]:
 def groupings(table: Table) -> list[list[str]]:
     rows = []
     for name in table.column(0):
-        key = {"groups": "groups", "channels per group": "width"}[name]
+        key = {"groups": "groups", "channels": "width"}[name]
         cells = []
         for number in map(int, table.head[1:]):
             # LN is GN with one group, and IN with one channel per group

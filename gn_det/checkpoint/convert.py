@@ -57,7 +57,7 @@ def convert(
         raise InputError(
             "its layers are not those of ResNet-18, 34, 50, 101 or 152, or VGG-11, 13, 16 or 19; "
             "its first tensor is "
-            f"{min(renamed.tensors, default=min(file.tensors))}"
+            f"{min(file.tensors)}"
         )
     recorded = recorded_facts(file)
     usual = usual_facts(file, source, renamed.norm, shape, opts)
