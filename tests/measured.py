@@ -289,8 +289,9 @@ def groupings(table: Table) -> list[list[str]]:
         cells = []
         for number in map(int, table.head[1:]):
             # LN is GN with one group, and IN with one channel per group
-            plain = {"norm": "LN" if key == "groups" else "IN"} if number == 1 else {key: number}
-            cells.append(errors("study_norms.json", batch=8, epochs=2, **plain))
+            own = {"norm": "GN", "groups": 32, "width": -1} | {key: number}
+            model = {"norm": "LN" if key == "groups" else "IN"} if number == 1 else own
+            cells.append(errors("study_norms.json", batch=8, epochs=2, **model))
         rows.append([name, *cells])
     return rows
 

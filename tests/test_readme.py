@@ -490,7 +490,7 @@ def test_study_norms(checkout, runner):
     make_moving_shapes(checkout / "output/study_clips/moving_shapes", 16, 4)
     runner.run(clips, "--seeds", "1", *opts)
     runs = json.loads((checkout / "output/study_clips/results.json").read_text())["runs"]
-    assert [run["model"]["passes"] for run in runs] == [1, 4, 8, 1]
+    assert sorted(run["model"]["passes"] for run in runs) == [1, 1, 4, 8]
     assert all(run["iterations"] == 1 for run in runs)
     assert "| BN " in (checkout / "output/study_clips/results.md").read_text()
 
