@@ -60,6 +60,32 @@ def incomplete(path: Path) -> Path:
 INCOMPLETE = f".{'[0-9a-f]' * 12}.[0-9]*.partial"
 
 
+@contextmanager
+def new_dataset(root: Path) -> Iterator[Path]:
+    """Yield the path of a folder to fill, which becomes `root` once it is complete.
+
+    Args:
+        root: must not exist; its parents are created.
+
+    Raises:
+        InputError: if `root` exists already, or cannot be created.
+    """
+    if root.exists():
+        raise InputError(f"{root} exists already: remove it, or choose another folder")
+    partial = None
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        partial = incomplete(root)
+        yield partial
+        partial.rename(root)
+    except OSError as error:
+        reason = "it exists by now" if root.exists() else error.strerror
+        raise InputError(f"cannot write the dataset to {root}: {reason}") from None
+    finally:
+        if partial is not None:
+            remove(partial)
+
+
 def remove_abandoned(paths: Iterable[Path]) -> None:
     """Remove those files and folders named by `incomplete` whose process has ended."""
     for path in [*paths]:  # complete, before folders disappear

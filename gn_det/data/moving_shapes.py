@@ -10,8 +10,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-from ..errors import InputError
-from ..files import incomplete, remove
+from ..files import new_dataset
 from .shapes import SPLITS
 from .textures import paint_background
 
@@ -69,11 +68,7 @@ def make_moving_shapes(root: Path, num_train: int = 600, num_val: int = 100, see
     Raises:
         InputError: if `root` exists already, or cannot be created.
     """
-    if root.exists():
-        raise InputError(f"{root} exists already: remove it, or choose another folder")
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        partial = incomplete(root)
+    with new_dataset(root) as partial:
         for index, (split, count) in enumerate(zip(SPLITS, (num_train, num_val), strict=True)):
             for i in range(count):
                 motion = [*MOTIONS][i % len(MOTIONS)]
@@ -82,8 +77,3 @@ def make_moving_shapes(root: Path, num_train: int = 600, num_val: int = 100, see
                 frames = draw_clip(np.random.default_rng([seed, index, i]), motion)
                 for time, frame in enumerate(frames):
                     Image.fromarray(frame).save(folder / f"{time:03d}.png")
-        partial.rename(root)
-    except OSError as error:
-        raise InputError(f"cannot write the dataset to {root}: {error.strerror}") from None
-    finally:
-        remove(partial)

@@ -15,8 +15,7 @@ from pycocotools import mask as mask_util
 from shapely import Point, Polygon, affinity, box
 from shapely.geometry.base import BaseGeometry
 
-from ..errors import InputError
-from ..files import incomplete, remove
+from ..files import new_dataset
 from .crops import write_crops
 from .textures import paint_background, paint_object
 
@@ -186,23 +185,10 @@ def make_shapes(root: Path, num_train: int = 600, num_val: int = 100, seed: int 
     Raises:
         InputError: if `root` exists already, or cannot be created.
     """
-    if root.exists():
-        raise InputError(f"{root} exists already: remove it, or choose another folder")
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        partial = incomplete(root)
+    with new_dataset(root) as partial:
         (partial / "images").mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"cannot write the dataset to {root}: {error.strerror}") from None
-    try:
         for index, (split, count) in enumerate(zip(SPLITS, (num_train, num_val), strict=True)):
             _write_split(partial, split, count, [seed, index])
-        partial.rename(root)
-    except OSError as error:
-        reason = "it exists by now" if root.exists() else error.strerror
-        raise InputError(f"cannot write the dataset to {root}: {reason}") from None
-    finally:
-        remove(partial)
 
 
 def _write_split(root: Path, split: str, count: int, seed: list[int]) -> None:
