@@ -131,3 +131,15 @@ def test_factor_of_the_mask_head(channels, rate, iterations, expected):
     assert mask_head_factor(shapes_config("mask_rcnn_R_18_FPN_gn", *opts)) == expected
     assert mask_head_factor(shapes_config("mask_rcnn_R_18_FPN_bn", *opts)) == 1.0
     assert mask_head_factor(shapes_config("mask_rcnn_R_18_FPN_gn", *opts, *STOCK)) == 1.0
+
+
+@pytest.mark.parametrize(("name", "decay"), [("clips_R_18_gn", 0.0), ("pretrain_R_18_gn", 1e-4)])
+def test_weight_decay_of_norms_in_classifiers(name, decay):
+    """None for clips, as in the non-local baseline, and that of all weights for images."""
+    cfg = read_config(f"Shapes/{name}.yaml", ["MODEL.DEVICE", "cpu"])
+    model = Trainer.build_model(cfg)
+    norms = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
+    wanted = {id(p) for norm in norms for p in norm.parameters()}
+    groups = Trainer.build_optimizer(cfg, model).param_groups
+    found = {g["weight_decay"] for g in groups for p in g["params"] if id(p) in wanted}
+    assert found == {decay}
